@@ -1,0 +1,220 @@
+"""The whole plugin contract.
+
+A plugin is a module that an entry point of the group `millhand` names. It implements any of the hooks below with
+`@hookimpl` and returns small objects that follow the protocols of this file. Further abilities are optional extra
+protocols, found with isinstance.
+
+Lifecycle: the core imports a plugin when config or profile names it; asks `millhand_config` and validates the plugin's
+table; then calls the other hooks once each, with the validated config. Each import and each hook implementation runs
+under a guard of its own: one that raises is reported in `plugin list` and left out. Nothing heavy (onnxruntime,
+tensorrt, torch) may be imported by a plugin's module: backends are imported in workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import pluggy
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from pydantic import BaseModel
+
+    from millhand.pipeline.windows import Window
+    from millhand.records import Alert, Batch, Prediction, WorkOrder
+
+hookspec = pluggy.HookspecMarker("millhand")
+hookimpl = pluggy.HookimplMarker("millhand")
+
+
+# ---- what hooks return ----------------------------------------------------------------------------------------------
+
+
+class Adapter(Protocol):
+    """Reads one asset. No adapter can write to a machine: this protocol has no way to."""
+
+    async def open(self, cursor: bytes | None) -> None:
+        """Connect and resume after `cursor` (the last committed one; None at first start).
+
+        Raises AdapterError, naming address or file; the core retries it with back-off.
+        """
+
+    def batches(self) -> AsyncIterator[Batch]:
+        """Yield batches until the source ends. Raising AdapterError makes the core close, back off and open again."""
+
+    async def close(self) -> None:
+        """Release everything; may be called twice, and after a failed open."""
+
+
+class AdapterKind(Protocol):
+    """A kind of adapter: `[[assets]] adapter = "<name>"` picks it, `[assets.options]` is validated by `options`."""
+
+    name: str
+    options: type[BaseModel]
+
+    def create(self, asset: str, options: Any) -> Adapter:
+        """Make an adapter for one asset. Must not connect yet."""
+
+
+class Session(Protocol):
+    """A loaded model inside a worker."""
+
+    inputs: Mapping[str, tuple[str, tuple[int, ...]]]
+    """Input name -> (NumPy dtype name, shape; -1 for a free dimension, the first is the batch)."""
+    outputs: Mapping[str, tuple[str, tuple[int, ...]]]
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run one batch. Raises InputError for a wrong name, dtype or shape."""
+
+    def close(self) -> None:
+        """Free the model's memory."""
+
+
+class Backend(Protocol):
+    """Loads artifacts; lives in a worker. `accelerator` is "cpu" or a GPU/MIG UUID."""
+
+    name: str
+    suffixes: tuple[str, ...]
+
+    def load(self, artifact: Path, accelerator: str, options: Mapping[str, Any]) -> Session:
+        """Raises ModelError naming the file and the remedy."""
+
+
+class Builder(Protocol):
+    """Builds a hardware-specific artifact (an engine) from an ONNX model."""
+
+    name: str
+
+    def build(self, model: Path, accelerator: str, target: Path, options: Mapping[str, Any]) -> Path:
+        """Raises ModelError naming node and remedy."""
+
+
+class Quantizer(Protocol):
+    """Makes a smaller candidate of a model from recorded calibration windows."""
+
+    name: str
+
+    def quantize(
+        self, model: Path, calibration: Mapping[str, NDArray[Any]], target: Path, options: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Write the candidate to `target` and return a report."""
+
+
+class FeatureExtractor(Protocol):
+    """Turns one window into a model's input tensors (NumPy only; runs in the daemon).
+
+    `name` is what `[features] extractor` in model.toml says.
+    """
+
+    name: str
+
+    def extract(self, window: Window) -> Features | None:
+        """Return the tensors, or None where the window cannot be judged (for example the machine stands still)."""
+
+
+class Features(Protocol):
+    """What an extractor returns; `millhand.pipeline.features.FeatureSet` is the plain implementation."""
+
+    tensors: Mapping[str, NDArray[np.float32]]
+    """Input name -> array WITHOUT the batch dimension."""
+    evidence: Mapping[str, float]
+    """Measured facts for people, keys with units: {"velocity_rms_mm_s": 4.2}."""
+
+
+class OrderWriter(Protocol):
+    """Writes the work order for an alert. `history`: earlier alerts of the asset, newest first."""
+
+    name: str
+
+    def write(self, alert: Alert, history: Sequence[Alert]) -> WorkOrder:
+        """Must be deterministic in `id`: one alert has one order."""
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """A door out of the node beside the hub. Records are offered in order, again after an error, across restarts."""
+
+    name: str
+
+    async def deliver(self, record: Alert | WorkOrder) -> None:
+        """Return when the other side has it for good. Raises SinkError to be offered it again later."""
+
+    async def close(self) -> None:
+        """Release everything."""
+
+
+class Guard(Protocol):
+    """Looks at what goes into or comes out of a language model. Returns the text, changed or not."""
+
+    name: str
+
+    def check(self, direction: str, text: str) -> str:
+        """`direction` is "in" or "out". Raises InputError to refuse."""
+
+
+class LanguageServer(Protocol):
+    """A process that serves a language model with OpenAI's API on loopback."""
+
+    name: str
+
+    def command(self, model: Path, port: int, options: Mapping[str, Any]) -> Sequence[str]:
+        """The argv to start."""
+
+
+
+# ---- hooks ----------------------------------------------------------------------------------------------------------
+
+
+class Hooks:
+    """Every hook; all are optional for a plugin."""
+
+    @hookspec
+    def millhand_config(self) -> type[BaseModel]:  # type: ignore[empty-body]
+        """Return the pydantic model of the plugin's table `[plugins.<name>]`. Called once, before every other hook."""
+
+    @hookspec
+    def millhand_adapters(self, config: Any) -> Sequence[AdapterKind]:  # type: ignore[empty-body]
+        """Return the kinds of adapter that this plugin brings."""
+
+    @hookspec
+    def millhand_backends(self, config: Any) -> Sequence[Backend]:  # type: ignore[empty-body]
+        """Return backends. Called in a worker process, where heavy imports are allowed inside `load`."""
+
+    @hookspec
+    def millhand_builders(self, config: Any) -> Sequence[Builder]:  # type: ignore[empty-body]
+        """Return engine builders."""
+
+    @hookspec
+    def millhand_quantizers(self, config: Any) -> Sequence[Quantizer]:  # type: ignore[empty-body]
+        """Return quantizers."""
+
+    @hookspec
+    def millhand_extractors(self, config: Any) -> Sequence[FeatureExtractor]:  # type: ignore[empty-body]
+        """Return feature extractors that model.toml files may name."""
+
+    @hookspec
+    def millhand_models(self, config: Any) -> Sequence[Path]:  # type: ignore[empty-body]
+        """Return folders of models that the plugin ships (each holds `<model>/model.toml`)."""
+
+    @hookspec
+    def millhand_order_writers(self, config: Any) -> Sequence[OrderWriter]:  # type: ignore[empty-body]
+        """Return order writers; config picks one by name."""
+
+    @hookspec
+    def millhand_sinks(self, config: Any) -> Sequence[Sink]:  # type: ignore[empty-body]
+        """Return sinks. Each keeps its own cursor in the store; the core retries with back-off."""
+
+    @hookspec
+    def millhand_guards(self, config: Any) -> Sequence[Guard]:  # type: ignore[empty-body]
+        """Return guards for language models."""
+
+    @hookspec
+    def millhand_language_servers(self, config: Any) -> Sequence[LanguageServer]:  # type: ignore[empty-body]
+        """Return language servers."""
+
+    @hookspec
+    def millhand_profiles(self, config: Any) -> Sequence[Path]:  # type: ignore[empty-body]
+        """Return folders of `<board>.toml` profiles."""

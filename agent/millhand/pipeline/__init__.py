@@ -1,0 +1,1 @@
+"""batch -> window -> features -> prediction -> alert -> work order."""

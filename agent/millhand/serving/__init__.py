@@ -1,0 +1,1 @@
+"""Models behind processes: manifest, repository, worker protocol, workers, HTTP."""

@@ -1,0 +1,139 @@
+"""model.toml: what a model is, what it takes, how its outputs are read and which rules judge them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from millhand.records import AssetState, Severity
+from millhand.validation import StrictTable, read_toml, validate
+
+# Open Inference Protocol v2 names -> NumPy names
+DATATYPES = {
+    "BOOL": "bool", "UINT8": "uint8", "UINT16": "uint16", "UINT32": "uint32", "UINT64": "uint64", "INT8": "int8",
+    "INT16": "int16", "INT32": "int32", "INT64": "int64", "FP16": "float16", "FP32": "float32", "FP64": "float64",
+    "BYTES": "object",
+}  # fmt: skip
+
+
+class TensorSpec(StrictTable):
+    name: str
+    datatype: str = "FP32"
+    """A datatype of the Open Inference Protocol v2."""
+    shape: tuple[int, ...]
+    """-1 for a free dimension; the first dimension is the batch and must be -1."""
+    unit: str = ""
+    description: str = ""
+
+    @model_validator(mode="after")
+    def _known_datatype(self) -> TensorSpec:
+        if self.datatype not in DATATYPES:
+            raise ValueError(f"datatype '{self.datatype}' is none of {', '.join(DATATYPES)}")
+        return self
+
+
+class WindowSpec(StrictTable):
+    by: Literal["count", "time"] = "count"
+    """count: `length` steps (one step = one source time); time: `length` seconds of source time."""
+    length: float = Field(gt=0)
+    step: float = Field(gt=0)
+    """A window ends every `step` steps or seconds."""
+    min_length: float = Field(default=0, ge=0)
+    """The shortest history that is answered; 0 means `length`."""
+    max_gap_s: float = Field(default=float("inf"), gt=0)
+    """A hole in source time longer than this empties the window: the past before it does not count."""
+    lateness_s: float = Field(default=0.0, ge=0)
+    """How long a step is kept open for late readings before it counts."""
+    signals: tuple[str, ...] = ()
+    """Scalars that the extractor needs; a step without one of them carries NaN there."""
+    waveforms: tuple[str, ...] = ()
+    """Waveforms that the extractor needs; without a fresh one no window is judged."""
+
+
+class FeatureSpec(StrictTable):
+    extractor: str = "raw"
+    """Name of a feature extractor: a built-in (`raw`, `statistics`, `spectrum`) or a plugin's."""
+    options: dict[str, Any] = {}
+
+
+class OutputSpec(StrictTable):
+    task: Literal["classification", "regression"]
+    output: str
+    """The output tensor to read."""
+    labels: tuple[str, ...] = ()
+    """classification: the class names, in the tensor's order."""
+    healthy: str = "healthy"
+    """classification: the label that means no fault; `fault` = 1 - its probability."""
+    softmax: bool = False
+    """classification: the tensor holds logits."""
+    value: str = "value"
+    """regression: the name of the value, for example `rul`."""
+    unit: str = "1"
+    scale: float = 1.0
+    """regression: the tensor times `scale` is the value in `unit`."""
+    low: float = float("-inf")
+    high: float = float("inf")
+    """regression: the value is clipped to low..high."""
+
+
+class RuleSpec(StrictTable):
+    name: str
+    value: str
+    """`fault`, a label, or the regression's value name."""
+    raise_above: float | None = None
+    clear_below: float | None = None
+    raise_below: float | None = None
+    clear_above: float | None = None
+    raise_after: int = Field(default=3, ge=1)
+    """Debounce: so many of the last `of` judged windows must be beyond the raise limit."""
+    of: int = Field(default=0, ge=0)
+    """0 means the same as `raise_after`."""
+    clear_after: int = Field(default=5, ge=1)
+    """So many windows in a row beyond the clear limit end the alert."""
+    min_windows: int = Field(default=0, ge=0)
+    """The rule stays silent for so many first windows."""
+    states: tuple[AssetState, ...] = (AssetState.RUNNING, AssetState.UNKNOWN)
+    """The rule speaks only in these asset states; in others it neither counts nor forgets."""
+    severity: Severity = Severity.WARNING
+    kind: str = ""
+    """The alert's kind; empty takes the class that most of the counted windows chose."""
+    message: str = ""
+    """Text with {asset}, {kind}, {value}, {unit}."""
+
+    @model_validator(mode="after")
+    def _one_direction(self) -> RuleSpec:
+        if (self.raise_above is None) == (self.raise_below is None):
+            raise ValueError("give exactly one of raise_above and raise_below")
+        return self
+
+
+class Manifest(StrictTable):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    description: str
+    licence: str
+    backend: str = "onnxruntime"
+    artifact: str = "model.onnx"
+    """File name inside each version's folder."""
+    policy: Literal["latest", "all", "specific"] = "latest"
+    versions: tuple[int, ...] = ()
+    """policy `specific`: the versions to serve."""
+    max_batch: int = Field(default=64, ge=1)
+    max_delay_us: int = Field(default=0, ge=0)
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    window: WindowSpec | None = None
+    """None: the model is served, but no pipeline may use it."""
+    features: FeatureSpec = FeatureSpec()
+    prediction: OutputSpec | None = None
+    rules: tuple[RuleSpec, ...] = ()
+    warmup: int = Field(default=1, ge=0)
+    """Inferences run on zeros before the model is ready."""
+    metadata: dict[str, Any] = {}
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read `folder/model.toml`. Raises ConfigError naming file, key and value."""
+    path = folder / "model.toml"
+    return validate(Manifest, read_toml(path), f"model '{path}'")

@@ -1,0 +1,77 @@
+"""One way to check an owner's, a profile's or a plugin's table: unknown keys are refused, errors name key and value."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from millhand.errors import ConfigError, suggestion
+
+Table = TypeVar("Table", bound=BaseModel)
+
+
+class StrictTable(BaseModel):
+    """Base of every table: unknown keys are refused, values are frozen, defaults are checked too."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file. Raises ConfigError naming file, line and remedy."""
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError as error:
+        raise ConfigError(f"'{path}' does not exist", hint="give the path of an existing file") from error
+    except OSError as error:
+        raise ConfigError(f"'{path}' cannot be read: {error.strerror}", hint="check its permissions") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"'{path}' is not valid TOML: {error}", hint="mend the named line") from error
+
+
+def validate(model: type[Table], data: Any, source: str) -> Table:
+    """Check `data` against `model`. Raises ConfigError that lists every fault as `source: key 'a.b' ...`."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = [_describe(model, item, source) for item in error.errors(include_url=False)]
+        raise ConfigError("\n".join(lines), hint="mend the keys named above") from error
+
+
+def _describe(model: type[BaseModel], item: Any, source: str) -> str:
+    parts = item["loc"]
+    key = ".".join(str(part) for part in parts)
+    if item["type"] == "extra_forbidden":
+        return f"{source}: key '{key}' is not known{suggestion(str(parts[-1]), _fields(model, parts[:-1]))}"
+    if item["type"] == "missing":
+        return f"{source}: key '{key}' is missing"
+    value = item.get("input")
+    shown = repr(value) if not isinstance(value, dict | list) else type(value).__name__
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{source}: key '{key}' = {shown[:80]}: {message[:1].lower()}{message[1:]}"
+
+
+def _fields(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    """The field names of the table at `path` inside `model`."""
+    current: Any = model
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = getattr(current, "model_fields", {}).get(part)
+        if field is None:
+            continue
+        current = _inner_model(field.annotation) or current
+    return list(getattr(current, "model_fields", {}))
+
+
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _inner_model(argument)
+        if found is not None:
+            return found
+    return None
