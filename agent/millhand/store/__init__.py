@@ -1,0 +1,1 @@
+"""The node's one SQLite file: batches, cursors, predictions, alerts, orders, rollups and the outbox over them."""
