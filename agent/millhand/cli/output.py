@@ -1,0 +1,97 @@
+"""What every command shares: where the daemon is, and one way to print for people or for programs."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from millhand.config import Config
+    from millhand.control import ControlClient
+
+LINE_CHARACTERS = 80
+
+
+@dataclass(frozen=True)
+class Output:
+    """Options of the root command, handed to every subcommand as `ctx.obj`."""
+
+    config_path: Path | None
+    as_json: bool
+    verbose: bool
+
+    def config(self) -> Config:
+        """Read the configuration. Raises ConfigError."""
+        from millhand.config import load_config
+
+        return load_config(self.config_path)
+
+    def daemon(self, timeout_s: float = 30.0) -> ControlClient:
+        """A client of the running daemon's control socket."""
+        from millhand.control import ControlClient
+
+        return ControlClient(self.config().node.control_path, timeout_s)
+
+    def emit(self, data: Any, text: str | Iterable[str]) -> None:
+        """Print `data` as one JSON document under --json, else the text."""
+        if self.as_json:
+            click.echo(json.dumps(data, indent=2, default=str, ensure_ascii=False))
+            return
+        for line in [text] if isinstance(text, str) else text:
+            click.echo(line)
+
+
+def json_option(function: Any) -> Any:
+    """Let `--json` stand behind a subcommand too: `millhand hw show --json`."""
+
+    def callback(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        if value:
+            output: Output = ctx.obj
+            ctx.obj = Output(output.config_path, True, output.verbose)
+
+    return click.option(
+        "--json", is_flag=True, expose_value=False, is_eager=False, callback=callback, help="Print JSON for programs."
+    )(function)
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Lay out rows in aligned columns, numbers to the right."""
+    body = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    widths = [max([len(header), *(len(row[i]) for row in body)]) for i, header in enumerate(headers)]
+    numeric = [bool(body) and all(_is_number(row[i]) for row in body if row[i]) for i in range(len(headers))]
+
+    def line(cells: Sequence[str]) -> str:
+        parts = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(cells, widths, numeric, strict=True))
+        return "  ".join(parts).rstrip()
+
+    return [line([header.upper() for header in headers]), *(line(row) for row in body)]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def print_error(message: str, hint: str) -> None:
+    """Print to stderr within 80 columns."""
+    for prefix, text in (("Error: ", message), ("Try: ", hint)):
+        for index, part in enumerate(text.splitlines() if text else []):
+            first = prefix if index == 0 else " " * len(prefix)
+            wrapped = textwrap.fill(
+                part,
+                LINE_CHARACTERS,
+                initial_indent=first,
+                subsequent_indent=" " * len(prefix),
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            click.echo(wrapped, err=True)
