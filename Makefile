@@ -1,0 +1,51 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SEED ?= 7
+FAULT ?= bearing_outer
+DEMO_ARGS ?=
+TEST_ARGS ?=
+# Nothing that runs here may phone home.
+export ORT_DISABLE_TELEMETRY := 1
+
+.PHONY: venv demo test lint format bench clean lock
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	@echo "Preparing $(VENV) for the demo (once) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -q -c constraints.txt -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	@echo "Preparing $(VENV) for development (once) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+venv: $(VENV)/.dev
+
+demo: $(VENV)/.demo
+	@$(BIN)/millhand demo --seed $(SEED) --fault $(FAULT) $(DEMO_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: lint
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/all.py
+
+# Write constraints.txt anew from what is installed (after the tests passed with it).
+lock: $(VENV)/.dev
+	$(BIN)/python -m pip freeze --exclude-editable | grep -v '^-e' > constraints.txt
+
+clean:
+	rm -rf $(VENV) .demo demo.json demo.html

@@ -1,0 +1,103 @@
+"""`millhand config`: show, validate and describe the configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from millhand.cli.output import Output, json_option
+
+SECRET_WORDS = ("password", "secret", "token", "passphrase")
+SECRET_SHOWN = "(not shown)"  # noqa: S105 - a placeholder, not a secret
+
+
+@click.group("config")
+def command() -> None:
+    """Show, validate and describe the configuration."""
+
+
+@command.command("show")
+@json_option
+@click.pass_context
+def show(ctx: click.Context) -> None:
+    """Show every key with the value that holds, from file, environment and defaults."""
+    output: Output = ctx.obj
+    data = mask(output.config().model_dump(mode="json"))
+    output.emit(data, _toml_lines("", data))
+
+
+@command.command("validate")
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+@json_option
+@click.pass_context
+def validate(ctx: click.Context, path: Path | None) -> None:
+    """Check the configuration (or the file PATH), the tables of its plugins and the options of its assets."""
+    from millhand.assets import check_asset_options
+    from millhand.config import load_config
+    from millhand.registry import Registry
+
+    output: Output = ctx.obj
+    config = load_config(path or output.config_path)
+    registry = Registry()
+    registry.load(config.plugin_tables())
+    check_asset_options(config, registry)
+    failed = [plugin.to_dict() for plugin in registry.plugins.values() if plugin.state == "failed"]
+    from millhand.errors import ConfigError
+
+    if failed:
+        first = failed[0]
+        raise ConfigError(f"plugin '{first['name']}': {first['error']}", hint=first["hint"])
+    output.emit(
+        {"valid": True, "assets": len(config.assets)}, f"The configuration is valid: {len(config.assets)} assets."
+    )
+
+
+@command.command("schema")
+@click.pass_obj
+def schema(output: Output) -> None:
+    """Print the JSON schema of the configuration (for editors)."""
+    from millhand.config import Config
+
+    click.echo(json.dumps(Config.model_json_schema(), indent=2))
+
+
+def mask(value: Any, key: str = "") -> Any:
+    """Hide the values of keys that hold secrets."""
+    if isinstance(value, dict):
+        return {name: mask(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [mask(item, key) for item in value]
+    secret = any(word in key.lower() for word in SECRET_WORDS) and not key.endswith(("_file", "_env"))
+    return SECRET_SHOWN if secret and value else value
+
+
+def _toml_lines(prefix: str, table: dict[str, Any]) -> list[str]:
+    """Write `table` as TOML text; None, which TOML lacks, becomes a comment."""
+    plain = {k: v for k, v in table.items() if not isinstance(v, dict) and not _is_tables(v)}
+    lines = [f"[{prefix}]"] if prefix and plain else []
+    lines += [f"# {key} =" if value is None else f"{key} = {_toml_value(value)}" for key, value in plain.items()]
+    for key, value in table.items():
+        name = f"{prefix}.{key}" if prefix else key
+        if isinstance(value, dict):
+            lines += ["", *_toml_lines(name, value)] if value else []
+        elif _is_tables(value):
+            for item in value:
+                lines += ["", f"[[{name}]]", *[line for line in _toml_lines(name, item) if line != f"[{name}]"]]
+    return lines
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return "inf" if value > 0 else "-inf"
+    return json.dumps(value)

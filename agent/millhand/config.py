@@ -1,0 +1,132 @@
+"""What the owner wants: one TOML file, overlaid by the environment. Unknown keys are refused.
+
+Every key can also be set as MILLHAND_<SECTION>__<KEY> (for example MILLHAND_NODE__ID=press-7); MODEL_PATH adds a
+folder of models; CUDA_VISIBLE_DEVICES narrows the GPUs as in any other program of the field.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from millhand.errors import ConfigError
+from millhand.logs import LogSettings
+from millhand.pipeline.settings import AssetSettings, OrderSettings
+from millhand.serving.settings import HttpSettings, ModelSettings
+from millhand.store.settings import StoreSettings
+from millhand.telemetry.settings import TelemetrySettings
+from millhand.validation import StrictTable, read_toml, validate
+
+DEFAULT_PATH = Path("/etc/millhand/millhand.toml")
+PREFIX = "MILLHAND_"
+# Variables that start with the prefix and are not keys.
+NOT_KEYS = frozenset({"MILLHAND_CONFIG", "MILLHAND_DATA"})
+DEFAULT_PLUGINS = ("boards", "onnxruntime", "orders")
+
+
+class NodeSettings(StrictTable):
+    id: str = Field(default_factory=lambda: re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname()) or "node")
+    """This node's name in the fleet (the Sparkplug edge node id). Default: the host name."""
+    group: str = "millhand"
+    """The plant or line that the node belongs to (the Sparkplug group id)."""
+    data_dir: Path = Path("/var/lib/millhand")
+    """Where the store lives."""
+    run_dir: Path = Path("/run/millhand")
+    """Where sockets live; a short path, for the kernel's sake."""
+    profile: str = "auto"
+    """A hardware profile by name, or `auto` to match it."""
+    profiles_dir: Path | None = None
+    """A folder of your own profiles; they win over the shipped ones of the same name."""
+    hardware_root: Path | None = None
+    """Read the hardware from this folder of recordings instead of the live machine."""
+
+    @field_validator("id", "group")
+    @classmethod
+    def _topic_safe(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", value):
+            raise ValueError("must be letters, digits, '_', '.' or '-' (it becomes part of an MQTT topic)")
+        return value
+
+    @property
+    def control_path(self) -> Path:
+        return self.run_dir / "control.sock"
+
+    @property
+    def store_path(self) -> Path:
+        return self.data_dir / "millhand.db"
+
+
+class Config(StrictTable):
+    node: NodeSettings = NodeSettings()
+    log: LogSettings = LogSettings()
+    store: StoreSettings = StoreSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+    models: ModelSettings = ModelSettings()
+    http: HttpSettings = HttpSettings()
+    orders: OrderSettings = OrderSettings()
+    plugins: dict[str, dict[str, Any]] = {}
+    """One table a plugin. `enabled = false` leaves it out; `required = true` makes its failure fatal."""
+    assets: tuple[AssetSettings, ...] = ()
+
+    @model_validator(mode="after")
+    def _unique_assets(self) -> Config:
+        names = [asset.name for asset in self.assets]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two assets are called '{name}'; give each its own name")
+        return self
+
+    def plugin_tables(self) -> dict[str, dict[str, Any]]:
+        """The plugins to load with their tables: those named, those that adapters name, and the defaults."""
+        names = [*DEFAULT_PLUGINS, *(asset.adapter.split(".")[0] for asset in self.assets), *self.plugins]
+        return {name: dict(self.plugins.get(name, {})) for name in dict.fromkeys(names)}
+
+
+def load_config(path: Path | None = None, environment: Mapping[str, str] | None = None) -> Config:
+    """Read and check the configuration. Raises ConfigError that names file, key and value.
+
+    Without a path, /etc/millhand/millhand.toml is read if it exists; else the defaults hold.
+    """
+    environment = os.environ if environment is None else environment
+    if path is not None or DEFAULT_PATH.exists():
+        source = path or DEFAULT_PATH
+        data = read_toml(source)
+        label = f"config '{source}'"
+    else:
+        data, label = {}, "config (defaults)"
+    _overlay(data, environment)
+    if model_path := environment.get("MODEL_PATH"):
+        models = data.setdefault("models", {})
+        models["paths"] = [*models.get("paths", []), *model_path.split(os.pathsep)]
+    return validate(Config, data, label)
+
+
+def _overlay(data: dict[str, Any], environment: Mapping[str, str]) -> None:
+    for name, text in sorted(environment.items()):
+        if not name.startswith(PREFIX) or name in NOT_KEYS:
+            continue
+        keys = name.removeprefix(PREFIX).lower().split("__")
+        if len(keys) < 2:
+            raise ConfigError(
+                f"environment variable '{name}' names no key",
+                hint=f"write {PREFIX}<SECTION>__<KEY>, for example {PREFIX}NODE__ID",
+            )
+        table = data
+        for key in keys[:-1]:
+            table = table.setdefault(key, {})
+        table[keys[-1]] = _value(text)
+
+
+def _value(text: str) -> Any:
+    """Read `text` as a TOML value; what is none is a plain string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

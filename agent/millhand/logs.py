@@ -1,0 +1,73 @@
+"""Structured, rate-limited logs: a log loop must not fill a disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Literal
+
+from pydantic import Field
+
+from millhand.validation import StrictTable
+
+
+class LogSettings(StrictTable):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least severe level that is written."""
+    format: Literal["text", "json"] = "text"
+    """text for people and journald, json (one object a line) for collectors."""
+    repeats_per_minute: int = Field(default=10, ge=1)
+    """A message from one place in the code is written so many times a minute; the rest is counted and said once."""
+
+
+class RepeatLimit(logging.Filter):
+    """Lets `repeats` records a minute through for each (logger, line, level), then says how many it held back."""
+
+    def __init__(self, repeats: int) -> None:
+        super().__init__()
+        self._repeats = repeats
+        self._windows: dict[tuple[str, int, int], tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        key = (record.name, record.lineno, record.levelno)
+        now = time.monotonic()
+        start, count = self._windows.get(key, (now, 0))
+        if now - start >= 60:
+            held = count - self._repeats
+            if held > 0:
+                record.msg = f"{record.getMessage()} (and {held} like it were not written)"
+                record.args = ()
+            start, count = now, 0
+        self._windows[key] = (start, count + 1)
+        return count < self._repeats
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time (UTC), level, logger, message, and the exception where there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, object] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False)
+
+
+def configure_logs(settings: LogSettings) -> None:
+    """Send all logs to stderr as the settings say; called once by each process."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(RepeatLimit(settings.repeats_per_minute))
+    if settings.format == "json":
+        handler.setFormatter(JsonFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(settings.level.upper())
+    logging.getLogger("pymodbus").setLevel(logging.CRITICAL)  # its errors reach us as exceptions
