@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from millhand.pipeline.windows import Window
-    from millhand.records import Alert, Batch, Prediction, WorkOrder
+    from millhand.records import Alert, Batch, WorkOrder
 
 hookspec = pluggy.HookspecMarker("millhand")
 hookimpl = pluggy.HookimplMarker("millhand")
