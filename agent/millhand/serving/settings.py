@@ -1,0 +1,71 @@
+"""What the owner may say about models and the HTTP listener: the tables `[models]` and `[http]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from millhand.validation import StrictTable
+
+
+class ModelSettings(StrictTable):
+    paths: tuple[Path, ...] = ()
+    """Folders of your own models (each holds `<model>/model.toml`); they win over shipped ones of the same name."""
+    load: tuple[str, ...] = ()
+    """Models to serve by name, `*` for all. Empty: those that assets use, and all in `paths`."""
+    require_proof: bool = False
+    """Refuse a version whose artifact has no proof.json that matches it."""
+    deadline_ms: float = Field(default=2000, gt=0)
+    """A request that names no deadline gets this one."""
+    queue: int = Field(default=256, ge=1)
+    """Requests that may wait for one model in its worker; more are refused as overload."""
+    threads: int = Field(default=0, ge=0)
+    """Threads of one inference on the CPU; 0 takes the profile's."""
+    cpus: tuple[int, ...] = ()
+    """CPU numbers that workers are pinned to; empty takes the profile's, or none."""
+    interpreter: Path | None = None
+    """Python that runs workers; none takes the profile's, or the daemon's own."""
+    load_timeout_s: float = Field(default=60, gt=0)
+    """A load with its warm-up that takes longer fails."""
+    heartbeat_ms: float = Field(default=2000, gt=0)
+    """How often a worker is asked whether it lives."""
+    hang_ms: float = Field(default=10_000, gt=0)
+    """A worker whose answer or whose single inference takes longer is killed and started again."""
+    restart_delay_ms: float = Field(default=100, gt=0)
+    """Pause before the first restart; doubled at each further one up to `restart_delay_cap_ms`."""
+    restart_delay_cap_ms: float = Field(default=10_000, gt=0)
+    deaths_cap: int = Field(default=5, ge=1)
+    """So many worker deaths within `deaths_period_s` while one version runs, and the version before it comes back."""
+    deaths_period_s: float = Field(default=60, gt=0)
+    ring_slots: int = Field(default=16, ge=1, le=1024)
+    """Requests in flight whose tensors travel in shared memory, for each connection; more travel in the socket."""
+    ring_slot_bytes: int = Field(default=1 << 20, ge=4096, le=1 << 30)
+    """Largest request that travels in shared memory. Memory is taken only when a slot is used."""
+
+
+class HttpSettings(StrictTable):
+    enabled: bool = True
+    """Serve the Open Inference Protocol and /metrics."""
+    host: str = "127.0.0.1"
+    """Address to listen on; loopback until you say otherwise."""
+    port: int = Field(default=8080, ge=0, le=65535)
+    """0 takes a free port (`millhand` shows it)."""
+    body_bytes_cap: int = Field(default=64 << 20, ge=1024)
+    """A larger request body is refused with 413."""
+    connections_cap: int = Field(default=512, ge=1)
+    """Connections served at once; more are answered 503."""
+    keep_alive_s: int = Field(default=30, ge=1)
+    """An idle connection is closed after so long."""
+
+
+class WorkerDefaults(StrictTable):
+    """What the profile says about workers; the owner's `[models]` wins."""
+
+    accelerator: str = "cpu"
+    """`cpu`, or the UUID of the GPU or MIG slice."""
+    interpreter: Path | None = None
+    threads: int = Field(default=1, ge=1)
+    cpus: tuple[int, ...] = ()
+    max_batch: int = Field(default=0, ge=0)
+    """Upper bound for every model's `max_batch`; 0 sets none."""
