@@ -1,0 +1,185 @@
+"""The calls that the control socket answers: what CLI, page and HTTP process may ask of the daemon."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from millhand import __version__
+from millhand.errors import InputError
+from millhand.metrics import render
+from millhand.records import Alert, AlertState, WorkOrder
+from millhand.store.rows import STREAMS, Bulk, Gap, Row
+
+if TYPE_CHECKING:
+    from millhand.control import Handler
+    from millhand.daemon import Daemon
+
+ID_SEARCH_LIMIT = 10_000
+TAIL_ROWS = 256
+
+
+class Calls:
+    """Answers for one daemon."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    def handlers(self) -> dict[str, Handler]:
+        return {
+            "state": self.state,
+            "reload": self.reload,
+            "metrics": self.metrics,
+            "asset.list": self.asset_list,
+            "alert.list": self.alert_list,
+            "alert.ack": self.alert_ack,
+            "order.list": self.order_list,
+            "order.show": self.order_show,
+            "prediction.list": self.prediction_list,
+            "plugin.list": self.plugin_list,
+            "readings.export": self.readings_export,
+            "telemetry.status": self.telemetry_status,
+            "telemetry.tail": self.telemetry_tail,
+            **self._daemon.pool.control_handlers(),
+        }
+
+    async def state(self) -> dict[str, Any]:
+        """Everything that bare `millhand` shows."""
+        daemon = self._daemon
+        alerts = await daemon.store.alerts(limit=ID_SEARCH_LIMIT)
+        assets = daemon.fleet.statuses()
+        opened = sum(alert.state is AlertState.OPEN for alert in alerts)
+        return {
+            "ready": daemon.ready,
+            "version": __version__,
+            "pid": os.getpid(),
+            "node": daemon.config.node.id,
+            "group": daemon.config.node.group,
+            "profile": daemon.match.profile.name,
+            "uptime_s": time.monotonic() - daemon.started_monotonic,
+            "assets": assets,
+            "models": daemon.pool.index(),
+            "alerts": {"open": opened, "acked": sum(alert.state is AlertState.ACKED for alert in alerts)},
+            "orders": len(await daemon.store.orders(limit=ID_SEARCH_LIMIT)),
+            "telemetry": await self.telemetry_status(),
+            "sinks": daemon.fleet.sink_statuses(),
+            "store": await daemon.store.status(),
+            "next_step": _next_step(assets, opened, daemon.config.telemetry.enabled),
+        }
+
+    async def reload(self) -> dict[str, Any]:
+        return {"needs_restart": await self._daemon.reload()}
+
+    async def metrics(self) -> str:
+        return render()
+
+    async def asset_list(self) -> list[dict[str, Any]]:
+        return self._daemon.fleet.statuses()
+
+    async def alert_list(
+        self, state: str | None = None, asset: str | None = None, limit: int = 50
+    ) -> list[dict[str, Any]]:
+        return [_plain(alert) for alert in await self._daemon.store.alerts(state=state, asset=asset, limit=limit)]
+
+    async def alert_ack(self, alert_id: str, by: str) -> dict[str, Any]:
+        alert: Alert = _by_prefix(await self._daemon.store.alerts(limit=ID_SEARCH_LIMIT), alert_id, "alert")
+        acked = await self._daemon.store.ack_alert(alert.id, by, time.time_ns())
+        return _plain(acked)
+
+    async def order_list(self, asset: str | None = None, limit: int = 50) -> list[dict[str, Any]]:
+        return [_plain(order) for order in await self._daemon.store.orders(asset=asset, limit=limit)]
+
+    async def order_show(self, order_id: str) -> dict[str, Any]:
+        order: WorkOrder = _by_prefix(await self._daemon.store.orders(limit=ID_SEARCH_LIMIT), order_id, "work order")
+        return _plain(order)
+
+    async def prediction_list(
+        self,
+        asset: str,
+        model: str | None = None,
+        since_ns: int | None = None,
+        until_ns: int | None = None,
+        limit: int = 1000,
+    ) -> list[dict[str, Any]]:
+        found = await self._daemon.store.predictions(asset, model, since_ns, until_ns, limit)
+        return [_plain(prediction) for prediction in found]
+
+    async def plugin_list(self) -> list[dict[str, Any]]:
+        return [plugin.to_dict() for plugin in self._daemon.registry.listing()]
+
+    async def readings_export(
+        self,
+        asset: str,
+        names: list[str] | None = None,
+        since_ns: int | None = None,
+        until_ns: int | None = None,
+    ) -> AsyncIterator[Any]:
+        async for chunk in self._daemon.store.readings(asset, names or None, since_ns, until_ns):
+            yield [(r.clock.source_ns, asset, r.name, _finite(r.value), r.unit, r.quality.name.lower()) for r in chunk]
+
+    async def telemetry_status(self) -> dict[str, Any]:
+        publisher = self._daemon.publisher
+        if publisher is None:
+            return {"enabled": False}
+        return {"enabled": True, **await publisher.status()}
+
+    async def telemetry_tail(self, count: int | None = None) -> AsyncIterator[Any]:
+        store = self._daemon.store
+        seen = {stream: await store.last(stream) for stream in STREAMS}
+        sent = 0
+        while True:
+            for stream in STREAMS:
+                for row in await store.pending(stream, seen[stream], TAIL_ROWS):
+                    seen[stream] = row.seq
+                    yield _tail_line(row)
+                    sent += 1
+                    if count is not None and sent >= count:
+                        return
+            await store.wait_changed()
+
+
+def _next_step(assets: list[dict[str, Any]], open_alerts: int, telemetry: bool) -> str:
+    if not assets:
+        return "add an [[assets]] table to the configuration; 'millhand plugin list' shows adapters"
+    if any(asset["state"] in ("waiting", "failing") for asset in assets):
+        return "millhand check"
+    if open_alerts:
+        return "millhand alert list"
+    return "millhand telemetry status" if telemetry else "set [telemetry] to reach a hub"
+
+
+def _by_prefix(records: list[Any], prefix: str, what: str) -> Any:
+    matches = [record for record in records if record.id.startswith(prefix)]
+    if len(matches) != 1:
+        found = "no" if not matches else f"{len(matches)}"
+        raise InputError(
+            f"{found} {what}s have an id that begins with '{prefix}'",
+            hint=f"millhand {what.rsplit(maxsplit=1)[-1]} list",
+        )
+    return matches[0]
+
+
+def _plain(record: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = msgspec.to_builtins(record)
+    return plain
+
+
+def _finite(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and value - value != 0 else value
+
+
+def _tail_line(row: Row) -> dict[str, Any]:
+    record = row.record()
+    if isinstance(record, Bulk):
+        text = f"{len(record.readings)} readings, {len(record.predictions)} predictions"
+    elif isinstance(record, Gap):
+        text = f"gap: {record.stream} {record.first} to {record.last} ({record.reason})"
+    elif isinstance(record, Alert):
+        text = f"alert {record.kind} {record.state}: {record.message}"
+    else:
+        text = f"work order: {record.symptom}"
+    return {"stream": row.stream, "seq": row.seq, "asset": row.asset, "created_ns": row.created_ns, "text": text}

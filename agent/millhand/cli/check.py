@@ -1,0 +1,38 @@
+"""`millhand check`: errors, warnings, remedies."""
+
+from __future__ import annotations
+
+import textwrap
+
+import click
+
+from millhand.cli.output import LINE_CHARACTERS, Output, json_option
+
+MARKS = {"ok": "ok  ", "warning": "WARN", "error": "FAIL"}
+
+
+@click.command("check")
+@json_option
+@click.pass_context
+def command(ctx: click.Context) -> None:
+    """Check this node: configuration, folders, clock, hardware, plugins, models, broker, daemon.
+
+    Exits 0 if all is well, 3 if there are warnings, 4 if there are errors.
+    """
+    from millhand.cli import EXIT_CODES
+    from millhand.diagnosis import diagnose
+
+    output: Output = ctx.obj
+    findings = diagnose(output.config_path)
+    errors = sum(finding.level == "error" for finding in findings)
+    warnings = sum(finding.level == "warning" for finding in findings)
+    lines = []
+    for finding in findings:
+        head = f"{MARKS[finding.level]}  {finding.name}: {finding.message}"
+        lines += textwrap.wrap(head, LINE_CHARACTERS, subsequent_indent=" " * 6)
+        if finding.hint and finding.level != "ok":
+            hint = f"Try: {finding.hint}"
+            lines += textwrap.wrap(hint, LINE_CHARACTERS, initial_indent=" " * 6, subsequent_indent=" " * 11)
+    lines.append(f"{errors} errors, {warnings} warnings.")
+    output.emit({"errors": errors, "warnings": warnings, "findings": [f.to_dict() for f in findings]}, lines)
+    ctx.exit(EXIT_CODES["check_errors"] if errors else EXIT_CODES["check_warnings"] if warnings else EXIT_CODES["ok"])

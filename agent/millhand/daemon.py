@@ -1,0 +1,234 @@
+"""Composes everything: start, reload, stop; nothing else."""
+
+from __future__ import annotations
+
+import os
+
+# onnxruntime's wheels look up their vendor's host at import; this must stand before any import that may load it.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from millhand.calls import Calls
+from millhand.config import Config, load_config
+from millhand.control import ControlServer
+from millhand.errors import ConfigError, MillhandError
+from millhand.fleet import Fleet
+from millhand.hardware import Hardware, discover
+from millhand.logs import configure_logs
+from millhand.metrics import export_gauges
+from millhand.profiles import Match, load_profiles, match, profile_named
+from millhand.registry import Registry
+from millhand.serving.http import HttpProcess
+from millhand.serving.pool import ModelPool
+from millhand.serving.repository import Repository
+from millhand.store import Store
+from millhand.systemd import notify, notify_reloading, watchdog_interval_s
+from millhand.telemetry.publisher import Publisher
+
+log = logging.getLogger("millhand.daemon")
+
+SELF_CHECK_EVERY_S = 5.0
+SELF_CHECK_DEADLINE_S = 10.0
+PLUGIN_RETRY_FIRST_S = 5.0
+PLUGIN_RETRY_LAST_S = 300.0
+# What only a restart can change: the daemon's own place and its store.
+FIXED_SECTIONS = ("node", "store", "http", "models")
+
+
+class Daemon:
+    """The agent of one node. `start` brings everything up in the way of the data, `stop` takes it down against it."""
+
+    def __init__(self, config: Config, config_path: Path | None = None) -> None:
+        self.config = config
+        self.config_path = config_path
+        self.started_monotonic = time.monotonic()
+        self.ready = False
+        self.registry = Registry()
+        self.hardware: Hardware
+        self.match: Match
+        self.store: Store
+        self.pool: ModelPool
+        self.publisher: Publisher | None = None
+        self.fleet: Fleet
+        self.healthy_at = time.monotonic()
+        self._control: ControlServer
+        self._http: HttpProcess | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Bring the node up. Raises MillhandError where it cannot work at all."""
+        config = self.config
+        self._make_folders()
+        self.registry.load(config.plugin_tables())
+        self.hardware = await asyncio.to_thread(discover, config.node.hardware_root)
+        self.match = self._match_profile()
+        self.store = await Store.open(config.node.store_path, config.store)
+        repository = Repository.from_settings(config.models, self._model_folders())
+        self.pool = ModelPool(
+            repository,
+            config.models,
+            defaults=self.match.profile.worker,
+            registry=self.registry,
+            run_dir=config.node.run_dir,
+        )
+        await self.pool.start(needed=[model for asset in config.assets for model in asset.models])
+        if config.telemetry.enabled:
+            self.publisher = Publisher(config.telemetry, config.node.group, config.node.id, self.store)
+            await self.publisher.start()
+        self.fleet = Fleet(config, self.registry, self.store, self.pool, self.publisher)
+        await self.fleet.start()
+        calls = Calls(self)
+        self._control = ControlServer(config.node.control_path, calls.handlers())
+        await self._control.start()
+        if config.http.enabled:
+            self._http = HttpProcess(config.http, config.node.control_path)
+            await self._http.start()
+        self._spawn(self._watch_self(), "self-check")
+        self._spawn(self._retry_plugins(), "plugin retry")
+        self.ready = True
+        notify(f"READY=1\nSTATUS=profile {self.match.profile.name}, {len(config.assets)} assets")
+        log.info("ready: profile %s, %d assets", self.match.profile.name, len(config.assets))
+
+    async def stop(self) -> None:
+        """Take everything down; each stage finishes what it has in hand."""
+        notify("STOPPING=1")
+        self.ready = False
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        stages = [
+            ("http", self._http),
+            ("assets", getattr(self, "fleet", None)),
+            ("publisher", self.publisher),
+            ("models", getattr(self, "pool", None)),
+            ("control", getattr(self, "_control", None)),
+        ]
+        for name, stage in stages:
+            if stage is not None:
+                try:
+                    await stage.stop()
+                except Exception:
+                    log.exception("stopping %s failed", name)
+        if hasattr(self, "store"):
+            await self.store.close()
+
+    async def reload(self) -> list[str]:
+        """Read the configuration again and apply what changed; return what needs a restart.
+
+        A configuration that is not valid changes nothing and raises ConfigError. Nothing buffered is lost: the
+        outbox lies in the store, which stays open.
+        """
+        notify_reloading()
+        try:
+            new = load_config(self.config_path)
+            fixed = [name for name in FIXED_SECTIONS if getattr(new, name) != getattr(self.config, name)]
+            kept = {name: getattr(self.config, name) for name in FIXED_SECTIONS}
+            old, self.config = self.config, new.model_copy(update=kept)
+            self.registry.load(self.config.plugin_tables())
+            configure_logs(self.config.log)
+            if self.config.telemetry != old.telemetry:
+                await self._restart_publisher()
+            await self.fleet.apply(self.config, self.publisher)
+        finally:
+            notify("READY=1")
+        for name in fixed:
+            log.warning("[%s] changed: this takes effect at the next restart", name)
+        log.info("configuration read again: %d assets", len(self.config.assets))
+        return fixed
+
+    async def run_until_stopped(self) -> None:
+        """Serve until SIGTERM or SIGINT; SIGHUP reloads."""
+        loop = asyncio.get_running_loop()
+        stopped = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopped.set)
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self._reload_logged(), "reload"))
+        try:
+            await self.start()
+            await stopped.wait()
+        finally:
+            await self.stop()
+
+    async def _reload_logged(self) -> None:
+        try:
+            await self.reload()
+        except MillhandError as error:
+            log.error("the configuration was not read again: %s", error.message)
+
+    async def _restart_publisher(self) -> None:
+        if self.publisher is not None:
+            await self.publisher.stop()
+            self.publisher = None
+        node = self.config.node
+        if self.config.telemetry.enabled:
+            self.publisher = Publisher(self.config.telemetry, node.group, node.id, self.store)
+            await self.publisher.start()
+
+    def _make_folders(self) -> None:
+        for key, folder in (("data_dir", self.config.node.data_dir), ("run_dir", self.config.node.run_dir)):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(
+                    f"[node] {key} = '{folder}' cannot be made: {error.strerror}",
+                    hint=f"create it for this user, or set [node] {key} to a folder that can be written",
+                ) from error
+            if not os.access(folder, os.W_OK):
+                raise ConfigError(
+                    f"[node] {key} = '{folder}' cannot be written", hint="give it to this user, or choose another"
+                )
+
+    def _match_profile(self) -> Match:
+        folders = [Path(folder) for _, folder in self.registry.collect("millhand_profiles")]
+        if self.config.node.profiles_dir is not None:
+            folders.append(self.config.node.profiles_dir)
+        profiles = load_profiles(folders)
+        if self.config.node.profile != "auto":
+            return profile_named(profiles, self.config.node.profile)
+        return match(profiles, self.hardware)
+
+    def _model_folders(self) -> list[Path]:
+        return [Path(folder) for _, folder in self.registry.collect("millhand_models")]
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.append(task)
+        task.add_done_callback(self._tasks.remove)
+
+    async def _watch_self(self) -> None:
+        """Feed the watchdog only after the store answered: a stuck disk or loop must let it bite."""
+        every_s = min(SELF_CHECK_EVERY_S, watchdog_interval_s() or SELF_CHECK_EVERY_S)
+        while True:
+            try:
+                async with asyncio.timeout(SELF_CHECK_DEADLINE_S):
+                    status = await self.store.status()
+                    export_gauges(self, status)
+                self.healthy_at = time.monotonic()
+                notify("WATCHDOG=1")
+            except TimeoutError:
+                log.error("the store did not answer within %g s", SELF_CHECK_DEADLINE_S)
+            except MillhandError as error:
+                log.error("self-check: %s", error.message)
+            await asyncio.sleep(every_s)
+
+    async def _retry_plugins(self) -> None:
+        delay_s = PLUGIN_RETRY_FIRST_S
+        while any(plugin.state == "failed" for plugin in self.registry.plugins.values()):
+            await asyncio.sleep(delay_s)
+            if self.registry.retry_failed():
+                await self.fleet.apply(self.config, self.publisher)
+            delay_s = min(delay_s * 2, PLUGIN_RETRY_LAST_S)
+
+
+def run(config: Config, config_path: Path | None = None) -> None:
+    """Run the agent until it is told to stop."""
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(Daemon(config, config_path).run_until_stopped())

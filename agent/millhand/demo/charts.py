@@ -1,0 +1,137 @@
+"""Line charts as inline SVG: readable on a phone, in light and dark, without a script."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+WIDTH = 640
+LEFT, RIGHT, TOP, BOTTOM = 62, 14, 34, 44
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A vertical line at `x` with a label; `style` is a CSS class: alert, failure, onset or peak."""
+
+    x: float
+    label: str
+    style: str
+
+
+@dataclass(frozen=True)
+class Span:
+    """A shaded stretch from `start` to `end` with a label in its middle."""
+
+    start: float
+    end: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One line over x. `x` and `y` have the same length; the axes carry units in their labels."""
+
+    title: str
+    x: Sequence[float]
+    y: Sequence[float]
+    x_label: str
+    y_label: str
+    marks: Sequence[Mark] = field(default_factory=tuple)
+    spans: Sequence[Span] = field(default_factory=tuple)
+    height: int = 250
+    y_low: float | None = None
+    y_high: float | None = None
+    x_low: float | None = None
+    x_high: float | None = None
+
+    def svg(self) -> str:
+        """The chart as one SVG element, scaled by its viewBox."""
+        frame = _Frame(self)
+        parts = [
+            f'<svg viewBox="0 0 {WIDTH} {self.height}" role="img" aria-label="{escape(self.title)}">',
+            *(frame.span(span) for span in self.spans),
+            *frame.grid(),
+            f'<path class="line" d="{frame.path()}"/>',
+            *frame.marks(),
+            f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{self.height - 6}" '
+            f'text-anchor="middle">{escape(self.x_label)}</text>',
+            f'<text class="axis" x="4" y="18">{escape(self.y_label)}</text>',
+            "</svg>",
+        ]
+        return "".join(parts)
+
+
+class _Frame:
+    """Maps a chart's data to the drawing."""
+
+    def __init__(self, chart: Chart) -> None:
+        self.chart = chart
+        points = [(x, y) for x, y in zip(chart.x, chart.y, strict=True) if math.isfinite(x) and math.isfinite(y)]
+        self.points = points or [(0.0, 0.0)]
+        xs, ys = zip(*self.points, strict=True)
+        self.x_low = min(xs) if chart.x_low is None else chart.x_low
+        self.x_high = max(xs) if chart.x_high is None else chart.x_high
+        self.y_low = min(ys) if chart.y_low is None else chart.y_low
+        self.y_high = max(ys) if chart.y_high is None else chart.y_high
+        if self.x_high <= self.x_low:
+            self.x_high = self.x_low + 1
+        if self.y_high <= self.y_low:
+            self.y_high = self.y_low + 1
+        self.bottom = chart.height - BOTTOM
+
+    def at_x(self, x: float) -> float:
+        return LEFT + (x - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
+
+    def at_y(self, y: float) -> float:
+        return self.bottom - (y - self.y_low) / (self.y_high - self.y_low) * (self.bottom - TOP)
+
+    def path(self) -> str:
+        steps = (f"{self.at_x(x):.1f} {self.at_y(y):.1f}" for x, y in self.points)
+        return "M" + "L".join(steps)
+
+    def grid(self) -> list[str]:
+        parts = []
+        for value in ticks(self.y_low, self.y_high, 4):
+            y = self.at_y(value)
+            parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            parts.append(f'<text class="axis" x="{LEFT - 6}" y="{y + 5:.1f}" text-anchor="end">{value:g}</text>')
+        for value in ticks(self.x_low, self.x_high, 6):
+            x = self.at_x(value)
+            parts.append(f'<text class="axis" x="{x:.1f}" y="{self.bottom + 18}" text-anchor="middle">{value:g}</text>')
+        return parts
+
+    def span(self, span: Span) -> str:
+        start, end = self.at_x(span.start), self.at_x(span.end)
+        middle = (start + end) / 2
+        return (
+            f'<rect class="span" x="{start:.1f}" y="{TOP}" width="{max(end - start, 0):.1f}" '
+            f'height="{self.bottom - TOP}"/>'
+            f'<text class="span" x="{middle:.1f}" y="{self.bottom - 8}" text-anchor="middle">{escape(span.label)}</text>'
+        )
+
+    def marks(self) -> list[str]:
+        """Labels of neighbouring marks alternate between two rows, so that they do not cover each other."""
+        parts = []
+        for index, mark in enumerate(sorted(self.chart.marks, key=lambda mark: mark.x)):
+            if not self.x_low <= mark.x <= self.x_high:
+                continue
+            x = self.at_x(mark.x)
+            anchor = "end" if x > WIDTH * 0.8 else "start" if x < WIDTH * 0.2 else "middle"
+            y = TOP - 4 if index % 2 else TOP + 14
+            parts.append(f'<line class="mark {mark.style}" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{self.bottom}"/>')
+            parts.append(
+                f'<text class="mark {mark.style}" x="{x:.1f}" y="{y}" text-anchor="{anchor}">{escape(mark.label)}</text>'
+            )
+        return parts
+
+
+def ticks(low: float, high: float, about: int) -> list[float]:
+    """Round values between low and high, steps of 1, 2 or 5 times a power of ten."""
+    raw = (high - low) / max(about, 1)
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(index * step, 10) for index in range(first, last + 1)]

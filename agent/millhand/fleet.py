@@ -1,0 +1,137 @@
+"""The assets of this node: one pipeline and one runner each, and the sinks their alerts and orders go to."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from millhand.assets import adapter_kinds, create_adapter
+from millhand.errors import ConfigError, MillhandError, suggestion
+from millhand.pipeline.asset import AssetPipeline
+from millhand.pipeline.features import builtin_extractors
+from millhand.pipeline.runner import AssetRunner
+from millhand.pipeline.sinks import SinkRunner
+
+if TYPE_CHECKING:
+    from millhand.config import Config
+    from millhand.hookspecs import FeatureExtractor, OrderWriter
+    from millhand.pipeline.settings import AssetSettings
+    from millhand.registry import Registry
+    from millhand.serving.manifest import Manifest
+    from millhand.serving.pool import ModelPool
+    from millhand.store import Store
+    from millhand.telemetry.publisher import Publisher
+
+log = logging.getLogger("millhand.fleet")
+
+
+class Fleet:
+    """Starts, changes and stops the assets that config names. One that cannot start waits and says why."""
+
+    def __init__(
+        self, config: Config, registry: Registry, store: Store, pool: ModelPool, publisher: Publisher | None
+    ) -> None:
+        self._config = config
+        self._registry = registry
+        self._store = store
+        self._pool = pool
+        self._publisher = publisher
+        self._runners: dict[str, AssetRunner] = {}
+        self._settings: dict[str, AssetSettings] = {}
+        self._waiting: dict[str, MillhandError] = {}
+        self._sinks: list[SinkRunner] = []
+
+    async def start(self) -> None:
+        for _, sink in self._registry.collect("millhand_sinks"):
+            runner = SinkRunner(sink, self._store)
+            await runner.start()
+            self._sinks.append(runner)
+        await self.apply(self._config, self._publisher)
+
+    async def apply(self, config: Config, publisher: Publisher | None) -> None:
+        """Start what is new, restart what changed, stop what is gone; leave the rest alone."""
+        self._config, self._publisher = config, publisher
+        wanted = {asset.name: asset for asset in config.assets}
+        for name in [name for name in self._runners if wanted.get(name) != self._settings[name]]:
+            await self._runners.pop(name).stop()
+            self._settings.pop(name)
+        kinds, extractors = adapter_kinds(self._registry), self._extractors()
+        for name, settings in wanted.items():
+            if name not in self._runners:
+                await self._start_asset(settings, kinds, extractors)
+        self._waiting = {name: error for name, error in self._waiting.items() if name in wanted}
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(runner.stop() for runner in self._runners.values()))
+        await asyncio.gather(*(sink.stop() for sink in self._sinks))
+
+    def statuses(self) -> list[dict[str, Any]]:
+        """The state of every asset, also of those that wait."""
+        running = [runner.status() for runner in self._runners.values()]
+        waiting = [
+            {"asset": name, "state": "waiting", "error": error.message, "hint": error.hint}
+            for name, error in self._waiting.items()
+        ]
+        return sorted([*running, *waiting], key=lambda status: str(status["asset"]))
+
+    def sink_statuses(self) -> list[dict[str, Any]]:
+        return [sink.status() for sink in self._sinks]
+
+    async def _start_asset(
+        self, settings: AssetSettings, kinds: Mapping[str, Any], extractors: Mapping[str, FeatureExtractor]
+    ) -> None:
+        try:
+            adapter = create_adapter(settings, kinds)
+            pipeline = AssetPipeline(
+                settings,
+                models=[self._model(settings, name, extractors) for name in settings.models],
+                infer=self._pool.infer,
+                store=self._store,
+                writer=self._writer(),
+            )
+        except MillhandError as error:
+            self._waiting[settings.name] = error
+            log.error("asset %s cannot start: %s", settings.name, error.message)
+            return
+        self._waiting.pop(settings.name, None)
+        runner = AssetRunner(adapter, pipeline, self._store, on_alive=self._report_alive)
+        self._runners[settings.name], self._settings[settings.name] = runner, settings
+        await runner.start()
+
+    def _report_alive(self, asset: str, alive: bool) -> None:
+        if self._publisher is not None:
+            self._publisher.set_asset_alive(asset, alive)
+
+    def _model(
+        self, settings: AssetSettings, name: str, extractors: Mapping[str, FeatureExtractor]
+    ) -> tuple[Manifest, FeatureExtractor]:
+        manifest = self._pool.manifest(name)
+        if manifest.window is None or manifest.prediction is None:
+            raise ConfigError(
+                f"asset '{settings.name}': model '{name}' has no [window] and [prediction]",
+                hint="a pipeline needs both in the model's model.toml",
+            )
+        extractor = extractors.get(manifest.features.extractor)
+        if extractor is None:
+            raise ConfigError(
+                f"model '{name}': extractor '{manifest.features.extractor}' is not known"
+                f"{suggestion(manifest.features.extractor, extractors)}",
+                hint="name the plugin that brings it under [plugins]",
+            )
+        return manifest, extractor
+
+    def _extractors(self) -> dict[str, FeatureExtractor]:
+        brought = [extractor for _, extractor in self._registry.collect("millhand_extractors")]
+        return {extractor.name: extractor for extractor in [*builtin_extractors(), *brought]}
+
+    def _writer(self) -> OrderWriter:
+        writers = {writer.name: writer for _, writer in self._registry.collect("millhand_order_writers")}
+        name = self._config.orders.writer
+        if name not in writers:
+            raise ConfigError(
+                f"[orders] writer = '{name}' is not known{suggestion(name, writers)}",
+                hint="'millhand plugin list' shows which writers' plugins are loaded",
+            )
+        return writers[name]

@@ -1,0 +1,51 @@
+"""Run every benchmark and keep what it printed last under benchmarks/results/<name>.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SCRIPTS: list[tuple[str, list[str]]] = [
+    ("footprint", ["footprint.py"]),
+    ("pipeline", ["pipeline.py"]),
+    ("worker_protocol", ["worker_protocol.py"]),
+    ("rig", ["eval/rig.py"]),
+]
+SUBSETS = ("FD001", "FD002", "FD003", "FD004")
+
+
+def main() -> int:
+    scripts = list(SCRIPTS)
+    data = os.environ.get("MILLHAND_DATA")
+    if data:
+        folder = str(Path(data) / "cmapss")
+        scripts += [
+            (f"cmapss_{name.lower()}", ["eval/cmapss.py", "--subset", name, "--data", folder]) for name in SUBSETS
+        ]
+    else:
+        print("MILLHAND_DATA is not set: the C-MAPSS evaluations are left out", file=sys.stderr)
+    failed = []
+    for name, command in scripts:
+        print(f"== {name}", flush=True)
+        path, *arguments = command
+        run = subprocess.run(
+            [sys.executable, str(HERE / path), *arguments], stdout=subprocess.PIPE, text=True, check=False
+        )
+        print(run.stdout)
+        lines = run.stdout.strip().splitlines()
+        if lines and lines[-1].startswith("{"):
+            text = json.dumps(json.loads(lines[-1]), indent=2) + "\n"
+            (HERE / "results" / f"{name}.json").write_text(text)
+        if run.returncode:
+            failed.append(name)
+    if failed:
+        print(f"goals missed or runs failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
