@@ -55,9 +55,8 @@ class Chart:
             *frame.grid(),
             f'<path class="line" d="{frame.path()}"/>',
             *frame.marks(),
-            f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{self.height - 6}" '
-            f'text-anchor="middle">{escape(self.x_label)}</text>',
-            f'<text class="axis" x="4" y="18">{escape(self.y_label)}</text>',
+            _text("axis", (LEFT + WIDTH - RIGHT) / 2, self.height - 6, "middle", self.x_label),
+            _text("axis", 4, 18, "start", self.y_label),
             "</svg>",
         ]
         return "".join(parts)
@@ -96,20 +95,17 @@ class _Frame:
         for value in ticks(self.y_low, self.y_high, 4):
             y = self.at_y(value)
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            parts.append(f'<text class="axis" x="{LEFT - 6}" y="{y + 5:.1f}" text-anchor="end">{value:g}</text>')
+            parts.append(_text("axis", LEFT - 6, y + 5, "end", f"{value:g}"))
         for value in ticks(self.x_low, self.x_high, 6):
             x = self.at_x(value)
-            parts.append(f'<text class="axis" x="{x:.1f}" y="{self.bottom + 18}" text-anchor="middle">{value:g}</text>')
+            parts.append(_text("axis", x, self.bottom + 18, "middle", f"{value:g}"))
         return parts
 
     def span(self, span: Span) -> str:
         start, end = self.at_x(span.start), self.at_x(span.end)
         middle = (start + end) / 2
-        return (
-            f'<rect class="span" x="{start:.1f}" y="{TOP}" width="{max(end - start, 0):.1f}" '
-            f'height="{self.bottom - TOP}"/>'
-            f'<text class="span" x="{middle:.1f}" y="{self.bottom - 8}" text-anchor="middle">{escape(span.label)}</text>'
-        )
+        box = f'x="{start:.1f}" y="{TOP}" width="{max(end - start, 0):.1f}" height="{self.bottom - TOP}"'
+        return f'<rect class="span" {box}/>' + _text("span", middle, self.bottom - 8, "middle", span.label)
 
     def marks(self) -> list[str]:
         """Labels of neighbouring marks alternate between two rows, so that they do not cover each other."""
@@ -121,10 +117,12 @@ class _Frame:
             anchor = "end" if x > WIDTH * 0.8 else "start" if x < WIDTH * 0.2 else "middle"
             y = TOP - 4 if index % 2 else TOP + 14
             parts.append(f'<line class="mark {mark.style}" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{self.bottom}"/>')
-            parts.append(
-                f'<text class="mark {mark.style}" x="{x:.1f}" y="{y}" text-anchor="{anchor}">{escape(mark.label)}</text>'
-            )
+            parts.append(_text(f"mark {mark.style}", x, y, anchor, mark.label))
         return parts
+
+
+def _text(style: str, x: float, y: float, anchor: str, text: str) -> str:
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
