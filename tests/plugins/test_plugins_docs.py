@@ -1,0 +1,95 @@
+"""Keeps each plugin's sample.toml and README.md in step with its pydantic models."""
+
+import importlib
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import millhand_plugins
+import pytest
+from millhand.validation import validate
+from pydantic import BaseModel
+
+FOLDERS = sorted(
+    folder for root in millhand_plugins.__path__ for folder in Path(root).iterdir() if (folder / "__init__.py").exists()
+)
+COMMENTED_KEY = re.compile(r"^# ?(?=[A-Za-z0-9_]+ = |\[)", re.MULTILINE)
+
+
+def models(name: str) -> Iterator[tuple[tuple[str, ...], type[BaseModel]]]:
+    """Where in the owner's config which model of this plugin stands."""
+    module = importlib.import_module(f"millhand_plugins.{name}")
+    config = None
+    if hasattr(module, "millhand_config"):
+        model = module.millhand_config()
+        yield ("plugins", name), model
+        config = model() if not any(field.is_required() for field in model.model_fields.values()) else None
+    if hasattr(module, "millhand_adapters"):
+        arguments = {"config": config}
+        wanted = module.millhand_adapters.__code__.co_varnames[: module.millhand_adapters.__code__.co_argcount]
+        for kind in module.millhand_adapters(*(arguments[argument] for argument in wanted)):
+            yield ("assets", kind.name), kind.options
+
+
+def table(document: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    if path[0] == "plugins":
+        return document.get("plugins", {}).get(path[1], {})
+    return next(asset["options"] for asset in document["assets"] if asset["adapter"] == path[1])
+
+
+def inner_model(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for argument in get_args(annotation) if (found := inner_model(argument))), None)
+
+
+def first_table(value: Any) -> dict[str, Any]:
+    return value[0] if isinstance(value, list) else value
+
+
+def missing_keys(model: type[BaseModel], document: dict[str, Any], path: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        if name not in document:
+            yield f"{path}{name}"
+        elif (inner := inner_model(field.annotation)) is not None and document[name]:
+            yield from missing_keys(inner, first_table(document[name]), f"{path}{name}.")
+
+
+def wrong_defaults(shown: BaseModel, given: dict[str, Any], path: str = "") -> Iterator[str]:
+    """Keys that stand in the sample as a comment, with a value that is not the default."""
+    for name, field in type(shown).model_fields.items():
+        value = getattr(shown, name)
+        first = value[0] if isinstance(value, tuple) and value else value
+        if isinstance(first, BaseModel):
+            yield from wrong_defaults(first, first_table(given.get(name, {})), f"{path}{name}.")
+        elif name not in given and value != field.get_default(call_default_factory=True):
+            yield f"{path}{name} = {value!r}"
+
+
+def all_keys(model: type[BaseModel]) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield name
+        if (inner := inner_model(field.annotation)) is not None:
+            yield from all_keys(inner)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_sample_readme_and_model_agree(folder: Path) -> None:
+    found = list(models(folder.name))
+    if not found:
+        pytest.skip("it takes no options")
+    if not (folder / "README.md").exists():
+        pytest.skip("it has no README.md yet: still being written")
+    text = (folder / "sample.toml").read_text()
+    given, whole = tomllib.loads(text), tomllib.loads(COMMENTED_KEY.sub("", text))
+    readme = (folder / "README.md").read_text()
+    for path, model in found:
+        label = f"{folder.name}: {'.'.join(path)}"
+        validate(model, table(given, path), label)
+        shown = validate(model, table(whole, path), label)
+        assert not list(missing_keys(model, table(whole, path))), f"{label}: keys that sample.toml does not show"
+        assert not list(wrong_defaults(shown, table(given, path))), f"{label}: commented, but not the default"
+        absent = [key for key in all_keys(model) if not re.search(rf"^\| `{key}` \|", readme, re.MULTILINE)]
+        assert not absent, f"{label}: keys that no table of README.md explains"
