@@ -1,8 +1,8 @@
 """What one step of an asset commits, and the rows that leave the node.
 
 A row is identified by (group, node, epoch, stream, seq). The epoch is the UUID of the database file. Each stream has
-its own persisted counter that is never reused: `alert` carries alerts, work orders and gaps; `bulk` carries readings
-and predictions, one row for each committed step.
+its own persisted counter that is never reused: `alert` carries alerts and work orders; `bulk` carries readings and
+predictions, one row for each committed step. Each stream carries its own gaps, so that "all up to seq" stays true.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ class Gap(msgspec.Struct, frozen=True):
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One message to the hub. `body` is the MessagePack of Bulk, Alert, WorkOrder or Gap, as `kind` says."""
+    """One message to the hub. `body` is the MessagePack of Bulk, Alert, WorkOrder or Gap, as `kind` says.
+
+    A gap's `seq` is its last one, so that after any row everything up to its `seq` is told.
+    """
 
     stream: str
     seq: int
@@ -58,6 +61,7 @@ class Row(msgspec.Struct, frozen=True):
     kind: str
     created_ns: int
     body: bytes
+    epoch: str = ""
 
     def record(self) -> Bulk | Alert | WorkOrder | Gap:
         """Decode `body`."""

@@ -1,0 +1,136 @@
+"""Alerts, work orders, and the cursors of the sinks that hand them on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from millhand.errors import StoreError
+from millhand.records import Alert, AlertState, WorkOrder
+from millhand.store.catalog import Catalog
+from millhand.store.database import Database
+from millhand.store.outbox import Outbox
+from millhand.store.rows import KINDS
+
+_RANK = {AlertState.OPEN: 0, AlertState.ACKED: 1, AlertState.CLEARED: 2}
+
+
+class AlertBook:
+    """One row for each alert and each order as it is now, and one row on the `alert` stream for each change."""
+
+    def __init__(self, database: Database, catalog: Catalog, outbox: Outbox) -> None:
+        self._database = database
+        self._catalog = catalog
+        self._outbox = outbox
+
+    # ---- inside a transaction ---------------------------------------------------------------------------------------
+
+    def apply(self, alert: Alert) -> Alert:
+        """Insert or update by id; an alert that changes nothing leaves no row. Returns what is stored now.
+
+        An alert goes from open over acknowledged to cleared and never back, and who acknowledged it stays known: a
+        rule that updates its alert does not undo what a person did.
+        """
+        known = self.alert(alert.id)
+        if known is not None:
+            state = max(known.state, alert.state, key=_RANK.__getitem__)
+            alert = msgspec.structs.replace(alert, state=state, acked_by=alert.acked_by or known.acked_by)
+            if state is known.state and alert.changed_ns < known.changed_ns:
+                alert = msgspec.structs.replace(alert, changed_ns=known.changed_ns)
+            if alert == known:
+                return known
+        body, stored_s = msgspec.msgpack.encode(alert), self._database.clock.now_s()
+        asset_id = self._catalog.asset_id(alert.asset)
+        self._database.connection.execute(
+            "INSERT INTO alert (id, asset_id, state, raised_ns, stored_s, body) VALUES (?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT (id) DO UPDATE SET state = excluded.state, stored_s = excluded.stored_s, body = excluded.body",
+            (alert.id, asset_id, str(alert.state), alert.raised_ns, stored_s, body),
+        )
+        self._outbox.append_alert(asset_id, "alert", stored_s, body)
+        return alert
+
+    def add_order(self, order: WorkOrder) -> None:
+        """Insert an order and its stream row; a known id changes nothing."""
+        body, stored_s = msgspec.msgpack.encode(order), self._database.clock.now_s()
+        asset_id = self._catalog.asset_id(order.asset)
+        cursor = self._database.connection.execute(
+            "INSERT OR IGNORE INTO work_order (id, alert_id, asset_id, created_ns, stored_s, body) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
+            (order.id, order.alert_id, asset_id, order.created_ns, stored_s, body),
+        )
+        if cursor.rowcount:
+            self._outbox.append_alert(asset_id, "order", stored_s, body)
+
+    # ---- whole calls ------------------------------------------------------------------------------------------------
+
+    def acknowledge(self, alert_id: str, by: str, now_ns: int) -> Alert:
+        known = self.alert(alert_id)
+        if known is None:
+            raise StoreError(f"alert '{alert_id}' is not known", hint="list the alerts with: millhand alert list")
+        if known.acked_by:
+            return known
+        state = AlertState.ACKED if known.state is AlertState.OPEN else known.state
+        with self._database.transaction():
+            alert = self.apply(msgspec.structs.replace(known, state=state, acked_by=by, changed_ns=now_ns))
+            self._outbox.save()
+        return alert
+
+    def alert(self, alert_id: str) -> Alert | None:
+        row = self._database.connection.execute("SELECT body FROM alert WHERE id = ?", (alert_id,)).fetchone()
+        return None if row is None else msgspec.msgpack.decode(row[0], type=Alert)
+
+    def alerts(self, state: str | None, asset: str | None, limit: int) -> list[Alert]:
+        rows = self._database.connection.execute(
+            "SELECT body FROM alert WHERE (?1 IS NULL OR state = ?1) "
+            "AND (?2 IS NULL OR asset_id = (SELECT id FROM asset WHERE name = ?2)) "
+            "ORDER BY raised_ns DESC, id LIMIT ?3",
+            (state, asset, limit),
+        )
+        return [msgspec.msgpack.decode(body, type=Alert) for (body,) in rows]
+
+    def order(self, order_id: str) -> WorkOrder | None:
+        row = self._database.connection.execute("SELECT body FROM work_order WHERE id = ?", (order_id,)).fetchone()
+        return None if row is None else msgspec.msgpack.decode(row[0], type=WorkOrder)
+
+    def orders(self, asset: str | None, alert_id: str | None, limit: int) -> list[WorkOrder]:
+        rows = self._database.connection.execute(
+            "SELECT body FROM work_order WHERE (?1 IS NULL OR asset_id = (SELECT id FROM asset WHERE name = ?1)) "
+            "AND (?2 IS NULL OR alert_id = ?2) ORDER BY created_ns DESC, id LIMIT ?3",
+            (asset, alert_id, limit),
+        )
+        return [msgspec.msgpack.decode(body, type=WorkOrder) for (body,) in rows]
+
+    # ---- sinks ------------------------------------------------------------------------------------------------------
+
+    def sink_cursor(self, name: str) -> int:
+        """Where the sink stands; a sink seen for the first time begins with what comes next, not with the past."""
+        connection = self._database.connection
+        row = connection.execute("SELECT cursor FROM sink WHERE name = ?", (name,)).fetchone()
+        if row is not None:
+            return int(row[0])
+        last = self._outbox.state("alert").last
+        with self._database.transaction():
+            connection.execute("INSERT INTO sink (name, cursor) VALUES (?, ?)", (name, last))
+        return last
+
+    def advance_sink(self, name: str, cursor: int) -> None:
+        cursor = min(cursor, self._outbox.state("alert").last)
+        with self._database.transaction() as connection:
+            connection.execute(
+                "INSERT INTO sink (name, cursor) VALUES (?1, ?2) "
+                "ON CONFLICT (name) DO UPDATE SET cursor = max(cursor, excluded.cursor)",
+                (name, cursor),
+            )
+
+    def records_after(self, cursor: int, limit: int) -> Sequence[tuple[int, Alert | WorkOrder]]:
+        rows = self._database.connection.execute(
+            "SELECT seq, kind, body FROM alert_row WHERE seq > ? ORDER BY seq LIMIT ?", (cursor, limit)
+        )
+        return [(seq, _record(kind, body)) for seq, kind, body in rows]
+
+
+def _record(kind: str, body: bytes) -> Alert | WorkOrder:
+    record = msgspec.msgpack.decode(body, type=KINDS[kind])
+    assert isinstance(record, Alert | WorkOrder)
+    return record
