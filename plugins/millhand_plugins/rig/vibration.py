@@ -89,13 +89,13 @@ class Vibration:
 
     @cached_property
     def _grid_s(self) -> Array:
-        return np.arange(END_MS // GRID_MS + 1) * (GRID_MS / 1000)
+        return np.arange(END_MS // GRID_MS + 1, dtype=np.float64) * (GRID_MS / 1000)
 
     def _line(self, moment: _Moment, order: float, phase: float, radial_mm_s: Array, axial_mm_s: Array) -> Array:
         """A spectral line of the given RMS velocities at `order` times the shaft's frequency, as acceleration in g."""
         omega = 2 * np.pi * order * moment.speed * self._traits.rated_speed_rpm / 60
-        wave = math.sqrt(2) * omega * np.cos(order * moment.angle + phase) / (1000 * GRAVITY_M_S2)
-        return np.stack([radial_mm_s * wave, axial_mm_s * wave])
+        wave: Array = math.sqrt(2) * omega * np.cos(order * moment.angle + phase) / (1000 * GRAVITY_M_S2)
+        return np.array([radial_mm_s * wave, axial_mm_s * wave], dtype=np.float64)
 
     def _imbalance(self, moment: _Moment, severity: float) -> Array:
         """A heavy spot: the force, and so the acceleration, grows with the speed squared; the velocity with speed."""
