@@ -118,10 +118,13 @@ class FeatureExtractor(Protocol):
 class Features(Protocol):
     """What an extractor returns; `millhand.pipeline.features.FeatureSet` is the plain implementation."""
 
-    tensors: Mapping[str, NDArray[np.float32]]
-    """Input name -> array WITHOUT the batch dimension."""
-    evidence: Mapping[str, float]
-    """Measured facts for people, keys with units: {"velocity_rms_mm_s": 4.2}."""
+    @property
+    def tensors(self) -> Mapping[str, NDArray[np.float32]]:
+        """Input name -> array WITHOUT the batch dimension."""
+
+    @property
+    def evidence(self) -> Mapping[str, float]:
+        """Measured facts for people, keys with units: {"velocity_rms_mm_s": 4.2}."""
 
 
 class OrderWriter(Protocol):
@@ -162,7 +165,6 @@ class LanguageServer(Protocol):
 
     def command(self, model: Path, port: int, options: Mapping[str, Any]) -> Sequence[str]:
         """The argv to start."""
-
 
 
 # ---- hooks ----------------------------------------------------------------------------------------------------------
