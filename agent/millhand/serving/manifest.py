@@ -8,14 +8,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from millhand.records import AssetState, Severity
+from millhand.serving.tensors import DATATYPES
 from millhand.validation import StrictTable, read_toml, validate
-
-# Open Inference Protocol v2 names -> NumPy names
-DATATYPES = {
-    "BOOL": "bool", "UINT8": "uint8", "UINT16": "uint16", "UINT32": "uint32", "UINT64": "uint64", "INT8": "int8",
-    "INT16": "int16", "INT32": "int32", "INT64": "int64", "FP16": "float16", "FP32": "float32", "FP64": "float64",
-    "BYTES": "object",
-}  # fmt: skip
 
 
 class TensorSpec(StrictTable):
@@ -31,6 +25,10 @@ class TensorSpec(StrictTable):
     def _known_datatype(self) -> TensorSpec:
         if self.datatype not in DATATYPES:
             raise ValueError(f"datatype '{self.datatype}' is none of {', '.join(DATATYPES)}")
+        if not self.shape or self.shape[0] != -1 or min(self.shape) < -1:
+            raise ValueError(
+                f"shape {list(self.shape)} must begin with -1, the batch; -1 elsewhere is a free dimension"
+            )
         return self
 
 
@@ -131,6 +129,14 @@ class Manifest(StrictTable):
     warmup: int = Field(default=1, ge=0)
     """Inferences run on zeros before the model is ready."""
     metadata: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    """Backend options for this model alone; they win over the plugin's table."""
+    isolation: Literal["auto", "shared", "own"] = "auto"
+    """Which worker: auto = its own on an accelerator, one shared by all models on the CPU."""
+
+    def specs(self, tensors: tuple[TensorSpec, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Tensor name -> (NumPy dtype name, shape), as sessions state theirs."""
+        return {tensor.name: (DATATYPES[tensor.datatype], tensor.shape) for tensor in tensors}
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -1,0 +1,173 @@
+"""The worker's end of one client connection. Imported by workers: Python 3.10."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from millhand.errors import InputError
+from millhand.serving import protocol
+from millhand.serving.batcher import Request
+from millhand.serving.lanes import LoadedModel
+from millhand.serving.ring import Ring
+
+UNSENT_BYTES_CAP = 512 << 20
+
+
+class Connection:
+    """Frames in by the main thread, frames out by any thread."""
+
+    def __init__(
+        self, connection: socket.socket, flush_later: Callable[[Connection], None], control: bool = False
+    ) -> None:
+        connection.setblocking(False)
+        self.socket = connection
+        self.control = control
+        self.greeted = False
+        self.closed = False
+        self.failed = False
+        """Set by a sender that met an error or an over-full buffer; the main thread then closes."""
+        self.pending: dict[int, Request] = {}
+        self._flush_later = flush_later
+        self._ring: Ring | None = None
+        self._fds: list[int] = []
+        self._reader = protocol.FrameReader()
+        self._lock = threading.Lock()
+        self._unsent = bytearray()
+
+    def read(self) -> list[protocol.Frame]:
+        """Receive once. Raises ProtocolError, EOFError, BlockingIOError or OSError."""
+        if self.greeted:
+            return self._reader.read(self.socket)
+        data, fds, _, _ = socket.recv_fds(self.socket, protocol.READ_BYTES, 1)
+        self._fds += fds
+        return self._reader.feed(data)
+
+    def greet(self, frame: protocol.Frame) -> None:
+        """Answer the hello. Raises ProtocolError for another version, or a ring that is not as announced."""
+        if frame.kind != protocol.HELLO:
+            raise protocol.ProtocolError("the first frame is no hello", hint="speak the worker protocol")
+        hello = protocol.decode_hello(frame.body)
+        if hello.version != protocol.VERSION:
+            raise protocol.ProtocolError(
+                f"the client speaks worker protocol {hello.version}, this worker speaks {protocol.VERSION}",
+                hint="run the same millhand on both sides",
+            )
+        try:
+            if hello.slots and self._fds:
+                self._ring = Ring.attach(self._fds[0], hello.slots, hello.slot_bytes)
+            elif hello.slots:
+                raise InputError("the hello announces a ring but carries no descriptor", hint="send it as SCM_RIGHTS")
+        except (InputError, OSError, ValueError) as error:
+            raise protocol.ProtocolError(f"the ring is refused: {error}", hint="mend the client") from error
+        finally:
+            self._close_fds()
+        self.greeted = True
+        answer = protocol.Hello(protocol.VERSION, hello.slots, hello.slot_bytes, os.getpid())
+        self.send(protocol.frame(protocol.HELLO, frame.request, answer))
+
+    def slot(self, number: int) -> memoryview:
+        """The memory of a slot. Raises InputError where there is none."""
+        if self._ring is None:
+            raise InputError(f"slot {number} is named, but the connection has no ring", hint="send tensors inline")
+        return self._ring.slot(number)
+
+    def answer(self, request_id: int, kind: int, body: Any, payload: Sequence[Any] = (), size: int = 0) -> None:
+        """Answer a pending request; a second answer, or one to a client that left, is none."""
+        if self.pending.pop(request_id, None) is not None:
+            self.send(protocol.frame(kind, request_id, body, payload, size))
+
+    def send(self, parts: list[Any]) -> None:
+        """Send at once what the socket takes, leave the rest to the main thread. Never blocks, never raises."""
+        with self._lock:
+            if self.closed or self.failed:
+                return
+            sent = 0
+            if not self._unsent:
+                try:
+                    sent = self.socket.sendmsg(parts)
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    self.failed = True
+            if not self.failed and not self._keep(parts, sent):
+                return
+        self._flush_later(self)
+
+    def _keep(self, parts: list[Any], sent: int) -> bool:
+        """Keep what was not sent; False where nothing is left."""
+        before = len(self._unsent)
+        for part in parts:
+            view = memoryview(part).cast("B")
+            if sent < len(view):
+                self._unsent += view[sent:]
+            sent = max(sent - len(view), 0)
+        self.failed = len(self._unsent) > UNSENT_BYTES_CAP
+        return len(self._unsent) > before
+
+    def flush(self) -> bool:
+        """Send more of what was kept; True when nothing is left. Raises OSError."""
+        with self._lock:
+            sent = self.socket.send(self._unsent)
+            del self._unsent[:sent]
+            return not self._unsent
+
+    def close(self) -> None:
+        with self._lock:
+            self.closed = True
+            self._close_fds()
+            self.socket.close()
+            self._ring = None
+            self._unsent.clear()
+
+    def _close_fds(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
+
+
+class Origin:
+    """Where a request came from and where its answer goes."""
+
+    __slots__ = ("connection", "model", "request_id", "slot", "wanted")
+
+    def __init__(
+        self,
+        connection: Connection,
+        request_id: int,
+        slot: memoryview | None,
+        wanted: Sequence[str],
+        model: LoadedModel,
+    ) -> None:
+        self.connection = connection
+        self.request_id = request_id
+        self.slot = slot
+        """None: the answer travels inline."""
+        self.wanted = wanted
+        self.model = model
+
+    def succeed(self, outputs: dict[str, NDArray[Any]], queue_ns: int, compute_ns: int, rows: int) -> None:
+        """Answer with the outputs: in the request's slot where they fit, else inline."""
+        if self.wanted:
+            outputs = {name: outputs[name] for name in self.wanted}
+        # An output may be a view of the inputs (identity); then it must leave the slot before it is written there.
+        own = None if self.slot is None else np.frombuffer(self.slot, np.uint8)
+        if own is not None:
+            outputs = {name: a.copy() if np.may_share_memory(a, own) else a for name, a in outputs.items()}
+        try:
+            tensors, payload, size = protocol.place(outputs, self.slot)
+        except Exception as error:
+            self.fail(error)
+            return
+        result = protocol.Result(size >= 0, tensors, self.model.version, queue_ns, compute_ns, rows)
+        self.connection.answer(self.request_id, protocol.RESULT, result, payload, max(size, 0))
+
+    def fail(self, error: BaseException) -> None:
+        """Answer with an error."""
+        self.connection.answer(self.request_id, protocol.ERROR, protocol.fault_of(error))

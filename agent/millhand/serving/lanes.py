@@ -1,0 +1,190 @@
+"""Model versions inside a worker: how one is loaded and proved, runs its batches, and is freed.
+
+Imported by workers: Python 3.10.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import inspect
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from millhand.errors import MillhandError, ModelError, PluginError, suggestion
+from millhand.serving.batcher import Batch, Lane, Request
+from millhand.serving.tensors import check_inputs, check_session, zeros
+
+Spec = "tuple[str, tuple[int, ...]]"
+
+
+class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Arguments of the control call `load`."""
+
+    model: str
+    version: int
+    artifact: str
+    backend: str
+    module: str
+    """The plugin that brings the backend."""
+    plugin_options: dict[str, Any] = {}
+    """The plugin's validated table."""
+    options: dict[str, Any] = {}
+    """What model.toml and the profile add to it for this model."""
+    accelerator: str = "cpu"
+    inputs: dict[str, tuple[str, tuple[int, ...]]]
+    outputs: dict[str, tuple[str, tuple[int, ...]]]
+    max_batch: int
+    max_delay_us: int = 0
+    queue: int = 256
+    warmup: int = 1
+
+
+class LaneStats(msgspec.Struct):
+    """Counts since the version was loaded. Sums are nanoseconds over answered requests, compute_ns over batches."""
+
+    success: int = 0
+    failed: int = 0
+    expired: int = 0
+    cancelled: int = 0
+    rejected: int = 0
+    batches: int = 0
+    rows: int = 0
+    queue_ns: int = 0
+    compute_ns: int = 0
+    batch_rows: Counter[int] = msgspec.field(default_factory=Counter)
+
+
+class LoadedModel:
+    """One model version that is ready; owns its lane."""
+
+    def __init__(self, request: LoadRequest) -> None:
+        """Load, check against model.toml and warm up. Raises ModelError or PluginError; then nothing stays loaded."""
+        self.name = request.model
+        self.version = request.version
+        self.stats = LaneStats()
+        self.inputs, self.outputs = request.inputs, request.outputs
+        started = time.monotonic()
+        backend = find_backend(request.module, request.backend, request.plugin_options)
+        try:
+            self.session = backend.load(
+                Path(request.artifact), request.accelerator, {**request.plugin_options, **request.options}
+            )
+        except MillhandError:
+            raise
+        except Exception as error:
+            raise self._failure(error, "could not be loaded") from error
+        try:
+            check_session(self.name, "input", request.inputs, self.session.inputs)
+            check_session(self.name, "output", request.outputs, self.session.outputs)
+            for _ in range(request.warmup):
+                self._run(zeros(self.inputs, 1), 1)
+        except BaseException as error:
+            self.session.close()
+            if isinstance(error, MillhandError):
+                raise
+            raise self._failure(error, "failed its warm-up") from error
+        self.load_ms = (time.monotonic() - started) * 1e3
+        self.lane = Lane(request.max_batch, request.max_delay_us * 1000, request.queue, owner=self)
+
+    def check(self, tensors: dict[str, NDArray[Any]]) -> int:
+        """Return the number of rows. Raises InputError naming the tensor."""
+        return check_inputs(self.name, self.inputs, tensors, self.lane.max_batch)
+
+    def run(self, batch: Batch) -> list[tuple[Request, dict[str, NDArray[Any]] | Exception]]:
+        """Run a batch and give each request its own rows or its own error."""
+        requests = batch.requests
+        started_ns = time.monotonic_ns()
+        try:
+            outputs = self._run(_joined(requests), sum(request.rows for request in requests))
+        except Exception as error:
+            if len(requests) > 1:  # one bad request must not fail its neighbours
+                return [part for request in requests for part in self.run(Batch(batch.lane, [request], []))]
+            self.stats.failed += 1
+            return [(requests[0], error if isinstance(error, MillhandError) else self._failure(error, "failed"))]
+        self._count(requests, started_ns)
+        if len(requests) == 1:
+            return [(requests[0], outputs)]
+        parts: list[tuple[Request, dict[str, NDArray[Any]] | Exception]] = []
+        start = 0
+        for request in requests:
+            stop = start + request.rows
+            parts.append((request, {name: array[start:stop] for name, array in outputs.items()}))
+            start = stop
+        return parts
+
+    def close(self) -> None:
+        """Free the model's memory and give it back to the system."""
+        self.session.close()
+        del self.session
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+    def metadata(self) -> dict[str, Any]:
+        return {
+            "model": self.name,
+            "version": self.version,
+            "inputs": self.inputs,
+            "outputs": self.outputs,
+            "max_batch": self.lane.max_batch,
+            "load_ms": self.load_ms,
+        }
+
+    def _run(self, inputs: dict[str, NDArray[Any]], rows: int) -> dict[str, NDArray[Any]]:
+        outputs: dict[str, NDArray[Any]] = self.session.run(inputs)
+        for name, array in outputs.items():
+            if array.ndim == 0 or array.shape[0] != rows:
+                raise ModelError(
+                    f"model '{self.name}': output '{name}' has shape {list(array.shape)} for a batch of {rows}",
+                    hint="export the model with a free first dimension on every input and output",
+                )
+        return outputs
+
+    def _count(self, requests: list[Request], started_ns: int) -> None:
+        stats, rows = self.stats, sum(request.rows for request in requests)
+        stats.compute_ns += time.monotonic_ns() - started_ns
+        stats.queue_ns += sum(started_ns - request.arrival_ns for request in requests)
+        stats.success += len(requests)
+        stats.batches += 1
+        stats.rows += rows
+        stats.batch_rows[rows] += 1
+
+    def _failure(self, error: BaseException, what: str) -> ModelError:
+        return ModelError(
+            f"model '{self.name}' version {self.version} {what}: {type(error).__name__}: {error}",
+            hint="report this to the author of the model or of its backend",
+        )
+
+
+def _joined(requests: list[Request]) -> dict[str, NDArray[Any]]:
+    if len(requests) == 1:
+        return dict(requests[0].inputs)
+    return {name: np.concatenate([request.inputs[name] for request in requests]) for name in requests[0].inputs}
+
+
+def find_backend(module_name: str, backend_name: str, options: dict[str, Any]) -> Any:
+    """Import the plugin and return its backend of that name. Raises PluginError, whatever the plugin does."""
+    try:
+        hook = importlib.import_module(module_name).millhand_backends
+        config = SimpleNamespace(**options)
+        found = hook(config) if inspect.signature(hook).parameters else hook()
+        backends = {backend.name: backend for backend in found}
+    except Exception as error:
+        raise PluginError(
+            f"plugin '{module_name}' gave no backend: {type(error).__name__}: {error}",
+            hint="install what it needs for the workers' interpreter, or report this to its author",
+        ) from error
+    if backend_name not in backends:
+        raise PluginError(
+            f"plugin '{module_name}' has no backend '{backend_name}'{suggestion(backend_name, backends)}",
+            hint=f"it has {', '.join(backends)}",
+        )
+    return backends[backend_name]

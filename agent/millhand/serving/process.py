@@ -1,0 +1,192 @@
+"""One worker process as the daemon sees it: started by exec, spoken to over its control socket, ended for good."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections import deque
+from pathlib import Path
+
+import msgspec
+
+import millhand
+from millhand.control import check_socket_path
+from millhand.errors import WorkerError
+from millhand.serving.blackbox import Blackbox
+from millhand.serving.client import WorkerClient
+from millhand.serving.settings import ModelSettings, WorkerDefaults
+
+log = logging.getLogger("millhand.serving")
+
+# What a foreign interpreter runs: its own packages win, millhand and the plugins come last.
+FOREIGN_START = (
+    "import sys; sys.path.extend(sys.argv.pop(1).split(':')); from millhand.serving.worker import main; main()"
+)
+LISTEN_BACKLOG = 64
+STDERR_LINES = 20
+STDERR_LINE_CHARACTERS = 400
+
+
+class WorkerProcess:
+    """A living worker. Make one with `start`."""
+
+    def __init__(self, name: str, path: Path, process: asyncio.subprocess.Process, blackbox: Blackbox) -> None:
+        self.name = name
+        self.path = path
+        """The socket that other clients connect to."""
+        self.pid = process.pid
+        self.blackbox = blackbox
+        self.client: WorkerClient
+        self.last_words: deque[str] = deque(maxlen=STDERR_LINES)
+        self._process = process
+        self._stderr = asyncio.create_task(self._read_stderr())
+
+    @classmethod
+    async def start(
+        cls, name: str, path: Path, accelerator: str, settings: ModelSettings, defaults: WorkerDefaults
+    ) -> WorkerProcess:
+        """Start a worker and wait for its hello. Raises WorkerError naming the remedy."""
+        listener = _listen(path)
+        near, far = socket.socketpair()
+        blackbox, blackbox_fd = Blackbox.create()
+        try:
+            argument = {
+                "name": name,
+                "control_fd": far.fileno(),
+                "blackbox_fd": blackbox_fd,
+                "listen_fd": listener.fileno(),
+                "cpus": settings.cpus or defaults.cpus,
+            }
+            interpreter = settings.interpreter or defaults.interpreter
+            process = await asyncio.create_subprocess_exec(
+                *_command(interpreter, msgspec.json.encode(argument).decode()),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                pass_fds=(far.fileno(), blackbox_fd, listener.fileno()),
+                env=_environment(accelerator, settings.threads or defaults.threads),
+                start_new_session=True,  # Ctrl-C reaches the daemon alone, which ends workers in order
+            )
+        except OSError as error:
+            near.close()
+            os.unlink(path)
+            raise WorkerError(
+                f"worker '{name}' cannot be started with '{interpreter or sys.executable}': {error.strerror}",
+                hint="mend [models] interpreter or the profile's",
+                retriable=False,
+            ) from error
+        finally:
+            far.close()
+            listener.close()
+            os.close(blackbox_fd)
+        self = cls(name, path, process, blackbox)
+        self.client = WorkerClient(near, name, settings.ring_slots, settings.ring_slot_bytes)
+        try:
+            await self.client.start(settings.load_timeout_s)
+        except BaseException as error:
+            await self.kill()
+            if isinstance(error, Exception):
+                raise WorkerError(
+                    f"worker '{name}' did not start: {self.last_word() or error}",
+                    hint="the workers' interpreter needs NumPy, msgspec, pluggy and the backend",
+                ) from error
+            raise
+        return self
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """Let waiting requests run, then end the process; after `grace_s` without mercy."""
+        with contextlib.suppress(WorkerError):
+            await self.client.call("shutdown", timeout_s=grace_s)
+        await self.kill()
+
+    async def kill(self) -> int:
+        """End the process now and return its exit status (negative: the signal)."""
+        self.client.close() if hasattr(self, "client") else None
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        status = await self._process.wait()
+        await self._stderr
+        self.blackbox.close()
+        self.path.unlink(missing_ok=True)
+        return status
+
+    async def exit_status(self, within_s: float) -> int | None:
+        """The status of a process that ends by itself within that time, else None."""
+        try:
+            async with asyncio.timeout(within_s):
+                return await self._process.wait()
+        except TimeoutError:
+            return None
+
+    def last_word(self) -> str:
+        """The last line that it wrote to stderr."""
+        return self.last_words[-1] if self.last_words else ""
+
+    async def _read_stderr(self) -> None:
+        assert self._process.stderr is not None
+        rest = b""
+        while chunk := await self._process.stderr.read(4096):
+            *lines, rest = (rest + chunk).split(b"\n")
+            rest = rest[-STDERR_LINE_CHARACTERS:]
+            for line in lines:
+                self._keep(line)
+        if rest:
+            self._keep(rest)
+
+    def _keep(self, line: bytes) -> None:
+        text = line.decode(errors="replace").strip()[:STDERR_LINE_CHARACTERS]
+        if text:
+            self.last_words.append(text)
+            log.warning("worker %s: %s", self.name, text)  # the log limits repeats
+
+
+def describe_exit(status: int | None) -> str:
+    """Words for an exit status."""
+    if status is None:
+        return "closed its control socket"
+    if status < 0:
+        return f"died of {signal.Signals(-status).name}"
+    return f"exited with status {status}"
+
+
+def _listen(path: Path) -> socket.socket:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(os.fspath(check_socket_path(path)))
+        path.chmod(0o660)
+        listener.listen(LISTEN_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _command(interpreter: Path | None, argument: str) -> list[str]:
+    if interpreter is None or os.fspath(interpreter) == sys.executable:
+        return [sys.executable, "-m", "millhand.serving.worker", argument]
+    roots = [str(Path(millhand.__file__).parents[1])]
+    with contextlib.suppress(ImportError):
+        import millhand_plugins
+
+        roots += [str(Path(folder).parent) for folder in millhand_plugins.__path__]
+    return [os.fspath(interpreter), "-c", FOREIGN_START, ":".join(dict.fromkeys(roots)), argument]
+
+
+def _environment(accelerator: str, threads: int) -> dict[str, str]:
+    return {
+        **os.environ,
+        "ORT_DISABLE_TELEMETRY": "1",
+        "CUDA_VISIBLE_DEVICES": "" if accelerator == "cpu" else accelerator,
+        "OMP_NUM_THREADS": str(threads),
+        # NumPy only copies here; its BLAS would reserve memory for a thread on each core.
+        "OPENBLAS_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "2",
+        "PYTHONUNBUFFERED": "1",
+    }

@@ -1,0 +1,233 @@
+"""Keeps one worker alive: starts it for its first model, watches it, restarts it with back-off, ends it after its last.
+
+What it does not decide: which versions should run. That is the pool's, which is told of every death.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+
+from millhand.errors import MillhandError, WorkerError
+from millhand.serving.blackbox import LOAD, RUN
+from millhand.serving.client import WorkerClient
+from millhand.serving.lanes import LoadRequest
+from millhand.serving.process import WorkerProcess, describe_exit
+from millhand.serving.settings import ModelSettings
+
+log = logging.getLogger("millhand.serving")
+
+EXIT_WAIT_S = 0.5
+Key = tuple[str, int]  # model, version
+
+
+class SupervisedWorker:
+    """A worker by name, across the processes that it takes to keep it running."""
+
+    def __init__(
+        self,
+        name: str,
+        launch: Callable[[str, int], Awaitable[WorkerProcess]],
+        settings: ModelSettings,
+        on_death: Callable[[Key | None, str], None],
+        on_change: Callable[[], None],
+        on_load_failed: Callable[[Key, MillhandError], None],
+    ) -> None:
+        """`launch(name, generation)` starts a process. `on_death(blamed, reason)` may change `wanted`."""
+        self.name = name
+        self.wanted: dict[Key, LoadRequest] = {}
+        """Versions that run, or come back after a restart."""
+        self.ready: dict[Key, dict[str, Any]] = {}
+        """Versions that answer now, with their metadata."""
+        self.restarts = 0
+        self.process: WorkerProcess | None = None
+        self._launch = launch
+        self._settings = settings
+        self._on_death = on_death
+        self._on_change = on_change
+        self._on_load_failed = on_load_failed
+        self._generations = itertools.count(1)
+        self._lock = asyncio.Lock()
+        self._watch: asyncio.Task[None] | None = None
+        self._lost = asyncio.Event()
+        self._verdict = ""
+
+    @property
+    def client(self) -> WorkerClient | None:
+        """The control connection; None while there is no living worker."""
+        process = self.process
+        return None if process is None or process.client.closed else process.client
+
+    async def load(self, request: LoadRequest) -> dict[str, Any]:
+        """Load a version, starting the worker if need be. Raises what the worker raised; then nothing has changed."""
+        async with self._lock:
+            if self.process is None:
+                await self._begin()
+            key = (request.model, request.version)
+            try:
+                metadata = await self._load(request)
+            except MillhandError:
+                if not self.wanted:
+                    await self._end()
+                raise
+            self.wanted[key] = request
+            self._on_change()
+            return metadata
+
+    async def unload(self, key: Key) -> None:
+        """Let a version's waiting requests run, then free it; the last one ends the process."""
+        async with self._lock:
+            self.wanted.pop(key, None)
+            was_ready = self.ready.pop(key, None) is not None
+            self._on_change()
+            if not self.wanted:
+                await self._end()
+            elif was_ready and self.client is not None:
+                with contextlib.suppress(WorkerError):  # a worker that dies over it is restarted without the version
+                    model, version = key
+                    await self.client.call("unload", self._settings.load_timeout_s, model=model, version=version)
+
+    async def stop(self) -> None:
+        """End the worker."""
+        self.wanted.clear()
+        self.ready.clear()
+        async with self._lock:
+            await self._end()
+
+    # ---- one process ------------------------------------------------------------------------------------------------
+
+    async def _begin(self) -> None:
+        process = await self._launch(self.name, next(self._generations))
+        self.process = process
+        self._lost.clear()
+        self._verdict = ""
+        process.client.on_close = self._on_lost
+        if process.client.closed:
+            self._on_lost()
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._keep_alive())
+        for key, request in list(self.wanted.items()):
+            await self._reload(key, request)
+
+    async def _end(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watch
+        process, self.process = self.process, None
+        self.ready.clear()
+        if process is not None:
+            await process.stop()
+        self._on_change()
+
+    async def _load(self, request: LoadRequest) -> dict[str, Any]:
+        if self.process is None:
+            raise WorkerError(f"worker '{self.name}' is being restarted", hint="try again")
+        client = self.process.client
+        timeout_s = self._settings.load_timeout_s
+        try:
+            metadata: dict[str, Any] = await client.call("load", timeout_s, **msgspec.structs.asdict(request))
+        except WorkerError as error:
+            if not client.closed:
+                client.close()  # a load cannot be called off: the worker goes with it
+            raise WorkerError(
+                f"model '{request.model}' version {request.version} took worker '{self.name}' down, "
+                f"or did not load within {timeout_s:g} s: {error.message}",
+                hint="look at the log; raise [models] load_timeout_s for a large model",
+                retriable=False,
+            ) from error
+        self.ready[request.model, request.version] = metadata
+        return metadata
+
+    def _on_lost(self) -> None:
+        self.ready.clear()
+        self._lost.set()
+        self._on_change()
+
+    # ---- watching ---------------------------------------------------------------------------------------------------
+
+    async def _keep_alive(self) -> None:
+        """Runs as long as the worker has a process or should have one."""
+        delay_ms = self._settings.restart_delay_ms
+        while True:
+            lived_s = await self._watch_process()
+            await self._bury()
+            if lived_s * 1e3 > 2 * self._settings.restart_delay_cap_ms:
+                delay_ms = self._settings.restart_delay_ms
+            while self.process is None:
+                if not self.wanted:
+                    self._watch = None
+                    return
+                await asyncio.sleep(delay_ms / 1e3)
+                delay_ms = min(2 * delay_ms, self._settings.restart_delay_cap_ms)
+                await self._restart()
+
+    async def _watch_process(self) -> float:
+        """Return the seconds the process lived, when it has died or was found hanging."""
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        interval_s = min(self._settings.heartbeat_ms, self._settings.hang_ms / 2) / 1e3
+        while not self._lost.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval_s):
+                    await self._lost.wait()
+            if not self._lost.is_set():
+                self._verdict = await self._hang()
+                if self._verdict:
+                    break
+        return loop.time() - started
+
+    async def _hang(self) -> str:
+        """Why the worker must be taken for hanging, else an empty string."""
+        process, limit_ms = self.process, self._settings.hang_ms
+        assert process is not None
+        running = process.blackbox.read(RUN)
+        if running is not None and running[2] > limit_ms * 1e6:
+            return f"hangs: model '{running[0]}' version {running[1]} runs for more than {limit_ms:g} ms"
+        try:
+            await process.client.call("ping", limit_ms / 1e3)
+        except WorkerError:
+            return "" if self._lost.is_set() else f"hangs: no answer to a ping within {limit_ms:g} ms"
+        return ""
+
+    async def _bury(self) -> None:
+        process = self.process
+        assert process is not None
+        process.client.close()
+        status = None if self._verdict else await process.exit_status(EXIT_WAIT_S)
+        record = process.blackbox.read(RUN) or process.blackbox.read(LOAD)
+        blamed = None if record is None else (record[0], record[1])
+        reason = f"worker '{self.name}' {self._verdict or describe_exit(status)}"
+        if blamed and not self._verdict:
+            reason += f" while model '{blamed[0]}' version {blamed[1]} ran"
+        await process.kill()
+        self.process = None
+        log.error("%s; it is started again", reason)
+        self._on_death(blamed, reason)
+
+    async def _restart(self) -> None:
+        async with self._lock:
+            if self.process is not None or not self.wanted:
+                return  # a load started it, or everything was unloaded meanwhile
+            self.restarts += 1
+            try:
+                await self._begin()
+            except WorkerError as error:
+                log.error("%s", error.message)
+            self._on_change()
+
+    async def _reload(self, key: Key, request: LoadRequest) -> None:
+        try:
+            await self._load(request)
+        except WorkerError:
+            raise  # the worker is gone; the death is counted, and all is tried again
+        except MillhandError as error:
+            self.wanted.pop(key, None)
+            self._on_load_failed(key, error)

@@ -1,0 +1,331 @@
+"""A worker: loads model versions, batches requests and answers them. `python -m millhand.serving.worker '<JSON>'`.
+
+Three kinds of thread: this module's main thread owns the sockets and never runs a model; one runner runs batches; each
+load or unload has a thread of its own while it lasts. So a worker answers `ping` and cancels waiting requests while a
+model runs. Python 3.10, and light: msgspec, NumPy and the backend only.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before any backend: a node never phones home
+
+import contextlib
+import ctypes
+import logging
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from millhand.errors import DeadlineError, InputError, MillhandError, ModelError, OverloadError
+from millhand.serving import protocol
+from millhand.serving.batcher import Batch, Batcher, Request
+from millhand.serving.blackbox import LOAD, RUN, Blackbox
+from millhand.serving.connection import Connection, Origin
+from millhand.serving.lanes import LoadedModel, LoadRequest
+
+log = logging.getLogger("millhand.worker")
+
+PR_SET_PDEATHSIG = 1
+CONNECTIONS_CAP = 256
+
+
+class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The one argument of the process, as JSON."""
+
+    name: str
+    control_fd: int
+    """A connected stream socket; when its other end closes, the worker exits."""
+    blackbox_fd: int
+    listen_fd: int
+    """A listening Unix socket for further clients; they may infer and ask, not load."""
+    cpus: tuple[int, ...] = ()
+
+
+class Worker:
+    """The process's one object."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._blackbox = Blackbox(settings.blackbox_fd)
+        self._batcher = Batcher()
+        self._models: dict[str, dict[int, LoadedModel]] = {}
+        self._load_lock = threading.Lock()
+        self._selector = selectors.DefaultSelector()
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self._blocked: set[Connection] = set()
+        self._started = time.monotonic()
+        self._calls: dict[str, Callable[..., Any]] = {
+            "ping": self._ping,
+            "stats": self._stats,
+            "metadata": self._metadata,
+        }
+        self._slow_calls: dict[str, Callable[..., Any]] = {
+            "load": self._load,
+            "unload": self._unload,
+            "shutdown": self._shutdown,
+        }
+
+    def serve(self) -> None:
+        """Run until the control connection closes."""
+        listener = socket.socket(fileno=self._settings.listen_fd)
+        listener.setblocking(False)
+        control = Connection(socket.socket(fileno=self._settings.control_fd), self._flush_later, control=True)
+        self._selector.register(listener, selectors.EVENT_READ, listener)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._wake_read)
+        self._selector.register(control.socket, selectors.EVENT_READ, control)
+        threading.Thread(target=self._run_batches, name="runner", daemon=True).start()
+        while not control.closed:
+            for key, events in self._selector.select():
+                if key.data is listener:
+                    self._accept(listener)
+                elif key.data is self._wake_read:
+                    self._watch_blocked()
+                else:
+                    self._handle(key.data, events)
+
+    # ---- sockets ----------------------------------------------------------------------------------------------------
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            accepted, _ = listener.accept()
+        except OSError:
+            return  # the client left already, or no descriptor is free
+        if len(self._selector.get_map()) > CONNECTIONS_CAP:
+            accepted.close()
+            return
+        connection = Connection(accepted, self._flush_later)
+        self._selector.register(accepted, selectors.EVENT_READ, connection)
+
+    def _handle(self, connection: Connection, events: int) -> None:
+        try:
+            if events & selectors.EVENT_WRITE and connection.flush():
+                self._selector.modify(connection.socket, selectors.EVENT_READ, connection)
+            if events & selectors.EVENT_READ:
+                for frame in connection.read():
+                    self._take(connection, frame)
+        except BlockingIOError:
+            pass
+        except protocol.ProtocolError as error:
+            log.warning("a client is sent away: %s", error.message)
+            connection.send(protocol.frame(protocol.ERROR, 0, protocol.fault_of(error)))
+            self._drop(connection)
+        except (EOFError, OSError):
+            self._drop(connection)
+
+    def _drop(self, connection: Connection) -> None:
+        """Forget a connection; its waiting requests never run, its ring goes with the last batch that uses it."""
+        self._blocked.discard(connection)
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(connection.socket)
+        connection.close()
+        for request in list(connection.pending.values()):
+            model = request.origin.model
+            if self._batcher.cancel(model.lane, request):
+                model.stats.cancelled += 1
+        connection.pending.clear()
+
+    def _flush_later(self, connection: Connection) -> None:
+        """Called by any thread whose send did not go out at once."""
+        self._blocked.add(connection)
+        with contextlib.suppress(BlockingIOError):
+            self._wake_write.send(b"\0")
+
+    def _watch_blocked(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wake_read.recv(4096)
+        while self._blocked:
+            connection = self._blocked.pop()
+            if connection.failed:
+                self._drop(connection)
+            elif not connection.closed:
+                events = selectors.EVENT_READ | selectors.EVENT_WRITE
+                self._selector.modify(connection.socket, events, connection)
+
+    # ---- frames -----------------------------------------------------------------------------------------------------
+
+    def _take(self, connection: Connection, frame: protocol.Frame) -> None:
+        try:
+            if not connection.greeted:
+                connection.greet(frame)
+            elif frame.kind == protocol.INFER:
+                self._take_infer(connection, frame)
+            elif frame.kind == protocol.CANCEL:
+                self._take_cancel(connection, frame.request)
+            elif frame.kind == protocol.CALL:
+                self._take_call(connection, frame)
+            else:
+                raise protocol.ProtocolError(f"a client may not send frames of kind {frame.kind}")
+        except msgspec.MsgspecError as error:
+            raise protocol.ProtocolError(f"a frame's body is not valid: {error}") from error
+
+    def _take_infer(self, connection: Connection, frame: protocol.Frame) -> None:
+        infer = protocol.decode_infer(frame.body)
+        if frame.request in connection.pending:
+            raise protocol.ProtocolError(f"request id {frame.request} is still in use")
+        try:
+            model = self._model(infer.model, infer.version)
+            slot = None if infer.slot < 0 else connection.slot(infer.slot)
+            inputs = protocol.fetch(infer.tensors, frame.payload if infer.inline or slot is None else slot)
+            unknown = [name for name in infer.outputs if name not in model.outputs]
+            if unknown:
+                raise InputError(f"model '{infer.model}' has no output '{unknown[0]}'")
+            request = Request(inputs, model.check(inputs), infer.deadline_ns, infer.priority)
+            request.origin = Origin(connection, frame.request, slot, infer.outputs, model)
+            connection.pending[frame.request] = request
+            self._batcher.submit(model.lane, request)
+        except (MillhandError, ValueError, TypeError, OverflowError) as error:
+            if isinstance(error, OverloadError):
+                model.stats.rejected += 1
+            connection.pending.pop(frame.request, None)
+            connection.send(protocol.frame(protocol.ERROR, frame.request, protocol.fault_of(error)))
+
+    def _take_cancel(self, connection: Connection, request_id: int) -> None:
+        request = connection.pending.get(request_id)
+        if request is None:
+            return  # answered already
+        if self._batcher.cancel(request.origin.model.lane, request):
+            request.origin.model.stats.cancelled += 1
+            connection.answer(
+                request_id, protocol.ERROR, protocol.Fault("cancelled", "cancelled by the client", "", True)
+            )
+
+    def _take_call(self, connection: Connection, frame: protocol.Frame) -> None:
+        call = protocol.decode_call(frame.body)
+        if call.name in self._slow_calls and connection.control:
+            arguments = (connection, frame.request, self._slow_calls[call.name], call.args)
+            threading.Thread(target=self._answer_call, args=arguments, name=call.name, daemon=True).start()
+        else:
+            self._answer_call(connection, frame.request, self._calls.get(call.name), call.args)
+
+    def _answer_call(self, connection: Connection, request_id: int, call: Any, arguments: dict[str, Any]) -> None:
+        try:
+            if call is None:
+                raise InputError("this connection may not make that call", hint="calls are ping, stats and metadata")
+            reply = protocol.frame(protocol.REPLY, request_id, call(**arguments))
+        except Exception as error:
+            reply = protocol.frame(protocol.ERROR, request_id, protocol.fault_of(error))
+        connection.send(reply)
+
+    # ---- calls ------------------------------------------------------------------------------------------------------
+
+    def _ping(self) -> dict[str, Any]:
+        return {"pid": os.getpid(), "uptime_s": time.monotonic() - self._started}
+
+    def _stats(self) -> list[dict[str, Any]]:
+        """One entry a loaded version: the LaneStats and how many requests wait."""
+        return [
+            {
+                "model": model.name,
+                "version": model.version,
+                "waiting": len(model.lane.queue),
+                **msgspec.structs.asdict(model.stats),
+            }
+            for versions in list(self._models.values())
+            for model in list(versions.values())
+        ]
+
+    def _metadata(self, model: str, version: int = 0) -> dict[str, Any]:
+        return self._model(model, version).metadata()
+
+    def _load(self, **arguments: Any) -> dict[str, Any]:
+        request = msgspec.convert(arguments, LoadRequest)
+        with self._load_lock:
+            versions = self._models.setdefault(request.model, {})
+            if request.version in versions:
+                raise ModelError(f"model '{request.model}' version {request.version} is loaded already")
+            self._blackbox.begin(LOAD, request.model, request.version)
+            try:
+                model = LoadedModel(request)
+            finally:
+                self._blackbox.end(LOAD)
+            self._batcher.add(model.lane)
+            versions[request.version] = model
+            return model.metadata()
+
+    def _unload(self, model: str, version: int) -> dict[str, Any]:
+        with self._load_lock:
+            loaded = self._model(model, version)
+            self._batcher.remove(loaded.lane)
+            del self._models[model][version]
+            if not self._models[model]:
+                del self._models[model]
+            loaded.close()
+            return {"models_left": sum(len(versions) for versions in self._models.values())}
+
+    def _shutdown(self) -> dict[str, Any]:
+        """Run what waits, then exit (the caller closes the control connection)."""
+        with self._load_lock:
+            for versions in self._models.values():
+                for model in versions.values():
+                    self._batcher.remove(model.lane)
+        return {}
+
+    def _model(self, name: str, version: int) -> LoadedModel:
+        versions = self._models.get(name)
+        if not versions:
+            raise ModelError(f"model '{name}' is not loaded in this worker", hint="look at 'millhand model list'")
+        model = versions.get(version or max(versions))
+        if model is None:
+            raise ModelError(
+                f"model '{name}' has no version {version} loaded", hint=f"loaded: {', '.join(map(str, versions))}"
+            )
+        return model
+
+    # ---- the runner thread ------------------------------------------------------------------------------------------
+
+    def _run_batches(self) -> None:
+        while True:
+            batch = self._batcher.take()
+            model: LoadedModel = batch.lane.owner
+            for request in batch.expired:
+                model.stats.expired += 1
+                error = DeadlineError(
+                    f"the deadline of a request to model '{model.name}' passed while it waited",
+                    hint="give it more time, or send fewer requests at once",
+                )
+                request.origin.fail(error)
+            if batch.requests:
+                self._run_batch(model, batch)
+            self._batcher.finish(batch)
+
+    def _run_batch(self, model: LoadedModel, batch: Batch) -> None:
+        self._blackbox.begin(RUN, model.name, model.version)
+        started_ns = time.monotonic_ns()
+        results = model.run(batch)
+        compute_ns = time.monotonic_ns() - started_ns
+        self._blackbox.end(RUN)
+        rows = sum(request.rows for request in batch.requests)
+        for request, outcome in results:
+            if isinstance(outcome, Exception):
+                request.origin.fail(outcome)
+            else:
+                request.origin.succeed(outcome, started_ns - request.arrival_ns, compute_ns, rows)
+
+
+def main() -> None:
+    """Entry point of the process."""
+    settings = msgspec.json.decode(sys.argv[1], type=WorkerSettings)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # besides the control socket: whichever comes first
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the daemon's to handle
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    if settings.cpus:
+        os.sched_setaffinity(0, settings.cpus)
+    # A runner that comes back from native code waits so long for the interpreter while another thread computes.
+    sys.setswitchinterval(0.0005)
+    Worker(settings).serve()
+    os._exit(0)  # not even a runner that hangs in native code may hold the process
+
+
+if __name__ == "__main__":
+    main()

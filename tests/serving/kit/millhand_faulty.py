@@ -1,0 +1,73 @@
+"""Backends that go wrong on demand, as a stranger's plugin might. The first input value says what happens.
+
+0: identity. 1: the process dies of SIGSEGV. 2: hangs for good. 3: raises. 4: gives too few rows. 5: takes 200 ms.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import time
+
+import numpy as np
+
+
+class Session:
+    inputs = {"x": ("float32", (-1, 2))}
+    outputs = {"y": ("float32", (-1, 2))}
+
+    def run(self, inputs):
+        x = inputs["x"]
+        action = int(x[0, 0])
+        if action == 1:
+            ctypes.string_at(0)
+        if action == 2:
+            time.sleep(3600)
+        if action == 3:
+            raise RuntimeError("the native library said no")
+        if action == 4:
+            return {"y": x[:-1]}
+        if action == 5:
+            time.sleep(0.2)
+        return {"y": x}
+
+    def close(self):
+        pass
+
+
+class Backend:
+    name = "faulty"
+    suffixes = (".json",)
+
+    def load(self, artifact, accelerator, options):
+        action = json.loads(artifact.read_text()).get("load", "")
+        if action == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if action == "hang":
+            time.sleep(3600)
+        if action == "raise":
+            raise RuntimeError("the native library said no")
+        return Session()
+
+
+class SlowSumBackend:
+    """y = x plus the batch's number of rows in a second output, after 2 ms; to see batches from outside."""
+
+    name = "rows"
+    suffixes = (".json",)
+
+    def load(self, artifact, accelerator, options):
+        return RowsSession()
+
+
+class RowsSession(Session):
+    outputs = {"y": ("float32", (-1, 2)), "rows": ("int64", (-1, 1))}
+
+    def run(self, inputs):
+        time.sleep(0.002)
+        x = inputs["x"]
+        return {"y": x * 2, "rows": np.full((len(x), 1), len(x), dtype=np.int64)}
+
+
+def millhand_backends():
+    return [Backend(), SlowSumBackend()]
