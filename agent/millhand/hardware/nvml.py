@@ -38,7 +38,7 @@ def read_nvml(tree: Tree, *, integrated: bool = False) -> Hardware:
     on_bus = _pci_gpus(tree)
     if not has_library():
         return Hardware(source="/sys/bus/pci", accelerators=on_bus)
-    import pynvml
+    import pynvml  # type: ignore[import-untyped]
 
     try:
         pynvml.nvmlInit()
@@ -53,7 +53,7 @@ def read_nvml(tree: Tree, *, integrated: bool = False) -> Hardware:
 
 
 def _pci_gpus(tree: Tree) -> tuple[Accelerator, ...]:
-    found = []
+    found: list[Accelerator] = []
     for path in tree.glob("sys/bus/pci/devices/*"):
         device_class = (tree.number(f"{path}/class") or 0) >> 8
         if tree.number(f"{path}/vendor") == NVIDIA_VENDOR and device_class in DISPLAY_CLASSES:

@@ -6,6 +6,7 @@ that breaks off is used up to where it breaks off.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import re
 from collections.abc import Iterator
@@ -100,19 +101,18 @@ def read_csv(text: str, source: str) -> Hardware:
 
 def _parse_xml(text: str) -> tuple[Element | None, str]:
     """The root as far as it was read, and what broke the reading."""
-    parser = XMLPullParser(["start"])
+    parser: Any = XMLPullParser(["start"])
     fault = ""
     try:
         parser.feed(text)
         parser.close()
     except ParseError as error:
         fault = str(error)
-    root = None
-    try:
-        root = next((element for _, element in parser.read_events()), None)
-    except ParseError as error:  # the parser hands its own fault over a second time, behind the good events
-        fault = str(error)
-    return root, fault
+    # The fault also stands in the queue, behind the good events; the root is the first of those.
+    with contextlib.suppress(ParseError):
+        for _, element in parser.read_events():
+            return element, fault
+    return None, fault
 
 
 def _nest(element: Element) -> Node:

@@ -1,4 +1,4 @@
-"""The tables that nvidia-smi and lspci print for people: the plain table, -L, mig -lgi/-lgip/-lgipp, topo -m, nvlink."""
+"""The tables that nvidia-smi and lspci print for people."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NVSWITCH = r"\[10de:(1af1|22a3|29bc)\]"  # PCI ids of NVSwitch 2 (A100), 3 (H100
 def read_table(text: str, source: str) -> Hardware:
     """Read what bare `nvidia-smi` prints."""
     head = re.search(r"Driver Version: (\S+)\s+CUDA Version: (\S+)", text)
-    body, _, slices = text.split("Processes:")[0].partition("MIG devices:")
+    body, _, slices = text.partition("Processes:")[0].partition("MIG devices:")
     gpus: dict[int, Accelerator] = {}
     current = None
     for line in body.splitlines():
@@ -199,7 +199,7 @@ def read_topology(text: str, source: str) -> Hardware:
 
 def read_lspci(text: str, source: str) -> Hardware:
     """Read `lspci -nn`: NVIDIA GPUs and NVSwitches on the PCI bus, whether a driver runs or not."""
-    gpus = []
+    gpus: list[Accelerator] = []
     rows = re.findall(
         r"^(\S+) (?:3D|VGA compatible) controller \[03\d\d\]: NVIDIA Corporation (.*?) \[10de:", text, re.M
     )

@@ -88,7 +88,7 @@ def _temperatures(line: str) -> dict[str, float]:
 
 
 def _rails(line: str) -> tuple[Rail, ...]:
-    """Rails stand behind the temperatures: `NAME cur/avg` in mW, with or without unit, with a maximum since JetPack 7.2."""
+    """Rails stand behind the temperatures: `NAME cur/avg` in mW, unit or not, with a maximum since JetPack 7.2."""
     tail = line[line.rfind("@") :]
     found = re.findall(r"\b([A-Z]\w+) (\d{1,7})(?:mW)?/(\d{1,7})(?:mW)?(?:/\d{1,7}mW)?(?=\s|$)", tail, re.A)
     return tuple(Rail(name, int(now) / 1000, int(mean) / 1000) for name, now, mean in found if name != "NC")
