@@ -46,8 +46,8 @@ class Chart:
     x_low: float | None = None
     x_high: float | None = None
 
-    def svg(self) -> str:
-        """The chart as one SVG element, scaled by its viewBox."""
+    def __html__(self) -> str:
+        """The chart as one SVG element, scaled by its viewBox; templates take it as it is."""
         frame = _Frame(self)
         parts = [
             f'<svg viewBox="0 0 {WIDTH} {self.height}" role="img" aria-label="{escape(self.title)}">',

@@ -1,0 +1,262 @@
+"""One run of the demo: start the stack, watch the machine's life, collect what every part says of it."""
+
+from __future__ import annotations
+
+import time
+import tomllib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from millhand.control import ControlClient
+from millhand.demo.hubside import HubSide
+from millhand.demo.stack import Part, Stack, free_port, port_answers, python_module
+from millhand.demo.tally import RigTime, Tally, count, read_rig_log
+from millhand.errors import ControlError
+
+ASSET = "skid-1"
+MODEL = "rig-fault"
+LOOK_EVERY_S = 0.25
+DRAIN_DEADLINE_S = 30.0
+
+AGENT_TOML = """\
+# Written by `millhand demo`: a node that watches one skid over Modbus TCP.
+[node]
+id = "demo-node"
+group = "demo"
+data_dir = "{folder}/agent"
+run_dir = "{run_dir}"
+
+[telemetry]
+enabled = true
+brokers = ["mqtt://127.0.0.1:{broker_port}"]
+
+[http]
+port = 0
+
+[models]
+load = ["*"]
+
+[plugins.rig]
+[plugins.turbofan]
+
+[[assets]]
+name = "{asset}"
+adapter = "modbus"
+models = ["{model}"]
+
+[assets.options]
+host = "127.0.0.1"
+port = {rig_port}
+"""
+
+
+@dataclass
+class Outcome:
+    """Everything that the table, demo.json and demo.html tell. Times `*_s` are the rig's own."""
+
+    seed: int
+    fault: str
+    life_s: float
+    onset_s: float | None
+    failure_s: float | None
+    profile: str
+    models: list[dict[str, Any]]
+    alerts: list[dict[str, Any]]
+    orders: list[dict[str, Any]]
+    tally: Tally
+    acked: int
+    windows: int
+    latency_ms: dict[str, float]
+    rss_mb: dict[str, float]
+    start_s: float
+    broker: str
+    hardware: list[tuple[str, str]]
+    health: list[tuple[float, float]] = field(default_factory=list)
+    velocity: list[tuple[float, float]] = field(default_factory=list)
+    signals: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    waveform: dict[str, Any] | None = None
+
+    @property
+    def true_alerts(self) -> list[dict[str, Any]]:
+        """Alerts after the damage began and before the failure."""
+        return [alert for alert in self.alerts if alert["lead_time_s"] is not None and alert["lead_time_s"] > 0]
+
+    @property
+    def false_alerts(self) -> int:
+        """Alerts while nothing was wrong."""
+        return sum(1 for alert in self.alerts if self.onset_s is None or alert["rig_time_s"] < self.onset_s)
+
+    @property
+    def good(self) -> bool:
+        """Whether the main job was done."""
+        foreseen = bool(self.true_alerts) if self.failure_s is not None else not self.alerts
+        return foreseen and self.false_alerts == 0 and self.tally.lost == 0 and self.tally.duplicates == 0
+
+
+@dataclass
+class Watch:
+    """What the demo saw of the running agent: its memory, and the snapshot behind the first alert."""
+
+    alert: dict[str, Any] | None = None
+    waveform: dict[str, Any] | None = None
+    probability: float = 0.0
+
+
+Progress = Callable[[str, float, Watch], None]
+"""Called with the phase, its share done (0..1) and what is seen so far."""
+
+
+def run(folder: Path, run_dir: Path, *, seed: int, fault: str, scale: float, progress: Progress) -> Outcome:
+    """Run the demo in `folder`. Raises DemoError naming the part that failed; every process is ended either way."""
+    watch = Watch()
+    with Stack(folder) as stack:
+        progress("starting broker and hub", 0.0, watch)
+        hub = HubSide.start(stack, folder)
+        rig_log = folder / "rig.jsonl"
+        command = python_module("millhand_plugins.rig", "--port", "0", "--seed", str(seed), "--fault", fault)
+        command += ["--scale", str(scale), "--log", str(rig_log), "--exit-at-end"]
+        progress("starting agent", 0.0, watch)
+        rig, ready = stack.start("rig", command, ready_line=True)
+        config = _write_config(folder, run_dir, hub.broker_port, ready["port"])
+        agent, client, start_s = _start_agent(stack, config, run_dir)
+        _watch_life(stack, rig, client, scale, progress, watch)
+        progress("waiting until the hub has everything", 1.0, watch)
+        stack.wait(lambda: _drained(client), "the hub's acknowledgement of every row", DRAIN_DEADLINE_S)
+        state = client.call("state")
+        predictions = client.call("prediction.list", asset=ASSET, limit=100_000)
+        memory = _memory(agent)
+        hardware = client.call("hardware")
+        stack.end(agent)
+        progress("counting", 1.0, watch)
+        arrived = hub.finish(stack)
+    log = read_rig_log(rig_log)
+    rig_time = RigTime(log, arrived.sequences)
+    return Outcome(
+        seed=seed,
+        fault=fault,
+        life_s=log.truth["life_ms"] / 1000,
+        onset_s=None if log.onset_ms is None else log.onset_ms / 1000,
+        failure_s=None if log.failure_ms is None else log.failure_ms / 1000,
+        profile=state["profile"],
+        models=[{"name": model["name"], "version": model["version"]} for model in state["models"]],
+        alerts=[_alert(alert, rig_time, log.failure_ms) for alert in arrived.alerts],
+        orders=arrived.orders,
+        tally=count(log.served, [number for _, number in arrived.sequences]),
+        acked=arrived.rows,
+        windows=len(predictions),
+        latency_ms=_latency(predictions),
+        rss_mb=memory,
+        start_s=start_s,
+        broker=hub.broker,
+        hardware=[(str(name), str(value)) for name, value in hardware],
+        health=[(rig_time.of(p["window_end_ns"]) / 1000, 1 - p["values"]["healthy"]) for p in predictions],
+        velocity=[
+            (rig_time.of(p["window_end_ns"]) / 1000, p["evidence"].get("velocity_rms_mm_s", float("nan")))
+            for p in predictions
+        ],
+        signals={
+            name: [(rig_time.of(source_ns) / 1000, value) for source_ns, value in points]
+            for name, points in arrived.signals.items()
+        },
+        waveform=watch.waveform,
+    )
+
+
+def _write_config(folder: Path, run_dir: Path, broker_port: int, rig_port: int) -> Path:
+    """The agent's configuration: the rig's register map comes from the rig's plugin."""
+    text = AGENT_TOML.format(
+        folder=folder, run_dir=run_dir, broker_port=broker_port, rig_port=rig_port, asset=ASSET, model=MODEL
+    )
+    lines = (files("millhand_plugins.rig") / "modbus_map.toml").read_text(encoding="utf-8").splitlines()
+    own = ("[assets.options]", "host", "port")
+    text += "\n".join(line for line in lines if not line.startswith(own)) + "\n"
+    tomllib.loads(text)
+    path = folder / "agent.toml"
+    path.write_text(text)
+    return path
+
+
+def _start_agent(stack: Stack, config: Path, run_dir: Path) -> tuple[Part, ControlClient, float]:
+    begin = time.monotonic()
+    agent, _ = stack.start("agent", python_module("millhand", "--config", str(config), "run"))
+    client = ControlClient(run_dir / "control.sock")
+
+    def ready() -> bool:
+        try:
+            return bool(client.call("state")["ready"])
+        except ControlError:
+            return False
+
+    stack.wait(ready, "the agent's readiness")
+    return agent, client, time.monotonic() - begin
+
+
+def _watch_life(stack: Stack, rig: Part, client: ControlClient, scale: float, progress: Progress, watch: Watch) -> None:
+    """Follow the life until the rig's process ends; keep the snapshot behind the first alert."""
+    begin = time.monotonic()
+    life_s = 37.0 / scale
+    while rig.process.poll() is None:
+        stack.check()
+        with suppress(ControlError):
+            newest = client.call("prediction.list", asset=ASSET, limit=1)
+            watch.probability = 1 - newest[-1]["values"]["healthy"] if newest else 0.0
+            alerts = client.call("alert.list", limit=1)
+            if alerts and watch.alert is None:
+                watch.alert = alerts[0]
+                watch.waveform = client.call("waveform.show", asset=ASSET, name="vibration_de")
+        progress("the machine runs", min((time.monotonic() - begin) / life_s, 1.0), watch)
+        time.sleep(LOOK_EVERY_S)
+    stack.check()
+
+
+def _drained(client: ControlClient) -> bool:
+    status = client.call("telemetry.status")
+    return bool(status["queued_rows"] == 0)
+
+
+def _alert(alert: dict[str, Any], rig_time: RigTime, failure_ms: int | None) -> dict[str, Any]:
+    at_ms = rig_time.of(alert["raised_ns"])
+    lead_s = None if failure_ms is None else round((failure_ms - at_ms) / 1000, 2)
+    return {
+        "asset": alert["asset"],
+        "kind": alert["kind"],
+        "lead_time_s": lead_s,
+        "rig_time_s": at_ms / 1000,
+        "evidence": alert["evidence"],
+        "message": alert["message"],
+    }
+
+
+def _latency(predictions: list[dict[str, Any]]) -> dict[str, float]:
+    values = sorted(prediction["latency_ms"] for prediction in predictions)
+    if not values:
+        return {"p50": float("nan"), "p99": float("nan")}
+    return {f"p{rank}": round(values[min(len(values) * rank // 100, len(values) - 1)], 2) for rank in (50, 99)}
+
+
+def _memory(agent: Part) -> dict[str, float]:
+    """Resident memory in MB (10^6 bytes) of the daemon and of each of its processes."""
+    process = psutil.Process(agent.process.pid)
+    memory = {"daemon": process.memory_info().rss / 1e6}
+    for child in process.children(recursive=True):
+        words = " ".join(child.cmdline())
+        name = "http" if "serving.http" in words else "worker" if "serving.worker" in words else "other"
+        memory[name] = memory.get(name, 0.0) + child.memory_info().rss / 1e6
+    return {name: round(value, 1) for name, value in memory.items()}
+
+
+def free_ports(number: int) -> list[int]:
+    """Several different free ports."""
+    ports: set[int] = set()
+    while len(ports) < number:
+        ports.add(free_port())
+    return sorted(ports)
+
+
+__all__ = ["Outcome", "Progress", "Watch", "port_answers", "run"]

@@ -1,0 +1,45 @@
+"""Docs are checked against code: hooks, configuration keys, commands, links."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from millhand.cli import COMMANDS
+from millhand.config import Config
+from millhand.hookspecs import Hooks
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("plugins/**/*.md")]
+)
+
+
+def test_every_hook_is_documented_and_none_is_invented() -> None:
+    page = (ROOT / "docs/plugins.md").read_text()
+    documented = set(re.findall(r"^\| `(millhand_\w+)`", page, re.MULTILINE))
+    assert documented == {name for name in dir(Hooks) if name.startswith("millhand_")}
+
+
+def test_every_config_section_and_key_is_documented() -> None:
+    page = (ROOT / "docs/configuration.md").read_text()
+    for section, field in Config.model_fields.items():
+        assert f"## [{section}]" in page or f"## [[{section}]]" in page or f"## [{section}." in page, section
+        table = field.default
+        for key in getattr(type(table), "model_fields", {}):
+            assert f"`{key}`" in page, f"[{section}] {key}"
+
+
+def test_readme_names_every_command() -> None:
+    page = (ROOT / "README.md").read_text()
+    for command in COMMANDS:
+        assert f"millhand {command}" in page, command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in target and not target.startswith("mailto:"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
