@@ -146,9 +146,11 @@ def _finish(sources: list[Hardware], source: str) -> Hardware:
         field = f"accelerators[{gpu.index}]"
         if gpu.mig_enabled and not gpu.mig and not any(problem.message == NO_SLICES for problem in problems):
             problems.append(Problem(source, f"{field}.mig", NO_SLICES, MAKE_SLICES))
-        if not gpu.ready:
-            message = f"{gpu.name or 'a GPU'} is on the PCI bus, but no driver answers for it"
-            problems.append(Problem(source, field, message, "install the NVIDIA driver, then boot the node"))
+    idle = [gpu.name or "a GPU" for gpu in accelerators if not gpu.ready]
+    if idle:
+        names = ", ".join(f"{idle.count(name)} x {name}" for name in dict.fromkeys(idle))
+        message = f"{names} on the PCI bus, but no driver answers"
+        problems.append(Problem(source, "accelerators", message, "install the NVIDIA driver, then boot the node"))
     return msgspec.structs.replace(
         node,
         source=source,

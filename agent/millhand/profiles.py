@@ -1,0 +1,406 @@
+"""What suits a kind of hardware: `<board>.toml` files, and which of them fits this node.
+
+A later folder wins over an earlier one of the same name, so an owner's folder can add profiles or replace shipped ones.
+`extends` takes every key from another profile (or from the shipped one of the same name) that the file does not state.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from millhand.errors import ConfigError, suggestion
+from millhand.hardware.facts import Accelerator, Hardware
+from millhand.hardware.gpus import GIB
+from millhand.serving.settings import WorkerDefaults
+from millhand.validation import StrictTable, read_toml, validate
+
+if TYPE_CHECKING:
+    from millhand.config import Config
+
+Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
+
+
+class MatchRules(StrictTable):
+    """Every rule that is stated must hold; of the profiles that match, the highest priority is taken."""
+
+    priority: int = Field(ge=0, le=1000)
+    """0 generic CPU, 10 generic NVIDIA, 20 generic Jetson, 30 a model, 40 a model in a special arrangement."""
+    accelerator: str = ""
+    """Regular expression, searched in the name of every GPU of the node."""
+    memory_gib: tuple[float, float] | None = None
+    """Lowest and highest memory of a GPU in GiB; where it is not known, the size in the GPU's name counts."""
+    compute_capability_min: float | None = None
+    """Lowest CUDA compute capability; a GPU whose capability is not known passes."""
+    count: tuple[int, int] | None = None
+    """Fewest and most GPUs."""
+    mig: bool | None = None
+    """True: at least one GPU is in MIG mode. False: none is."""
+    jetson: str = ""
+    """Regular expression, searched in the Jetson's module (or, where that is not known, its device-tree model)."""
+    architecture: tuple[str, ...] = ()
+    """CPU architectures, as `x86_64` or `aarch64`."""
+
+    @field_validator("accelerator", "jetson")
+    @classmethod
+    def _regular_expression(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"is no regular expression ({error})") from error
+        return value
+
+
+class MemoryBudget(StrictTable):
+    """How much accelerator memory models may take together."""
+
+    fraction: float = Field(default=0.9, gt=0, le=1)
+    """Share of the memory (of the available memory, if `unified`)."""
+    reserve_bytes: int = Field(default=0, ge=0)
+    """Kept free on top of that."""
+    unified: bool = False
+    """True where CPU and GPU share one memory: the budget is then taken from MemAvailable."""
+
+
+class Worker(WorkerDefaults):
+    """Defaults of workers; the owner's `[models]` wins. `accelerator` and `cpus` are filled in by `match`."""
+
+    isolation: Literal["shared", "accelerator"] = "shared"
+    """`shared`: one worker on the CPU. `accelerator`: one for each GPU, or for each MIG slice of a GPU in MIG mode."""
+    interpreters: dict[str, Path] = {}
+    """JetPack's major version -> the Python whose TensorRT that JetPack brings."""
+    near_cpus: bool = False
+    """Pin a GPU's worker to the CPUs of its own NUMA node, where the topology is known."""
+    max_delay_us: int = Field(default=0, ge=0, le=1_000_000)
+    """How long a batch may wait to fill."""
+
+
+class Limits(StrictTable):
+    """Where `check` warns, and what the board may draw."""
+
+    warn_c: float | None = Field(default=None, gt=0, lt=150)
+    """GPU temperature to warn at."""
+    slowdown_c: float | None = Field(default=None, gt=0, lt=150)
+    """GPU temperature at which the hardware lowers its clocks."""
+    power_w: float | None = Field(default=None, gt=0)
+    """Board power at the default limit (a Jetson: of the module at its highest power mode)."""
+
+    @model_validator(mode="after")
+    def _warn_before_slowdown(self) -> Limits:
+        if self.warn_c is not None and self.slowdown_c is not None and self.warn_c >= self.slowdown_c:
+            raise ValueError(f"warn_c = {self.warn_c:g} must be below slowdown_c = {self.slowdown_c:g}")
+        return self
+
+
+class Language(StrictTable):
+    """Language models on this board."""
+
+    server: str = "llamacpp"
+    """The language server's plugin."""
+    precision: Precision = "int4"
+    """Precision of the weights that suits the memory and its bandwidth."""
+    tensor_parallel_max: int = Field(default=1, ge=1)
+    """GPUs that one model may be spread over, if NVLink joins them all."""
+    memory_bandwidth_gb_s: float | None = Field(default=None, gt=0)
+    """Bandwidth of the memory that holds the weights, GB/s (10^9 bytes); for estimates."""
+
+
+class Profile(StrictTable):
+    """One `<board>.toml`. Its name is the file's name without `.toml`."""
+
+    name: str = ""
+    description: str
+    extends: str = ""
+    match: MatchRules
+    precisions: tuple[Precision, ...] = Field(min_length=1)
+    """In order of preference; a model takes the first that it was proved in."""
+    backends: tuple[str, ...] = Field(min_length=1)
+    """In order of preference; a model takes the first that can run its artifact."""
+    memory: MemoryBudget = MemoryBudget()
+    worker: Worker = Worker()
+    limits: Limits = Limits()
+    language: Language = Language()
+
+    def budget_bytes(self, hardware: Hardware, accelerator: Accelerator | None = None) -> int | None:
+        """Memory that models may take on `accelerator` (None: on the CPU); None where the size is not known."""
+        main = hardware.memory
+        if accelerator is None or self.memory.unified:
+            sizes = [size for size in (main.available_bytes, main.limit_bytes) if size is not None]
+            size = min(sizes) if sizes else None
+        else:
+            size = accelerator.memory_bytes
+        return None if size is None else max(0, int(size * self.memory.fraction) - self.memory.reserve_bytes)
+
+    def tokens_per_s(self, weights_bytes: int) -> float | None:
+        """Upper bound for one user: each token reads all weights once. None where the bandwidth is not known."""
+        bandwidth = self.language.memory_bandwidth_gb_s
+        return None if bandwidth is None else bandwidth * 1e9 / weights_bytes
+
+
+@dataclass(frozen=True)
+class Match:
+    """The profile that fits a node, why, and what it means for the node's workers."""
+
+    profile: Profile
+    reasons: list[str] = field(default_factory=list)
+    """In words: why this one, why not the next, and what could not be had."""
+    workers: tuple[WorkerDefaults, ...] = (WorkerDefaults(),)
+    """One for each accelerator or MIG slice that the profile isolates, at least one."""
+    tensor_parallel: int = 1
+    """GPUs that one language model may be spread over on this node."""
+
+    @property
+    def worker(self) -> WorkerDefaults:
+        """The first worker, which small models share."""
+        return self.workers[0]
+
+
+def profile_folders(config: Config) -> list[Path]:
+    """The folders of the plugins that `config` names, then the owner's own folder. Raises PluginError."""
+    from millhand.registry import Registry
+
+    registry = Registry()
+    registry.load(config.plugin_tables())
+    folders = [Path(folder) for _, folder in registry.collect("millhand_profiles")]
+    return [*folders, config.node.profiles_dir] if config.node.profiles_dir else folders
+
+
+def load_profiles(folders: Sequence[Path]) -> list[Profile]:
+    """Read every `*.toml` of `folders`, highest priority first. Raises ConfigError naming file, key and value."""
+    layers: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"profile folder '{folder}' does not exist", hint="create it, or mend profiles_dir")
+        for path in sorted(folder.glob("*.toml")):
+            layers.setdefault(path.stem, []).append((path, read_toml(path)))
+    profiles = [_resolve(layers, name, len(found) - 1, ()) for name, found in layers.items()]
+    loaded = [validate(Profile, {**data, "name": name}, f"profile '{path.name}'") for name, path, data in profiles]
+    return sorted(loaded, key=lambda profile: (-profile.match.priority, profile.name))
+
+
+def _resolve(
+    layers: dict[str, list[tuple[Path, dict[str, Any]]]], name: str, layer: int, above: tuple[tuple[str, int], ...]
+) -> tuple[str, Path, dict[str, Any]]:
+    """Lay a profile's table over the one it extends. Each layer is checked for unknown keys under its own name."""
+    path, data = layers[name][layer]
+    source = f"profile '{path.name}'"
+    base = data.get("extends", "")
+    if not base:
+        return name, path, data
+    if base not in layers or (base == name and layer == 0):
+        known = [other for other in layers if other != name]
+        raise ConfigError(
+            f"{source}: key 'extends' = '{base}' names no other profile{suggestion(str(base), known)}",
+            hint="name a profile of `millhand profile list`",
+        )
+    place = (base, layer - 1 if base == name else len(layers[base]) - 1)
+    if place in above:
+        raise ConfigError(f"{source}: key 'extends' = '{base}' goes in a circle", hint="delete one of the two keys")
+    _, base_path, base_data = _resolve(layers, *place, (*above, (name, layer)))
+    validate(Profile, {**base_data, "name": base}, f"profile '{base_path.name}'")
+    return name, path, _overlay(base_data, data)
+
+
+def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _overlay(base[key], value) if both else value
+    return merged
+
+
+def match(profiles: Sequence[Profile], hardware: Hardware) -> Match:
+    """Take the matching profile of the highest priority. Raises ConfigError where none matches, or two tie."""
+    judged = [(profile, _judge(profile.match, hardware)) for profile in profiles]
+    fits = [(profile, reasons) for profile, (failed, reasons) in judged if not failed]
+    if not fits:
+        hint = "add a profile without rules and with priority 0, such as the shipped generic-cpu"
+        raise ConfigError("no profile matches this hardware", hint=hint)
+    fits.sort(key=lambda item: -item[0].match.priority)
+    best, reasons = fits[0]
+    if len(fits) > 1 and fits[1][0].match.priority == best.match.priority:
+        names = " and ".join(f"'{profile.name}'" for profile, _ in fits[:2])
+        raise ConfigError(
+            f"profiles {names} both match with priority {best.match.priority}",
+            hint="give one of them a higher [match] priority, or name one as [node] profile",
+        )
+    why = [f"{best.name}: {'; '.join(reasons) or 'it fits any node'}"]
+    missed = [(profile, *verdict) for profile, verdict in judged if verdict[0] and _above(profile, best)]
+    nearest = min((profile.match.priority for profile, _, _ in missed), default=0)
+    for profile, failed, held in missed:
+        # Worth a word: a profile of which some rules held, and the ones that would have come next.
+        if held or profile.match.priority == nearest:
+            why.append(f"not {profile.name}: {failed}")
+    if len(fits) > 1:
+        why.append(f"not {fits[1][0].name}: it matches too, but {best.name} has the higher priority")
+    return _fit(best, hardware, why)
+
+
+def _above(profile: Profile, best: Profile) -> bool:
+    return profile.match.priority >= best.match.priority and profile is not best
+
+
+def profile_named(profiles: Sequence[Profile], name: str, hardware: Hardware | None = None) -> Match:
+    """Take the profile that the owner named. Raises ConfigError with a suggestion."""
+    for profile in profiles:
+        if profile.name == name:
+            return _fit(profile, hardware or Hardware(), [f"{name}: named by the configuration"])
+    raise ConfigError(
+        f"profile '{name}' is not known{suggestion(name, [profile.name for profile in profiles])}",
+        hint="millhand profile list",
+    )
+
+
+def _judge(rules: MatchRules, hardware: Hardware) -> tuple[str, list[str]]:
+    """What failed (empty if nothing did), and the rules that held, both in words."""
+    held: list[str] = []
+    for stated, test in _tests(rules):
+        if not stated:
+            continue
+        holds, words = test(hardware)
+        if not holds:
+            return words, held
+        held.append(words)
+    return "", held
+
+
+Test = Callable[[Hardware], tuple[bool, str]]
+
+
+def _tests(rules: MatchRules) -> Iterator[tuple[bool, Test]]:
+    yield bool(rules.jetson), lambda node: _test_jetson(rules.jetson, node)
+    yield bool(rules.accelerator), lambda node: _test_name(rules.accelerator, node)
+    yield rules.memory_gib is not None, lambda node: _test_memory(rules.memory_gib or (0, 0), node)
+    yield rules.compute_capability_min is not None, lambda node: _test_cc(rules.compute_capability_min or 0, node)
+    yield rules.count is not None, lambda node: _test_count(rules.count or (0, 0), node)
+    yield rules.mig is not None, lambda node: _test_mig(bool(rules.mig), node)
+    yield bool(rules.architecture), lambda node: _test_architecture(rules.architecture, node)
+
+
+def _ready(node: Hardware) -> list[Accelerator]:
+    return [gpu for gpu in node.accelerators if gpu.ready]
+
+
+def _test_jetson(pattern: str, node: Hardware) -> tuple[bool, str]:
+    if node.jetson is None:
+        return False, "this is no Jetson"
+    text = node.jetson.module or node.jetson.model or "a Jetson of unknown module"
+    if re.search(pattern, text):
+        return True, f"the board is {text}"
+    return False, f"the board is {text}, which is not named like '{pattern}'"
+
+
+def _test_name(pattern: str, node: Hardware) -> tuple[bool, str]:
+    gpus = _ready(node)
+    if not gpus:
+        return False, "no GPU with a driver was found"
+    names = list(dict.fromkeys(gpu.name or "a GPU of unknown name" for gpu in gpus))
+    others = [name for name in names if not re.search(pattern, name)]
+    if others:
+        return False, f"{', '.join(others)} is not named like '{pattern}'"
+    return True, f"every GPU is {', '.join(names)}"
+
+
+def _test_memory(span: tuple[float, float], node: Hardware) -> tuple[bool, str]:
+    sizes = []
+    for gpu in _ready(node):
+        named = re.search(r"(\d{1,4})\s?GB\b", gpu.name)
+        if gpu.memory_bytes is not None:
+            sizes.append(gpu.memory_bytes / GIB)
+        elif named:
+            sizes.append(float(named[1]))
+        else:
+            return False, f"the memory of {gpu.name or 'a GPU'} is not known"
+    if not sizes:
+        return False, "no GPU with a driver was found"
+    words = f"GPU memory is {min(sizes):.0f} GiB"
+    wanted = f"{span[0]:g} to {span[1]:g} GiB"
+    if all(span[0] <= size <= span[1] for size in sizes):
+        return True, f"{words} ({wanted} fit)"
+    return False, f"{words}, not {wanted}"
+
+
+def _test_cc(lowest: float, node: Hardware) -> tuple[bool, str]:
+    known = [float(gpu.compute_capability) for gpu in _ready(node) if gpu.compute_capability]
+    if not known:
+        return True, "compute capability is not known and taken as high enough"
+    if min(known) < lowest:
+        return False, f"compute capability {min(known):.1f} is below {lowest:.1f}"
+    return True, f"compute capability {min(known):.1f} is at least {lowest:.1f}"
+
+
+def _test_count(span: tuple[int, int], node: Hardware) -> tuple[bool, str]:
+    count = len(_ready(node))
+    if span[0] <= count <= span[1]:
+        return True, f"{count} GPU{'s' if count != 1 else ''}"
+    if not count and node.accelerators:
+        return False, f"no driver answers for what is on the PCI bus: {len(node.accelerators)} GPU(s)"
+    if not count:
+        return False, "no GPU with a driver was found"
+    wanted = f"{span[0]}" if span[0] == span[1] else f"{span[0]} to {span[1]}"
+    return False, f"{count} GPU{'s' if count != 1 else ''} found, not {wanted}"
+
+
+def _test_mig(wanted: bool, node: Hardware) -> tuple[bool, str]:
+    slices = sum(len(gpu.mig) for gpu in _ready(node))
+    enabled = any(gpu.mig_enabled for gpu in _ready(node))
+    words = f"MIG mode is on ({slices} slices)" if enabled else "MIG mode is off"
+    return enabled == wanted, words
+
+
+def _test_architecture(wanted: tuple[str, ...], node: Hardware) -> tuple[bool, str]:
+    found = node.cpu.architecture or "not known"
+    return found in wanted, f"the CPU's architecture is {found}"
+
+
+def _fit(profile: Profile, hardware: Hardware, reasons: list[str]) -> Match:
+    """Fill in what only the node knows: accelerators, the interpreter, near CPUs, NVLink."""
+    plain = {name: getattr(profile.worker, name) for name in WorkerDefaults.model_fields}
+    plain["interpreter"] = _interpreter(profile, hardware, reasons)
+    if hardware.cpu.usable:
+        plain["threads"] = max(1, min(profile.worker.threads, int(hardware.cpu.usable)))
+    workers = []
+    if profile.worker.isolation == "accelerator":
+        for gpu in _ready(hardware):
+            parts = [part.uuid for part in gpu.mig] if gpu.mig_enabled else [gpu.uuid or str(gpu.index)]
+            if gpu.mig_enabled and not all(parts):
+                reasons.append(f"GPU {gpu.index}: the UUIDs of its MIG slices are not known, so no worker can use them")
+            cpus = _near_cpus(hardware, gpu) if profile.worker.near_cpus else ()
+            values = {**plain, "cpus": plain["cpus"] or cpus}
+            workers += [WorkerDefaults(**{**values, "accelerator": part}) for part in parts if part]
+    tensor_parallel = 1
+    if profile.language.tensor_parallel_max > 1:
+        group = hardware.topology.nvlink_group()
+        tensor_parallel = max(1, min(profile.language.tensor_parallel_max, group))
+        if len(_ready(hardware)) > 1 and tensor_parallel == 1:
+            link = "NVLink does not join the GPUs" if group else "the NVLink topology is not known"
+            reasons.append(f"{link}, so a language model stays on one GPU")
+    return Match(profile, reasons, tuple(workers) or (WorkerDefaults(**plain),), tensor_parallel)
+
+
+def _interpreter(profile: Profile, hardware: Hardware, reasons: list[str]) -> Path | None:
+    """The worker's Python: the one stated, else the one that suits the JetPack, if it is there."""
+    if profile.worker.interpreter is not None or hardware.jetson is None or not profile.worker.interpreters:
+        return profile.worker.interpreter
+    major = hardware.jetson.jetpack.partition(".")[0]
+    interpreter = profile.worker.interpreters.get(major)
+    if interpreter is None:
+        why = f"JetPack {major} brings no TensorRT for Python 3.10 or later" if major else "the JetPack is not known"
+        reasons.append(f"{why}: workers use the agent's own Python")
+    elif hardware.source == "live" and not interpreter.exists():
+        reasons.append(f"{interpreter} is not installed: workers use the agent's own Python, without TensorRT")
+        return None
+    return interpreter
+
+
+def _near_cpus(hardware: Hardware, gpu: Accelerator) -> tuple[int, ...]:
+    affinity = hardware.topology.cpu_affinity
+    if gpu.index is None or gpu.index >= len(affinity):
+        return ()
+    spans = re.findall(r"(\d{1,5})(?:-(\d{1,5}))?", affinity[gpu.index])
+    return tuple(cpu for first, last in spans for cpu in range(int(first), int(last or first) + 1))
