@@ -14,10 +14,12 @@ from millhand.errors import InputError
 from millhand.metrics import render
 from millhand.records import Alert, AlertState, WorkOrder
 from millhand.store.rows import STREAMS, Bulk, Gap, Row
+from millhand.store.store import END_NS
 
 if TYPE_CHECKING:
     from millhand.control import Handler
     from millhand.daemon import Daemon
+    from millhand.hardware import Hardware
 
 ID_SEARCH_LIMIT = 10_000
 TAIL_ROWS = 256
@@ -42,6 +44,8 @@ class Calls:
             "prediction.list": self.prediction_list,
             "plugin.list": self.plugin_list,
             "readings.export": self.readings_export,
+            "waveform.show": self.waveform_show,
+            "hardware": self.hardware,
             "telemetry.status": self.telemetry_status,
             "telemetry.tail": self.telemetry_tail,
             **self._daemon.pool.control_handlers(),
@@ -105,7 +109,8 @@ class Calls:
         until_ns: int | None = None,
         limit: int = 1000,
     ) -> list[dict[str, Any]]:
-        found = await self._daemon.store.predictions(asset, model, since_ns, until_ns, limit)
+        since, until = _span(since_ns, until_ns)
+        found = await self._daemon.store.predictions(asset, model, since, until, limit)
         return [_plain(prediction) for prediction in found]
 
     async def plugin_list(self) -> list[dict[str, Any]]:
@@ -118,8 +123,28 @@ class Calls:
         since_ns: int | None = None,
         until_ns: int | None = None,
     ) -> AsyncIterator[Any]:
-        async for chunk in self._daemon.store.readings(asset, names or None, since_ns, until_ns):
+        since, until = _span(since_ns, until_ns)
+        async for chunk in self._daemon.store.readings(asset, names or None, since, until):
             yield [(r.clock.source_ns, asset, r.name, _finite(r.value), r.unit, r.quality.name.lower()) for r in chunk]
+
+    async def waveform_show(self, asset: str, name: str) -> dict[str, Any]:
+        """The newest snapshot, its samples as numbers in `unit`."""
+        waveform = await self._daemon.store.waveform(asset, name)
+        if waveform is None:
+            raise InputError(f"asset '{asset}' has no waveform '{name}'", hint="wait for a snapshot, or mend the name")
+        return {
+            "name": name,
+            "unit": waveform.unit,
+            "sample_rate_hz": waveform.sample_rate_hz,
+            "source_ns": waveform.clock.source_ns,
+            "samples": waveform.array.tolist(),
+        }
+
+    async def hardware(self) -> list[tuple[str, str]]:
+        """Rows of name and value for people; `millhand hw show` tells more."""
+        daemon = self._daemon
+        reasons = "; ".join(daemon.match.reasons[:1])
+        return [*_hardware_rows(daemon.hardware), ("Profile", f"{daemon.match.profile.name}: {reasons}")]
 
     async def telemetry_status(self) -> dict[str, Any]:
         publisher = self._daemon.publisher
@@ -130,7 +155,7 @@ class Calls:
     async def telemetry_tail(self, count: int | None = None) -> AsyncIterator[Any]:
         store = self._daemon.store
         seen = {stream: await store.last(stream) for stream in STREAMS}
-        sent = 0
+        sent, version = 0, 0
         while True:
             for stream in STREAMS:
                 for row in await store.pending(stream, seen[stream], TAIL_ROWS):
@@ -139,7 +164,7 @@ class Calls:
                     sent += 1
                     if count is not None and sent >= count:
                         return
-            await store.wait_changed()
+            version = await store.changed.after(version)
 
 
 def _next_step(assets: list[dict[str, Any]], open_alerts: int, telemetry: bool) -> str:
@@ -150,6 +175,23 @@ def _next_step(assets: list[dict[str, Any]], open_alerts: int, telemetry: bool) 
     if open_alerts:
         return "millhand alert list"
     return "millhand telemetry status" if telemetry else "set [telemetry] to reach a hub"
+
+
+def _hardware_rows(hardware: Hardware) -> list[tuple[str, str]]:
+    cpu, memory = hardware.cpu, hardware.memory
+    rows = [
+        ("CPU", f"{cpu.model}, {cpu.logical} logical cores, {', '.join(cpu.instructions) or 'no vector extensions'}")
+    ]
+    if memory.total_bytes is not None:
+        rows.append(("Memory", f"{memory.total_bytes / 2**30:.1f} GiB"))
+    if hardware.jetson is not None:
+        rows.append(("Jetson", f"{hardware.jetson.module}, L4T {hardware.jetson.l4t}"))
+    rows += [("GPU", accelerator.name) for accelerator in hardware.accelerators]
+    return rows if hardware.accelerators else [*rows, ("GPU", "none")]
+
+
+def _span(since_ns: int | None, until_ns: int | None) -> tuple[int, int]:
+    return since_ns or 0, END_NS if until_ns is None else until_ns
 
 
 def _by_prefix(records: list[Any], prefix: str, what: str) -> Any:

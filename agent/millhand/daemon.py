@@ -75,7 +75,7 @@ class Daemon:
         self.pool = ModelPool(
             repository,
             config.models,
-            defaults=self.match.profile.worker,
+            defaults=self.match.worker,
             registry=self.registry,
             run_dir=config.node.run_dir,
         )
@@ -192,7 +192,7 @@ class Daemon:
             folders.append(self.config.node.profiles_dir)
         profiles = load_profiles(folders)
         if self.config.node.profile != "auto":
-            return profile_named(profiles, self.config.node.profile)
+            return profile_named(profiles, self.config.node.profile, self.hardware)
         return match(profiles, self.hardware)
 
     def _model_folders(self) -> list[Path]:

@@ -64,6 +64,15 @@ def schema(output: Output) -> None:
     click.echo(json.dumps(Config.model_json_schema(), indent=2))
 
 
+@command.command("reference")
+@click.pass_obj
+def reference(output: Output) -> None:
+    """Print every key with type, default and meaning, as Markdown."""
+    from millhand.reference import markdown
+
+    click.echo(markdown(), nl=False)
+
+
 def mask(value: Any, key: str = "") -> Any:
     """Hide the values of keys that hold secrets."""
     if isinstance(value, dict):
