@@ -104,5 +104,5 @@ def test_sample_readme_and_model_agree(folder: Path) -> None:
         assert not hidden, f"{label}: keys that sample.toml does not show"
         assert not list(wrong_defaults(shown, table(given, path))), f"{label}: commented, but not the default"
         names = {key.rpartition(".")[2] for key in known_keys(model)}
-        absent = [name for name in names if not re.search(rf"^\| `{name}` \|", readme, re.MULTILINE)]
-        assert not absent, f"{label}: keys that no table of README.md explains"
+        absent = [name for name in names if f"`{name}`" not in readme]
+        assert not absent, f"{label}: keys that README.md does not explain"
