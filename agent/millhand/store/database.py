@@ -23,6 +23,7 @@ log = logging.getLogger("millhand.store")
 
 APPLICATION_ID = 0x6D686E64
 MAGIC = b"SQLite format 3\x00"
+HEADER_BYTES = 100
 SIDE_FILES = ("", "-wal", "-shm")
 # Pages in the write-ahead log before it is copied into the file: SQLite's own default, 4 MB.
 CHECKPOINT_PAGES = 1000
@@ -107,6 +108,10 @@ class Database:
     def replace(self, reason: str) -> None:
         """Set the file aside and begin a new one with a new epoch. Raises sqlite3.Error or OSError."""
         log.error("the store '%s' is set aside: %s", self.path, reason)
+        # What is only in the write-ahead log would be lost with a deleted log; a damaged file may refuse.
+        if self._connection is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         # First rename, then close: closing deletes `<name>-wal`, and it must not be the new file's.
         self._move_aside()
         self._disconnect()
@@ -145,9 +150,9 @@ class Database:
     def pragma(self, name: str) -> int:
         return int(self.connection.execute(f"PRAGMA {name}").fetchone()[0])
 
-    def checkpoint(self) -> None:
-        """Copy the write-ahead log into the file."""
-        self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+    def checkpoint(self, truncate: bool = False) -> None:
+        """Copy the write-ahead log into the file; `truncate` also gives the log's disk space back."""
+        self.connection.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if truncate else 'PASSIVE'})").fetchall()
         self._floor_bytes = self.path.stat().st_size
 
     def renew_token(self) -> None:
@@ -189,15 +194,26 @@ class Database:
             self._connection = None
 
     def _check_header(self) -> bool:
-        """Whether a database is there. Raises Damage for a file that cannot be one."""
+        """Whether a database is there. Raises Damage for a file that cannot be one, StoreError for a foreign one.
+
+        Looks at the bytes, since SQLite would change the header of a foreign file when it opens it.
+        """
         try:
             with self.path.open("rb") as file:
-                head = file.read(len(MAGIC))
+                head = file.read(HEADER_BYTES)
         except FileNotFoundError:
             return False
-        if head and head != MAGIC:
+        if not head:
+            return False
+        # SQLite's file format, section 1.3: the magic, then the fixed payload fractions at 21 to 23.
+        if len(head) < HEADER_BYTES or head[:16] != MAGIC or head[21:24] != bytes((64, 32, 32)):
             raise Damage(f"'{self.path.name}' does not begin like a SQLite file")
-        return bool(head)
+        schema_version, application_id = int.from_bytes(head[40:44]), int.from_bytes(head[68:72])
+        if schema_version and application_id != APPLICATION_ID:
+            raise StoreError(
+                f"'{self.path}' is another program's database", hint="move it away, or change [node] data_dir"
+            )
+        return True
 
     def _quick_check(self) -> None:
         """Look for damaged pages, for a bounded time: a large file is not read to its end."""
@@ -221,10 +237,6 @@ class Database:
         found = self.pragma("user_version")
         scripts = migrations()
         newest = max(scripts)
-        if self.pragma("application_id") != APPLICATION_ID and self.pragma("schema_version"):
-            raise StoreError(
-                f"'{self.path}' is another program's database", hint="move it away, or change [node] data_dir"
-            )
         if found > newest:
             raise StoreError(
                 f"'{self.path}' has schema {found}, this version knows up to {newest}",

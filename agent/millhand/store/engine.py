@@ -42,7 +42,6 @@ class Engine:
         self._written_bytes = 0
         self._samples: deque[tuple[float, int]] = deque([(time.monotonic(), 0)], maxlen=RATE_SAMPLES)
         self._unseen_steps = 0
-        self._next_look_s = 0.0
         self._next_token_s = time.monotonic() + TOKEN_S
         self._load()
 
@@ -51,6 +50,8 @@ class Engine:
         self._writer = Writer(self._database, self._settings)
         self._retention = Retention(self._database, self._settings)
         self._stale = False
+        # After a failure, look at disk and caps at once: it may have been for want of space.
+        self._next_look_s = 0.0
 
     # ---- steps ------------------------------------------------------------------------------------------------------
 

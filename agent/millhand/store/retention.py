@@ -11,10 +11,10 @@ from millhand.store.settings import StoreSettings
 
 DAY_S = 86_400
 SLICE_ROWS = 500
+SLICE_BYTES = 256 * 1024
 # Free pages that stay in the file for the next rows; giving them back would only make it grow again.
 SLACK_PAGES = 256
 VACUUM_PAGES = 512
-DISK_LOOK_S = 1.0
 AGE_LOOK_S = 30.0
 
 
@@ -31,9 +31,15 @@ class Retention:
         self._database = database
         self._settings = settings
         self._page_bytes = database.pragma("page_size")
-        self._next_disk_look_s = 0.0
+        shortest_days = min(
+            settings.age_cap_days,
+            settings.history_age_cap_days,
+            settings.prediction_age_cap_days,
+            settings.rollup_age_cap_days,
+            settings.alert_age_cap_days,
+        )
+        self._age_look_s = min(AGE_LOOK_S, shortest_days * DAY_S / 10)
         self._next_age_look_s = 0.0
-        self._disk_is_low = False
 
     @property
     def live_bytes(self) -> int:
@@ -70,7 +76,7 @@ class Retention:
             or self._drop_closed(self._cutoff_s(caps.alert_age_cap_days))
         )
         if not did:
-            self._next_age_look_s = now + AGE_LOOK_S
+            self._next_age_look_s = now + self._age_look_s
         return did
 
     def _cutoff_s(self, cap_days: float) -> int:
@@ -82,18 +88,18 @@ class Retention:
         live = self.live_bytes
         if live > self._settings.bytes_cap:
             return "bytes"
-        now = time.monotonic()
-        if now >= self._next_disk_look_s:
-            self._disk_is_low = self.free_disk_bytes < self._settings.free_disk_floor_bytes
-            self._next_disk_look_s = now + DISK_LOOK_S
-        return "disk" if self._disk_is_low and live > self._settings.reserve_bytes else ""
+        return "disk" if live > self._settings.reserve_bytes and self._disk_is_low else ""
+
+    @property
+    def _disk_is_low(self) -> bool:
+        return self.free_disk_bytes < self._settings.free_disk_floor_bytes
 
     def _relieve(self, outbox: Outbox, reason: str) -> bool:
         acked = outbox.state("bulk").acked
-        # A disk's free space shows what a slice gave back only after the file shrank: look again then.
         if reason == "disk":
-            self._next_disk_look_s = 0.0
-            if self._give_back(0):
+            # What was dropped shows as free disk only after log and file shrank: do that first.
+            self._database.checkpoint(truncate=True)
+            if self._give_back(0) or not self._disk_is_low:
                 return True
         return (
             self._drop_rows(outbox, "bulk", reason, None, acked)
@@ -110,10 +116,14 @@ class Retention:
         self, outbox: Outbox, stream: str, reason: str, stored_before_s: int | None = None, upto: int | None = None
     ) -> bool:
         """Drop a stream's oldest rows, at most a slice: those stored before, and up to `upto`, where given."""
+        # What a full store is over its cap goes at once, so that it keeps up with any writer.
+        slice_bytes = max(SLICE_BYTES, self.live_bytes - self._settings.bytes_cap)
         (seq,) = self._database.connection.execute(
-            f"SELECT max(seq) FROM (SELECT seq, stored_s FROM {TABLES[stream]} "  # noqa: S608
-            "WHERE ?1 IS NULL OR seq <= ?1 ORDER BY seq LIMIT ?2) WHERE ?3 IS NULL OR stored_s < ?3",
-            (upto, SLICE_ROWS, stored_before_s),
+            "SELECT max(seq) FROM ("  # noqa: S608
+            "SELECT seq, stored_s, sum(length(body)) OVER (ORDER BY seq) - length(body) AS before "
+            f"FROM {TABLES[stream]} WHERE ?1 IS NULL OR seq <= ?1 ORDER BY seq LIMIT ?2) "
+            "WHERE before < ?4 AND (?3 IS NULL OR stored_s < ?3)",
+            (upto, SLICE_ROWS, stored_before_s, slice_bytes),
         ).fetchone()
         if seq is None:
             return False
@@ -160,7 +170,8 @@ class Retention:
         spare = self._database.pragma("freelist_count") - slack_pages
         if spare <= 0:
             return False
-        self._database.connection.execute(f"PRAGMA incremental_vacuum({min(spare, VACUUM_PAGES)})").fetchall()
+        # As a script: the pragma gives an empty row for each page, at the first of which `execute` would stop.
+        self._database.connection.executescript(f"PRAGMA incremental_vacuum({min(spare, VACUUM_PAGES)})")
         # The file itself is cut when the write-ahead log is copied into it.
         self._database.checkpoint()
         return spare > VACUUM_PAGES

@@ -28,7 +28,10 @@ class StoreSettings(StrictTable):
     alert_age_cap_days: Annotated[float, Field(gt=0)] = 730.0
     """Closed alerts and work orders are kept this long; an open alert never ages."""
     free_disk_floor_bytes: Annotated[int, Field(ge=0)] = GIB
-    """When the disk has less free than this, the store gives rows back as if its byte cap were reached."""
+    """When the disk has less free than this, the store gives rows back as if its byte cap were reached.
+
+    Below about 16 MiB it cannot help, since the write-ahead log alone takes several MiB; 0 turns it off.
+    """
     reserve_bytes: Annotated[int, Field(ge=0)] = 64 * MIB
     """A disk that others fill never shrinks the store below this."""
     waveform_bytes_cap: Annotated[int, Field(ge=0)] = 64 * MIB
