@@ -17,7 +17,7 @@ from millhand.serving.settings import ModelSettings, WorkerDefaults
 
 sys.path.insert(0, os.fspath(Path(__file__).parent / "kit"))
 
-from serving_kit import BACKENDS, KIT
+from serving_kit import KIT, backends
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ async def make_pool(
             defaults = options.pop("defaults", WorkerDefaults())
             settings = ModelSettings(paths=(root,), **{"restart_delay_ms": 20, **options})
             repository = Repository([root], settings.require_proof)
-            pool = ModelPool(repository, settings, defaults, BACKENDS, tmp_path / "run")
+            pool = ModelPool(repository, settings, defaults, backends(), tmp_path / "run")
             stack.push_async_callback(pool.stop)
             await pool.start()
             return pool

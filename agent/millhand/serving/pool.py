@@ -6,20 +6,24 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from millhand.errors import InputError, MillhandError, ModelError, WorkerError, suggestion
+from millhand import metrics
+from millhand.control import Handler
+from millhand.errors import ConfigError, MillhandError, ModelError, WorkerError, suggestion
+from millhand.registry import Registry
 from millhand.serving.client import deadline_ns
 from millhand.serving.lanes import LoadRequest
-from millhand.serving.manifest import TensorSpec
+from millhand.serving.manifest import Manifest, TensorSpec
 from millhand.serving.process import WorkerProcess
 from millhand.serving.repository import ModelFolder, Repository
 from millhand.serving.settings import ModelSettings, WorkerDefaults
 from millhand.serving.supervision import Key, SupervisedWorker
 from millhand.serving.tensors import Tensors
+from millhand.serving.worker_metrics import export_workers
 
 log = logging.getLogger("millhand.serving")
 
@@ -31,6 +35,17 @@ class BackendSource:
     name: str
     module: str
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def backend_sources(registry: Registry) -> dict[str, BackendSource]:
+    """Backend name -> where it comes from, of every loaded plugin; the first of a name wins."""
+    sources: dict[str, BackendSource] = {}
+    for plugin_name, backend in registry.collect("millhand_backends"):
+        plugin = registry.plugins[plugin_name]
+        options = {} if plugin.config is None else plugin.config.model_dump(mode="json")
+        module = plugin.module.partition(":")[0]
+        sources.setdefault(backend.name, BackendSource(backend.name, module, options))
+    return sources
 
 
 @dataclass
@@ -74,32 +89,32 @@ class ModelPool:
         repository: Repository,
         settings: ModelSettings,
         defaults: WorkerDefaults,
-        backends: Mapping[str, BackendSource],
+        registry: Registry,
         run_dir: Path,
-        wanted: Sequence[str] = (),
     ) -> None:
-        """`wanted`: the models that assets use. Starts nothing."""
+        """`registry` brings backends; its plugins may come up later. Starts nothing."""
         self._repository = repository
         self._settings = settings
         self._defaults = defaults
-        self._backends = backends
+        self._registry = registry
         self._run_dir = run_dir
-        self._names = wanted
         self._served: dict[str, Served] = {}
         self._workers: dict[str, SupervisedWorker] = {}
         self._changed = asyncio.Event()
         self._generation = 0
         self._load_lock = asyncio.Lock()
+        self._unhook: Callable[[], None] = lambda: None
 
     # ---- for the daemon ---------------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Load what settings and assets name. A model that fails is logged and shown by `index`, never fatal."""
+    async def start(self, needed: Sequence[str] = ()) -> None:
+        """Load what settings name and what assets need. One that fails is logged and shown by `index`, not fatal."""
         for stale in self._run_dir.glob("worker-*.sock"):
             stale.unlink(missing_ok=True)
         for bad in self._repository.bad:
             log.error("%s", bad.message)
-        for name in self._names_to_load():
+        self._unhook = metrics.DAEMON.refresh_with(self._export_metrics)
+        for name in self._names_to_load(needed):
             try:
                 await self.load(name)
             except MillhandError as error:
@@ -107,6 +122,8 @@ class ModelPool:
 
     async def stop(self) -> None:
         """Let waiting requests run, then end every worker."""
+        self._unhook()
+        self._unhook = lambda: None
         await asyncio.gather(*(worker.stop() for worker in self._workers.values()))
         self._served.clear()
         self._workers.clear()
@@ -200,6 +217,10 @@ class ModelPool:
             "metadata": manifest.metadata,
         }
 
+    def manifest(self, name: str) -> Manifest:
+        """The model.toml of a model in the repository. Raises ModelError for an unknown one."""
+        return self._repository.find(name).manifest
+
     async def stats(self) -> dict[str, Any]:
         """`models`: counters of every loaded version (see LaneStats); `workers`: pid, restarts, in flight."""
         models: list[dict[str, Any]] = []
@@ -242,9 +263,15 @@ class ModelPool:
             yield self.routes()
             await changed.wait()
 
+    def control_handlers(self) -> dict[str, Handler]:
+        """The calls of the control socket that are the pool's; see serving/model_calls.py."""
+        from millhand.serving.model_calls import ModelCalls
+
+        return ModelCalls(self).handlers()
+
     # ---- choosing ---------------------------------------------------------------------------------------------------
 
-    def _names_to_load(self) -> list[str]:
+    def _names_to_load(self, needed: Sequence[str]) -> list[str]:
         named = list(self._settings.load)
         if "*" in named:
             return sorted(self._repository.models)
@@ -252,7 +279,7 @@ class ModelPool:
             own = [path.resolve() for path in self._settings.paths]
             models = self._repository.models.values()
             named = sorted(model.name for model in models if model.path.parent.resolve() in own)
-        return list(dict.fromkeys([*self._names, *named]))
+        return list(dict.fromkeys([*needed, *named]))
 
     def _find(self, name: str) -> Served:
         served = self._served.get(name)
@@ -309,12 +336,13 @@ class ModelPool:
 
     def _request(self, folder: ModelFolder, version: int) -> LoadRequest:
         manifest = folder.manifest
-        source = self._backends.get(manifest.backend)
+        sources = backend_sources(self._registry)
+        source = sources.get(manifest.backend)
         if source is None:
-            raise InputError(
+            raise ConfigError(
                 f"model '{folder.name}': key 'backend' = '{manifest.backend}' is not known"
-                f"{suggestion(manifest.backend, self._backends)}",
-                hint=f"loaded plugins bring: {', '.join(self._backends) or 'none'}; add the plugin to the config",
+                f"{suggestion(manifest.backend, sources)}",
+                hint=f"loaded plugins bring: {', '.join(sources) or 'none'}; add the plugin to the config",
             )
         self._repository.check_proof(folder, version)
         threads = self._settings.threads or self._defaults.threads
@@ -368,6 +396,10 @@ class ModelPool:
         served = self._served[key[0]]
         served.reason = f"version {key[1]} could not be loaded after a restart: {error.message}"
         log.error("model '%s': %s", served.name, served.reason)
+
+    def _export_metrics(self) -> None:
+        """Called before each rendering; worker counters are as old as their last heartbeat."""
+        export_workers(self._workers.values())
 
     def _touch(self) -> None:
         """Tell everyone who watches that routes may have changed."""

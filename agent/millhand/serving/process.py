@@ -74,7 +74,7 @@ class WorkerProcess:
             )
         except OSError as error:
             near.close()
-            os.unlink(path)
+            path.unlink()  # noqa: ASYNC240 (a name on tmpfs)
             raise WorkerError(
                 f"worker '{name}' cannot be started with '{interpreter or sys.executable}': {error.strerror}",
                 hint="mend [models] interpreter or the profile's",

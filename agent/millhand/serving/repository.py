@@ -14,6 +14,7 @@ from typing import Any
 
 from millhand.errors import MillhandError, ModelError, suggestion
 from millhand.serving.manifest import Manifest, read_manifest
+from millhand.serving.settings import ModelSettings
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,19 @@ class Repository:
         self.models: dict[str, ModelFolder] = {}
         self.bad: list[BadFolder] = []
         self.scan()
+
+    @classmethod
+    def from_settings(cls, settings: ModelSettings, shipped: Sequence[Path]) -> Repository:
+        """The owner's folders, then those that plugins ship."""
+        return cls([*settings.paths, *shipped], settings.require_proof)
+
+    def names(self) -> list[str]:
+        """The models that can be served."""
+        return sorted(self.models)
+
+    def problems(self) -> list[tuple[str, str]]:
+        """(folder name, message) of every bad folder."""
+        return [(folder.path.name, folder.message) for folder in self.bad]
 
     def scan(self) -> None:
         """Read all roots anew."""

@@ -46,6 +46,8 @@ class SupervisedWorker:
         self.ready: dict[Key, dict[str, Any]] = {}
         """Versions that answer now, with their metadata."""
         self.restarts = 0
+        self.stats: list[dict[str, Any]] = []
+        """The counters of every loaded version at the last heartbeat (see LaneStats)."""
         self.process: WorkerProcess | None = None
         self._launch = launch
         self._settings = settings
@@ -192,9 +194,9 @@ class SupervisedWorker:
         if running is not None and running[2] > limit_ms * 1e6:
             return f"hangs: model '{running[0]}' version {running[1]} runs for more than {limit_ms:g} ms"
         try:
-            await process.client.call("ping", limit_ms / 1e3)
+            self.stats = await process.client.call("stats", limit_ms / 1e3)
         except WorkerError:
-            return "" if self._lost.is_set() else f"hangs: no answer to a ping within {limit_ms:g} ms"
+            return "" if self._lost.is_set() else f"hangs: no answer to a heartbeat within {limit_ms:g} ms"
         return ""
 
     async def _bury(self) -> None:

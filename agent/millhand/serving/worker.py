@@ -274,12 +274,10 @@ class Worker:
     def _model(self, name: str, version: int) -> LoadedModel:
         versions = self._models.get(name)
         if not versions:
-            raise ModelError(f"model '{name}' is not loaded in this worker", hint="look at 'millhand model list'")
+            raise _moved(f"model '{name}' is not loaded in this worker")
         model = versions.get(version or max(versions))
         if model is None:
-            raise ModelError(
-                f"model '{name}' has no version {version} loaded", hint=f"loaded: {', '.join(map(str, versions))}"
-            )
+            raise _moved(f"model '{name}' has no version {version} loaded")
         return model
 
     # ---- the runner thread ------------------------------------------------------------------------------------------
@@ -311,6 +309,11 @@ class Worker:
                 request.origin.fail(outcome)
             else:
                 request.origin.succeed(outcome, started_ns - request.arrival_ns, compute_ns, rows)
+
+
+def _moved(message: str) -> ModelError:
+    """Retriable: a client whose route is stale asks the daemon and comes again."""
+    return ModelError(message, hint="look at 'millhand model list'", retriable=True)
 
 
 def main() -> None:

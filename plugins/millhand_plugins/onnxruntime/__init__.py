@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from millhand.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from millhand.hookspecs import Backend
     from pydantic import BaseModel
+
+    from millhand.hookspecs import Backend
 
 
 @hookimpl

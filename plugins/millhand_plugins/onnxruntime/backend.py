@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from millhand.errors import ModelError
-from millhand.serving.tensors import check_inputs
+import numpy as np
 from numpy.typing import NDArray
+
+from millhand.errors import InputError, ModelError
+from millhand.serving.tensors import check_inputs
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
@@ -72,10 +74,13 @@ class OnnxruntimeSession:
             node.name: _spec(node, artifact) for node in session.get_outputs()
         }
         self._output_names = list(self.outputs)
+        self._texts = [name for name, (dtype, _) in self.inputs.items() if dtype == "object"]
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run one batch. Raises InputError for a wrong name, dtype or shape, ModelError where the model fails."""
         check_inputs(self._name, self.inputs, inputs, NO_LIMIT)
+        if self._texts:
+            inputs = {**inputs, **{name: _decoded(name, inputs[name]) for name in self._texts}}
         try:
             outputs = self._session.run(self._output_names, inputs)
         except Exception as error:
@@ -86,6 +91,16 @@ class OnnxruntimeSession:
 
     def close(self) -> None:
         self._session = None
+
+
+def _decoded(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    """ONNX strings are text; BYTES elements come as bytes."""
+    texts = np.empty(array.size, dtype=object)
+    try:
+        texts[:] = [item.decode() if isinstance(item, bytes) else item for item in array.ravel()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"tensor '{name}' holds bytes that are no UTF-8", hint="send UTF-8 text") from error
+    return texts.reshape(array.shape)
 
 
 def _session_options(onnxruntime: Any, options: Mapping[str, Any]) -> Any:

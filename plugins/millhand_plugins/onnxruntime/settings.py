@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from millhand.validation import StrictTable
 from pydantic import Field
+
+from millhand.validation import StrictTable
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from millhand.serving.pool import BackendSource
+from millhand.registry import Registry
 
 KIT = Path(__file__).parent
-BACKENDS = {
-    "onnxruntime": BackendSource("onnxruntime", "millhand_plugins.onnxruntime"),
-    "faulty": BackendSource("faulty", "millhand_faulty"),
-    "rows": BackendSource("rows", "millhand_faulty"),
-}
+
+
+def backends() -> Registry:
+    """The onnxruntime plugin and the test's own, which no entry point names."""
+    registry = Registry()
+    registry._points["faulty"] = EntryPoint("faulty", "millhand_faulty", "millhand")
+    registry.load({"onnxruntime": {}, "faulty": {}})
+    return registry
 
 
 def save_onnx(path: Path, nodes: list[Any], inputs: Any, outputs: Any, weights: list[Any] | None = None) -> None:

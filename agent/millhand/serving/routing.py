@@ -1,0 +1,182 @@
+"""Where models live, as another process than the daemon knows it: told by the daemon, reached at the workers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from millhand.control import FRAME, error_from_dict
+from millhand.errors import ControlError, MillhandError, ModelError, WorkerError, suggestion
+from millhand.serving.client import Answer, WorkerClient, deadline_ns
+from millhand.serving.tensors import Tensors
+
+log = logging.getLogger("millhand.http")
+
+REROUTE_WAIT_S = 1.0
+
+
+class UnknownModel(ModelError):
+    """The model or the version does not exist here."""
+
+
+async def control_stream(path: Path, call: str, **arguments: Any) -> AsyncIterator[Any]:
+    """Make one call on the daemon's control socket and yield its result or its items.
+
+    Raises ControlError where the daemon is gone, else what it raised.
+    """
+    try:
+        reader, writer = await asyncio.open_unix_connection(path)
+    except OSError as error:
+        raise ControlError(f"no daemon answers on '{path}'", hint="start it with 'millhand run'") from error
+    try:
+        body = json.dumps({"call": call, "args": arguments}).encode()
+        writer.write(FRAME.pack(len(body)) + body)
+        while True:
+            (size,) = FRAME.unpack(await reader.readexactly(FRAME.size))
+            answer = json.loads(await reader.readexactly(size))
+            if "error" in answer:
+                raise error_from_dict(answer["error"])
+            if "result" in answer:
+                yield answer["result"]
+                return
+            if "item" not in answer:
+                return
+            yield answer["item"]
+    except (asyncio.IncompleteReadError, ConnectionError) as error:
+        raise ControlError("the daemon closed the connection", hint="look at its log", retriable=True) from error
+    finally:
+        writer.close()
+
+
+async def control_call(path: Path, call: str, **arguments: Any) -> Any:
+    """The one result of a call; errors as `control_stream`."""
+    async for result in control_stream(path, call, **arguments):
+        return result
+    raise ControlError(f"call '{call}' gave no result")
+
+
+class Routes:
+    """Models and the connections to their workers; follows the daemon until it is gone."""
+
+    def __init__(self, control_path: Path) -> None:
+        self._control_path = control_path
+        self._models: dict[str, Any] = {}
+        self._deadline_ms = 0.0
+        self._clients: dict[str, asyncio.Task[WorkerClient]] = {}
+        self._changed = asyncio.Event()
+        self.known = False
+        """True once the daemon has told of its models."""
+
+    async def follow(self) -> None:
+        """Take every change; returns when the daemon is gone."""
+        try:
+            async for routes in control_stream(self._control_path, "model.routes"):
+                self._models = routes["models"]
+                self._deadline_ms = routes["deadline_ms"]
+                self.known = True
+                self._forget_workers()
+                changed, self._changed = self._changed, asyncio.Event()
+                changed.set()
+        except ControlError as error:
+            log.info("%s", error.message)
+
+    def close(self) -> None:
+        for path in list(self._clients):
+            self._forget(path)
+
+    def model(self, name: str, version: str = "") -> dict[str, Any]:
+        """What the daemon told of a model. Raises UnknownModel with a suggestion."""
+        if name not in self._models:
+            raise UnknownModel(
+                f"model '{name}' is not served{suggestion(name, self._models)}",
+                hint=f"served: {', '.join(sorted(self._models)) or 'none'}",
+            )
+        model: dict[str, Any] = self._models[name]
+        if version and version not in model["sockets"]:
+            raise UnknownModel(
+                f"model '{name}' has no version '{version}'",
+                hint=f"ready versions: {', '.join(model['sockets']) or 'none'}",
+            )
+        return model
+
+    def ready(self) -> bool:
+        """Whether every model that should be served answers."""
+        return self.known and all(model["sockets"] or model["state"] == "unloaded" for model in self._models.values())
+
+    async def infer(
+        self,
+        name: str,
+        version: str,
+        tensors: Tensors,
+        *,
+        deadline_ms: float | None,
+        priority: int,
+        wanted: tuple[str, ...],
+    ) -> Answer:
+        """Run one request at the worker that has the version (the highest for ""). Errors as `WorkerClient.infer`."""
+        deadline = deadline_ns(deadline_ms or self._deadline_ms)
+        for attempt in range(2):
+            client, chosen = await self._reach(name, version)
+            changed = self._changed
+            try:
+                return await client.infer(
+                    name, tensors, version=chosen, deadline=deadline, priority=priority, wanted=wanted
+                )
+            except ModelError as error:
+                if attempt or not error.retriable:
+                    raise
+            await _wait_for(changed)  # the version was unloaded between the daemon's word and our request
+        raise AssertionError("unreachable")
+
+    async def _reach(self, name: str, version: str) -> tuple[WorkerClient, int]:
+        model = self.model(name, version)
+        if not model["sockets"]:
+            if model["state"] == "restarting":
+                raise WorkerError(f"the worker of model '{name}' is being restarted", hint="send the request again")
+            raise ModelError(
+                f"model '{name}' is {model['state']}: {model['reason'] or 'not loaded'}",
+                hint="look at 'millhand model show'",
+                retriable=True,
+            )
+        chosen = version or max(model["sockets"], key=int)
+        return await self._client(model["sockets"][chosen]), int(chosen)
+
+    async def _client(self, path: str) -> WorkerClient:
+        task = self._clients.get(path)
+        if task is None:
+            task = self._clients[path] = asyncio.create_task(WorkerClient.connect(Path(path), Path(path).stem))
+        try:
+            client = await asyncio.shield(task)
+        except MillhandError:
+            self._clients.pop(path, None)
+            raise
+        if client.closed:
+            self._clients.pop(path, None)
+            raise WorkerError("the worker is being restarted", hint="send the request again")
+        return client
+
+    def _forget_workers(self) -> None:
+        living = {path for model in self._models.values() for path in model["sockets"].values()}
+        for path in [path for path in self._clients if path not in living]:
+            self._forget(path)
+
+    def _forget(self, path: str) -> None:
+        task = self._clients.pop(path)
+        if task.done() and not task.cancelled() and task.exception() is None:
+            client = task.result()
+            if client.in_flight == 0:
+                client.close()
+        else:
+            task.cancel()
+
+
+async def _wait_for(changed: asyncio.Event) -> None:
+    try:
+        async with asyncio.timeout(REROUTE_WAIT_S):
+            await changed.wait()
+    except TimeoutError:
+        return
