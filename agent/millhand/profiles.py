@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from millhand.errors import ConfigError, suggestion
-from millhand.hardware.facts import Accelerator, Hardware
+from millhand.hardware.facts import Accelerator, Hardware, MigInstance
 from millhand.hardware.gpus import GIB
 from millhand.serving.settings import WorkerDefaults
 from millhand.validation import StrictTable, read_toml, validate
@@ -126,8 +126,8 @@ class Profile(StrictTable):
     limits: Limits = Limits()
     language: Language = Language()
 
-    def budget_bytes(self, hardware: Hardware, accelerator: Accelerator | None = None) -> int | None:
-        """Memory that models may take on `accelerator` (None: on the CPU); None where the size is not known."""
+    def budget_bytes(self, hardware: Hardware, accelerator: Accelerator | MigInstance | None = None) -> int | None:
+        """Memory that models may take on a GPU or slice (None: on the CPU); None where the size is not known."""
         main = hardware.memory
         if accelerator is None or self.memory.unified:
             sizes = [size for size in (main.available_bytes, main.limit_bytes) if size is not None]
@@ -217,7 +217,7 @@ def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 def match(profiles: Sequence[Profile], hardware: Hardware) -> Match:
     """Take the matching profile of the highest priority. Raises ConfigError where none matches, or two tie."""
     judged = [(profile, _judge(profile.match, hardware)) for profile in profiles]
-    fits = [(profile, reasons) for profile, (failed, reasons) in judged if not failed]
+    fits = [(profile, verdict.held) for profile, verdict in judged if not verdict.failed]
     if not fits:
         hint = "add a profile without rules and with priority 0, such as the shipped generic-cpu"
         raise ConfigError("no profile matches this hardware", hint=hint)
@@ -230,19 +230,12 @@ def match(profiles: Sequence[Profile], hardware: Hardware) -> Match:
             hint="give one of them a higher [match] priority, or name one as [node] profile",
         )
     why = [f"{best.name}: {'; '.join(reasons) or 'it fits any node'}"]
-    missed = [(profile, *verdict) for profile, verdict in judged if verdict[0] and _above(profile, best)]
-    nearest = min((profile.match.priority for profile, _, _ in missed), default=0)
-    for profile, failed, held in missed:
-        # Worth a word: a profile of which some rules held, and the ones that would have come next.
-        if held or profile.match.priority == nearest:
-            why.append(f"not {profile.name}: {failed}")
+    for profile, verdict in judged:
+        if verdict.failed and not verdict.other_kind and profile.match.priority >= best.match.priority:
+            why.append(f"not {profile.name}: {verdict.failed}")
     if len(fits) > 1:
         why.append(f"not {fits[1][0].name}: it matches too, but {best.name} has the higher priority")
     return _fit(best, hardware, why)
-
-
-def _above(profile: Profile, best: Profile) -> bool:
-    return profile.match.priority >= best.match.priority and profile is not best
 
 
 def profile_named(profiles: Sequence[Profile], name: str, hardware: Hardware | None = None) -> Match:
@@ -256,30 +249,46 @@ def profile_named(profiles: Sequence[Profile], name: str, hardware: Hardware | N
     )
 
 
-def _judge(rules: MatchRules, hardware: Hardware) -> tuple[str, list[str]]:
-    """What failed (empty if nothing did), and the rules that held, both in words."""
-    held: list[str] = []
-    for stated, test in _tests(rules):
-        if not stated:
-            continue
-        holds, words = test(hardware)
-        if not holds:
-            return words, held
-        held.append(words)
-    return "", held
+@dataclass
+class _Verdict:
+    """What a node made of a profile's rules."""
+
+    failed: str = ""
+    """The first rule that failed, in words."""
+    held: list[str] = field(default_factory=list)
+    other_kind: bool = False
+    """The profile is for other hardware altogether, which is no news to anyone."""
 
 
 Test = Callable[[Hardware], tuple[bool, str]]
 
 
-def _tests(rules: MatchRules) -> Iterator[tuple[bool, Test]]:
-    yield bool(rules.jetson), lambda node: _test_jetson(rules.jetson, node)
-    yield bool(rules.accelerator), lambda node: _test_name(rules.accelerator, node)
-    yield rules.memory_gib is not None, lambda node: _test_memory(rules.memory_gib or (0, 0), node)
-    yield rules.compute_capability_min is not None, lambda node: _test_cc(rules.compute_capability_min or 0, node)
-    yield rules.count is not None, lambda node: _test_count(rules.count or (0, 0), node)
-    yield rules.mig is not None, lambda node: _test_mig(bool(rules.mig), node)
-    yield bool(rules.architecture), lambda node: _test_architecture(rules.architecture, node)
+def _judge(rules: MatchRules, hardware: Hardware) -> _Verdict:
+    verdict = _Verdict()
+    for stated, names_kind, test in _tests(rules):
+        if not stated:
+            continue
+        holds, words = test(hardware)
+        if not holds:
+            verdict.failed, verdict.other_kind = words, names_kind
+            break
+        verdict.held.append(words)
+    return verdict
+
+
+def _tests(rules: MatchRules) -> Iterator[tuple[bool, bool, Test]]:
+    """(is the rule stated, does it name the kind of hardware, its test) of each rule."""
+    yield bool(rules.jetson), True, lambda node: _test_jetson(rules.jetson, node)
+    yield bool(rules.accelerator), True, lambda node: _test_name(rules.accelerator, node)
+    yield rules.memory_gib is not None, False, lambda node: _test_memory(rules.memory_gib or (0, 0), node)
+    yield rules.count is not None, False, lambda node: _test_count(rules.count or (0, 0), node)
+    yield (
+        rules.compute_capability_min is not None,
+        False,
+        lambda node: _test_cc(rules.compute_capability_min or 0, node),
+    )
+    yield rules.mig is not None, False, lambda node: _test_mig(bool(rules.mig), node)
+    yield bool(rules.architecture), False, lambda node: _test_architecture(rules.architecture, node)
 
 
 def _ready(node: Hardware) -> list[Accelerator]:

@@ -12,7 +12,6 @@ import msgspec
 
 from millhand.errors import HardwareError
 from millhand.hardware import jetson
-from millhand.hardware.captures import read_capture
 from millhand.hardware.facts import Hardware, Jetson, Problem
 from millhand.hardware.gpus import model_facts
 from millhand.hardware.host import read_host
@@ -38,6 +37,8 @@ def discover(root: Path | None = None) -> Hardware:
         raise HardwareError(f"'{root}' does not exist", hint="give a file or a folder of recordings")
     if root.is_dir():
         return _finish(_read_folder(root), str(root))
+    from millhand.hardware.captures import read_capture
+
     parts, reason = read_capture(root, root.name)
     if reason:
         raise HardwareError(f"'{root}' describes no node: {reason}", hint="see docs/hardware.md for the recordings")
@@ -99,6 +100,8 @@ def _read_tree(tree: Tree) -> list[Hardware]:
 
 
 def _read_folder(root: Path) -> list[Hardware]:
+    from millhand.hardware.captures import read_capture
+
     tree = Tree(root)
     ranked: list[tuple[int, Hardware]] = [(0, source) for source in _read_tree(tree)]
     left_out = []

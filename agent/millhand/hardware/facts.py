@@ -55,7 +55,7 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     model: str = ""
     kind: str = ""
-    """`nvme`, `ssd`, `hdd` or `mmc`."""
+    """`nvme`, `ssd`, `hdd`, `mmc` or `virtual`."""
     total_bytes: int | None = None
     healthy: bool | None = None
     temperature_c: float | None = None

@@ -48,6 +48,8 @@ HYPERVISORS = {
     "virtualbox": "virtualbox",
 }
 SECTOR_BYTES = 512  # /sys/block/*/size counts these, whatever the disk's own sector size
+# Names that tell the kind; of a virtual disk the kernel does not know what lies behind it.
+DISK_KINDS = {"nvme": "nvme", "mmcblk": "mmc", "vd": "virtual", "xvd": "virtual"}
 # Block devices that are no disks.
 NOT_DISKS = ("loop", "ram", "zram", "dm-", "md", "sr", "fd", "nbd", "mtdblock")
 
@@ -156,7 +158,7 @@ def _read_disks(tree: Tree) -> tuple[Disk, ...]:
         if name.startswith(NOT_DISKS) or not sectors:
             continue
         rotational = tree.number(f"{path}/queue/rotational")
-        kind = "nvme" if name.startswith("nvme") else "mmc" if name.startswith("mmcblk") else ""
+        kind = next((kind for prefix, kind in DISK_KINDS.items() if name.startswith(prefix)), "")
         disks.append(
             Disk(
                 name=name,

@@ -22,7 +22,7 @@ DRIVER_HINT = "install the NVIDIA driver, or boot the node so that driver and li
 
 
 def has_library() -> bool:
-    """True where the driver's NVML library can be loaded."""
+    """True where the driver's NVML library can be loaded; only then is the Python binding worth its import."""
     try:
         ctypes.CDLL(LIBRARY)
     except OSError:
@@ -176,15 +176,23 @@ class _Reading:
         if len(handles) < 2:
             return Topology()
         rows = [tuple("X" if one is other else self._link(one, other) for other in handles) for one in handles]
-        nodes = [self._ask("topology.numa", self._nvml.nvmlDeviceGetNumaNodeId, handle) for handle in handles]
+        folders = [self._pci_folder(handle) for handle in handles]
+        nodes = [self._tree.number(f"{folder}/numa_node") for folder in folders]
         paths = self._tree.glob("sys/bus/pci/devices/*")
         bridges = [path for path in paths if self._tree.number(f"{path}/vendor") == NVIDIA_VENDOR]
         switches = sum((self._tree.number(f"{path}/class") or 0) >> 8 == NVSWITCH_CLASS for path in bridges)
         return Topology(
             links=tuple(rows),
-            numa=tuple("" if node is None else str(node) for node in nodes),
+            cpu_affinity=tuple(self._tree.text(f"{folder}/local_cpulist") or "" for folder in folders),
+            # A machine with one node says -1.
+            numa=tuple("" if node is None else str(max(node, 0)) for node in nodes),
             nvswitches=switches,
         )
+
+    def _pci_folder(self, handle: Any) -> str:
+        """Where /sys shows the card; its domain has four digits there."""
+        pci = self._ask("topology", self._nvml.nvmlDeviceGetPciInfo, handle)
+        return f"sys/bus/pci/devices/{bus_address(_text(pci.busId))[4:]}" if pci else "sys/bus/pci/devices/none"
 
     def _link(self, one: Any, other: Any) -> str:
         nvml = self._nvml
