@@ -24,11 +24,14 @@ class Catalog:
     def __init__(self, database: Database) -> None:
         self._database = database
         connection = database.connection
-        self._assets: dict[str, int] = dict(connection.execute("SELECT name, id FROM asset"))
+        self._assets: dict[str, int] = dict(connection.execute("SELECT name, id FROM asset ORDER BY id"))
         self._metrics: dict[tuple[int, str], tuple[int, str]] = {
             (asset_id, name): (metric_id, unit)
             for asset_id, name, metric_id, unit in connection.execute("SELECT asset_id, name, id, unit FROM metric")
         }
+
+    def assets(self) -> list[str]:
+        return list(self._assets)
 
     def find_asset(self, asset: str) -> int | None:
         return self._assets.get(asset)

@@ -16,6 +16,7 @@ SLICE_BYTES = 256 * 1024
 SLACK_PAGES = 256
 VACUUM_PAGES = 512
 AGE_LOOK_S = 30.0
+SEQ_MAX = 2**63 - 1
 
 
 class Retention:
@@ -113,15 +114,15 @@ class Retention:
     # ---- slices -----------------------------------------------------------------------------------------------------
 
     def _drop_rows(
-        self, outbox: Outbox, stream: str, reason: str, stored_before_s: int | None = None, upto: int | None = None
+        self, outbox: Outbox, stream: str, reason: str, stored_before_s: int | None = None, upto: int = SEQ_MAX
     ) -> bool:
-        """Drop a stream's oldest rows, at most a slice: those stored before, and up to `upto`, where given."""
+        """Drop a stream's oldest rows, at most a slice: those stored before, where given, and up to `upto`."""
         # What a full store is over its cap goes at once, so that it keeps up with any writer.
         slice_bytes = max(SLICE_BYTES, self.live_bytes - self._settings.bytes_cap)
         (seq,) = self._database.connection.execute(
             "SELECT max(seq) FROM ("  # noqa: S608
             "SELECT seq, stored_s, sum(length(body)) OVER (ORDER BY seq) - length(body) AS before "
-            f"FROM {TABLES[stream]} WHERE ?1 IS NULL OR seq <= ?1 ORDER BY seq LIMIT ?2) "
+            f"FROM {TABLES[stream]} WHERE seq <= ?1 ORDER BY seq LIMIT ?2) "
             "WHERE before < ?4 AND (?3 IS NULL OR stored_s < ?3)",
             (upto, SLICE_ROWS, stored_before_s, slice_bytes),
         ).fetchone()

@@ -147,6 +147,10 @@ class Store:
 
     # ---- history ----------------------------------------------------------------------------------------------------
 
+    async def assets(self) -> list[str]:
+        """Names of all assets ever seen, in order of first sight."""
+        return await self._thread.call(lambda parts: parts.catalog.assets())
+
     async def predictions(
         self, asset: str, model: str | None = None, since_ns: int = 0, until_ns: int = END_NS, limit: int = 1000
     ) -> list[Prediction]:
