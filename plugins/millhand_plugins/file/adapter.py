@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import msgspec
+from pydantic import BaseModel
+
 from millhand.clock import stamp
 from millhand.faults import Faults
 from millhand.hookspecs import Adapter
 from millhand.records import Batch, Reading
 from millhand_plugins.file.options import FileOptions
 from millhand_plugins.file.rows import Row, RowReader
-from pydantic import BaseModel
 
 log = logging.getLogger("millhand.adapter.file")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 import msgspec
+
 from millhand.errors import AdapterError
 
 # A longer line is no table row: it is skipped, so that a file without line feeds cannot fill the memory.

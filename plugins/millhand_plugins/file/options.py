@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from pydantic import Field, field_validator, model_validator
+
 from millhand.records import AssetState
 from millhand.validation import StrictTable
-from pydantic import Field, field_validator, model_validator
 
 
 class Column(StrictTable):

@@ -7,6 +7,7 @@ import threading
 from typing import NamedTuple
 
 import msgspec
+
 from millhand.errors import AdapterError
 from millhand.faults import Faults
 from millhand_plugins.file.lines import Line, LineFile, Position

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, tzinfo
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
 from millhand_plugins.file.options import FileOptions
 
@@ -18,33 +18,36 @@ def time_parser(options: FileOptions) -> Callable[[str], int]:
 
     Seconds and milliseconds keep every digit down to the nanosecond; iso and patterns go down to the microsecond.
     """
+    parse = _unchecked(options)
+
+    def checked(text: str) -> int:
+        try:
+            nanoseconds = parse(text)
+            inside = 0 <= nanoseconds <= _LATEST_NS
+        except ArithmeticError as error:  # InvalidOperation for text and NaN, Overflow for 1e999999999 or the year 1
+            raise ValueError("it is no time") from error
+        if not inside:
+            raise ValueError("it lies outside the years 1970 to 2262")
+        return int(nanoseconds)
+
+    return checked
+
+
+def _unchecked(options: FileOptions) -> Callable[[str], int | Decimal]:
     zone = options.zone
     if options.time_format == "iso":
-        return lambda text: _checked(_nanoseconds(datetime.fromisoformat(text), zone))
+        return lambda text: _nanoseconds(datetime.fromisoformat(text), zone)
     if options.time_format == "epoch_s":
-        return lambda text: _checked(_scaled(text, Decimal(10**9)))
+        return lambda text: Decimal(text) * 10**9
     if options.time_format == "epoch_ms":
-        return lambda text: _checked(_scaled(text, Decimal(10**6)))
+        return lambda text: Decimal(text) * 10**6
     if options.time_format == "index":
         start_ns = _nanoseconds(options.start, zone)
         unit_ns = Decimal(repr(options.time_unit_s)) * 10**9
-        return lambda text: _checked(start_ns + _scaled(text, unit_ns))
-    return lambda text: _checked(_nanoseconds(datetime.strptime(text, options.time_format), zone))
+        return lambda text: start_ns + Decimal(text) * unit_ns
+    return lambda text: _nanoseconds(datetime.strptime(text, options.time_format), zone)
 
 
 def _nanoseconds(moment: datetime, zone: tzinfo) -> int:
     aware = moment if moment.tzinfo is not None else moment.replace(tzinfo=zone)
     return (aware - _EPOCH) // _MICROSECOND * 1000
-
-
-def _scaled(text: str, factor: Decimal) -> int:
-    try:
-        return int(Decimal(text) * factor)
-    except (InvalidOperation, OverflowError) as error:
-        raise ValueError(f"'{text}' is no number") from error
-
-
-def _checked(nanoseconds: int) -> int:
-    if not 0 <= nanoseconds <= _LATEST_NS:
-        raise ValueError("lies outside the years 1970 to 2262")
-    return nanoseconds

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -116,38 +117,35 @@ class ModbusReader:
         answer = await self._read("input", address, count, lambda client: client.read_input_registers)
         return cast(list[int], answer.registers)
 
-    async def _read(
-        self,
-        kind: str,
-        address: int,
-        count: int,
-        function: Callable[[AsyncModbusTcpClient], Callable[..., Awaitable[Any]]],
-    ) -> Any:
-        from pymodbus.exceptions import ModbusException
-
+    async def _read(self, kind: str, address: int, count: int, function: _Function) -> Any:
         where = f"{self.label}: {kind} {address}" + (f" to {address + count - 1}" if count > 1 else "")
         if self._client is None or self._lost is None:
             raise AdapterError(f"{where}: not connected", hint="open the adapter first")
         if self._lost.done():
             raise self._lost.result()
-        answer = asyncio.ensure_future(function(self._client)(address, count=count, device_id=self._unit))
+        answer = asyncio.ensure_future(self._ask(function(self._client), address, count, where))
         try:
             await asyncio.wait({answer, self._lost}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
                 raise self._lost.result()
-            response = answer.result()
+            return _accepted(answer.result(), kind, count, where)
+        finally:
+            answer.cancel()
+
+    async def _ask(self, ask: Callable[..., Awaitable[Any]], address: int, count: int, where: str) -> Any:
+        from pymodbus.exceptions import ModbusException
+
+        try:
+            return await ask(address, count=count, device_id=self._unit)
         except ModbusException as error:
             raise NoAnswer(
                 f"{where}: no answer within {self._timeout_ms} ms, {self._retries + 1} times",
                 hint="check 'unit_id' and the cable, or raise 'timeout_ms'",
             ) from error
-        finally:
-            answer.cancel()
-        return _accepted(response, kind, count, where)
 
     def _connected(self, connected: bool) -> None:
         if not connected:
-            self._fail("the other side closed the connection", "check that the device allows one more connection")
+            self._fail("the connection is gone", "check that the device is on and allows one more connection")
 
     def _fail(self, reason: str, hint: str) -> None:
         if self._lost is not None and not self._lost.done():
@@ -199,7 +197,9 @@ async def _connect(client: AsyncModbusTcpClient) -> str | None:
         try:
             return await create()
         except OSError as error:
-            reasons.append(error.strerror or str(error))
+            number = error.errno or 0
+            named = os.strerror(number) if number > 0 else error.strerror  # a failed look-up has a number below 0
+            reasons.append(named or str(error))
             raise
 
     client.ctx.call_create = remember

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from millhand.errors import AdapterError, ConfigError
 from millhand.records import AssetState, Batch, Quality
 from millhand.validation import validate
@@ -116,6 +117,29 @@ async def test_time_formats(tmp_path, cell, options, expected_ns):
     path = write(tmp_path / "a.csv", f"t;v\n{cell};1\n{cell};1\n")
     found = values(await drain(adapter(path, time_column="t", **options)))
     assert [item[0] for item in found] == [expected_ns] * 2
+
+
+@pytest.mark.parametrize(
+    ("cell", "options"),
+    [
+        ("0001-01-01 00:00:00", {"time_format": "iso", "time_zone": "Asia/Tokyo"}),
+        ("1e999999999", {"time_format": "epoch_s"}),
+        ("1e999999", {"time_format": "epoch_ms"}),
+        ("sNaN", {"time_format": "epoch_ms"}),
+        ("Infinity", {"time_format": "index"}),
+        ("31.02.2026", {"time_format": "%d.%m.%Y"}),
+        ("", {"time_format": "iso"}),
+    ],
+)
+async def test_a_row_with_an_impossible_time_is_skipped(tmp_path, cell, options):
+    reader = adapter(write(tmp_path / "a.csv", f"t;v\n{cell};1\n"), time_column="t", **options)
+    assert await drain(reader) == []
+    assert reader.counts == {"bad_rows": 1}
+
+
+async def test_absurd_numbers_are_bad_without_any_limit(tmp_path):
+    path = write(tmp_path / "a.csv", "t,v\n1,1e31\n2,-1e31\n3,1e29\n4,0\n")
+    assert [item[2] for item in values(await drain(adapter(path)))] == [None, None, 1e29, 0.0]
 
 
 async def test_rows_without_a_time_column_are_counted(tmp_path):
@@ -254,7 +278,26 @@ ROW = st.one_of(
     st.tuples(st.integers(0, 10**6), st.floats(allow_nan=True, allow_infinity=True)).map(
         lambda row: f"{row[0]},{row[1]}"
     ),
-    st.sampled_from(["", "  ", "1", "1,2,3", '"', "1,x", "x,1", "# note", '"3","4"', ",", "\x00,\x00"]),
+    st.sampled_from(
+        [
+            "",
+            "  ",
+            "1",
+            "1,2,3",
+            '"',
+            "1,x",
+            "x,1",
+            "# note",
+            "1e999999999,1",
+            "1e999999,1",
+            "nan,1",
+            "-inf,1",
+            '"3","4"',
+            ",",
+            "\x00,\x00",
+        ]
+    ),
+    st.sampled_from(["1e999999999,1", "1e999999,1", "nan,1", "-inf,1", "1_0,1"]),
     st.text(st.characters(blacklist_characters="\n\r", blacklist_categories=("Cs",)), max_size=20),
 )
 LINES = st.lists(st.tuples(ROW, st.sampled_from(["\n", "\r\n"])), max_size=25)
@@ -398,6 +441,20 @@ async def test_following_takes_whole_lines_only_and_survives_rotation(tmp_path):
     with path.open("a") as file:
         file.write("10,100\n")
     assert [item[2] for item in values(await drain(adapter(path), cursor))] == [100.0]
+
+
+async def test_a_file_followed_from_nothing_can_be_resumed(tmp_path):
+    path = write(tmp_path / "a.csv", "t,v\n1,5\n")
+    async with Follower(adapter(path, follow=True, poll_ms=10)) as follower:
+        await follower.until(1)
+        with path.open("a") as file:
+            file.writelines(f"{second},{second}\n" for second in range(2, 2001))
+        await follower.until(2000)
+        cursors = [batch.cursor for batch in follower.batches]
+    for cursor in (cursors[0], cursors[1], cursors[-1]):
+        rest = values(await drain(adapter(path), cursor))
+        assert [item[2] for item in rest] == [float(second) for second in range(2001 - len(rest), 2001)]
+    assert not rest
 
 
 async def test_following_a_cut_file_is_an_error(tmp_path):

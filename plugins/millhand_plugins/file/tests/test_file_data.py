@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from millhand.validation import validate
 from millhand_plugins.file.adapter import FileAdapter
 from millhand_plugins.file.options import FileOptions

@@ -159,8 +159,7 @@ async def test_one_refused_address_costs_only_its_own_register(device, caplog):
     assert reader.counts["refused"] >= 2
     assert "127.0.0.1" in caplog.text
     assert "unit 1: input 6: illegal data address (exception 2)" in caplog.text
-    later = device.requests[-4:]
-    assert (4, 0, 10) not in later, "the cut must stay"
+    assert device.requests.count((4, 0, 10)) == 1, "the cut must stay"
 
 
 async def test_a_refused_register_comes_back(device):
@@ -243,7 +242,7 @@ async def test_a_late_answer_is_no_answer_to_the_next_request(device):
         (lambda frame: frame[:7] + b"\x03" + frame[8:], "garbled frame"),
         (lambda frame: frame[:8] + b"\xff" + frame[9:], "garbled frame"),
         (lambda frame: frame[:4] + b"\x00\x05" + frame[6:7] + b"\x04\x02\x00\x01", "holds 1 values instead of 4"),
-        (lambda frame: None, "closed the connection"),
+        (lambda frame: None, "the connection is gone"),
         (lambda frame: frame[:7], "no answer within"),
         (lambda frame: b"", "no answer within"),
     ],
@@ -265,7 +264,7 @@ async def test_bad_answers_are_clear_errors_and_quick(device, mangle, words, cap
 async def test_refused_connection_names_the_reason(device):
     await device.stop()
     reader = adapter(device, registers=[{"name": "a", "address": 0}])
-    with pytest.raises(AdapterError, match=r"cannot connect: .*[Rr]efused|cannot connect: .*Connect call failed"):
+    with pytest.raises(AdapterError, match="cannot connect: Connection refused"):
         await collect(reader)
     await reader.close()
 
@@ -284,7 +283,7 @@ async def test_a_lost_device_gives_bad_readings_then_an_error_and_comes_back(dev
     assert values(await anext(source)) == {"a": 5}
     last = None
     await device.stop()
-    with pytest.raises(AdapterError, match="closed the connection"):
+    with pytest.raises(AdapterError, match="the connection is gone"):
         async for batch in source:
             last = batch
     assert last.readings[0].quality == Quality.BAD
@@ -471,6 +470,20 @@ async def test_registers_keep_their_pace_while_a_slow_snapshot_is_read(device):
     assert sum(bool(batch.readings) for batch in batches) >= 5
     longest = max(len(list(group)) for key, group in itertools.groupby(device.requests, lambda item: item[1] >= 200))
     assert longest < 130, "polls come between the parts of a snapshot"
+
+
+async def test_snapshots_come_although_the_polls_take_longer_than_their_period(device):
+    expected = put_snapshot(device, 1)
+    registers = [{"name": f"r{at}", "address": at, "kind": "holding"} for at in range(0, 160, 2)]
+    device.words["holding"] = dict.fromkeys(range(160), 1)
+    waveform = {**WAVEFORM, "time_register": None}
+    reader = adapter(device, registers=registers, waveforms=[waveform], poll_ms=10, gap=0)
+    await reader.open(None)
+    source = reader.batches()
+    (found,) = (await until_waveform(source)).waveforms
+    np.testing.assert_array_equal(found.array, expected.astype("f4"))
+    await source.aclose()
+    await reader.close()
 
 
 async def test_only_read_functions_cross_the_wire(device):
