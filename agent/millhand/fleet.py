@@ -90,13 +90,14 @@ class Fleet:
                 infer=self._pool.infer,
                 store=self._store,
                 writer=self._writer(),
+                history=self._config.orders.history,
             )
         except MillhandError as error:
             self._waiting[settings.name] = error
             log.error("asset %s cannot start: %s", settings.name, error.message)
             return
         self._waiting.pop(settings.name, None)
-        runner = AssetRunner(adapter, pipeline, self._store, on_alive=self._report_alive)
+        runner = AssetRunner(adapter, pipeline, on_alive=self._report_alive)
         self._runners[settings.name], self._settings[settings.name] = runner, settings
         await runner.start()
 

@@ -107,14 +107,14 @@ class Spectrum:
         power = np.add.reduceat(np.square(self.amplitude), edges, axis=-1)
         return np.asarray(power / (2 * self.HANN_NOISE_BANDWIDTH))
 
-    def line(self, frequency_hz: ArrayLike, tolerance_hz: float) -> Array:
-        """Amplitude of the lines at `frequency_hz` [k], [..., k].
+    def line(self, frequency_hz: ArrayLike, tolerance_hz: ArrayLike) -> Array:
+        """Amplitude of the lines at `frequency_hz` [k], each give or take `tolerance_hz` (one or [k]): [..., k].
 
         It is taken from all the energy within the tolerance, so it neither falls between two bins nor shrinks when a
         changing speed smears the line. A line beyond the spectrum is 0.
         """
         centres = np.atleast_1d(np.asarray(frequency_hz, dtype=np.float64))
-        reach = max(tolerance_hz, 1.5 * self.resolution_hz)
+        reach = np.maximum(np.asarray(tolerance_hz, dtype=np.float64), 1.5 * self.resolution_hz)
         first = np.ceil((centres - reach) / self.resolution_hz).astype(int)
         last = np.floor((centres + reach) / self.resolution_hz).astype(int)
         bins = self.amplitude.shape[-1]
@@ -129,9 +129,8 @@ class Spectrum:
 
         The multiples may be whole (1x, 2x), halves, or the defect orders of a bearing.
         """
-        wanted = np.atleast_1d(np.asarray(orders, dtype=np.float64))
-        lines = [self.line(shaft_hz * order, shaft_hz * order * tolerance) for order in wanted.tolist()]
-        return np.concatenate(lines, axis=-1)
+        centres = shaft_hz * np.atleast_1d(np.asarray(orders, dtype=np.float64))
+        return self.line(centres, centres * tolerance)
 
     def floor(self, low_hz: float, high_hz: float) -> Array:
         """Median amplitude of the bins in low_hz..high_hz, [...]: the noise between the lines."""

@@ -1,0 +1,190 @@
+"""Keeps one asset running: opens its adapter, feeds its pipeline, backs off after errors, stops cleanly."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from millhand.errors import AdapterError, MillhandError
+from millhand.hookspecs import Adapter
+from millhand.pipeline.asset import AssetPipeline
+from millhand.records import Batch
+
+log = logging.getLogger("millhand.pipeline")
+
+BACKOFF_FIRST_S, BACKOFF_LAST_S = 0.2, 30.0
+STOP_GRACE_S = 1.0
+CLOSE_DEADLINE_S = 5.0
+
+Alive = Callable[[str, bool], None]
+
+
+def _ignore(_: str, __: bool) -> None:
+    """Nobody wants to know."""
+
+
+class AssetRunner:
+    """One asset's task. `status()["state"]`: starting, running, silent, failing, ended or stopped."""
+
+    def __init__(self, adapter: Adapter, pipeline: AssetPipeline, *, on_alive: Alive | None = None) -> None:
+        """`on_alive(asset, alive)` is called when the asset begins to speak or falls silent (DBIRTH, DDEATH)."""
+        self.asset = pipeline.asset
+        self.pipeline = pipeline
+        self._adapter = adapter
+        self._on_alive = on_alive or _ignore
+        self._state = "starting"
+        self._alive: bool | None = None
+        self._error: MillhandError | None = None
+        self._restarts = 0
+        self._last_batch_s: float | None = None
+        self._stopping = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin; errors of the asset show in `status`, never here."""
+        self._task = asyncio.create_task(self._run(), name=f"asset {self.asset}")
+
+    async def stop(self) -> None:
+        """Finish the step in hand, then close the adapter."""
+        self._stopping.set()
+        if self._task is not None:
+            await self._task
+
+    def status(self) -> dict[str, Any]:
+        """What CLI, page and metrics show."""
+        error = self._error or self.pipeline.last_error
+        latencies = sorted(self.pipeline.latencies_ms)
+        return {
+            "asset": self.asset,
+            "state": self._state,
+            "last_batch_age_s": None if self._last_batch_s is None else time.monotonic() - self._last_batch_s,
+            "restarts": self._restarts,
+            "error": error.message if error else "",
+            "hint": error.hint if error else "",
+            "counters": msgspec.to_builtins(self.pipeline.counters),
+            "windows": self.pipeline.window_counters(),
+            "latency_ms": {f"p{rank}": _rank(latencies, rank) for rank in (50, 99)},
+        }
+
+    # ---- the task ---------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        delay_s = BACKOFF_FIRST_S
+        while not self._stopping.is_set():
+            batches_before = self.pipeline.counters.batches
+            try:
+                await self._read()
+                break
+            except MillhandError as error:
+                self._fail(error)
+            except Exception as error:
+                log.exception("asset %s: its adapter failed", self.asset)
+                self._fail(
+                    AdapterError(
+                        f"the adapter failed: {type(error).__name__}: {error}",
+                        hint="report this to the plugin's author",
+                    )
+                )
+            if self.pipeline.counters.batches > batches_before:
+                delay_s = BACKOFF_FIRST_S
+            await self._pause(delay_s * random.uniform(0.8, 1.2))  # noqa: S311 - jitter, not a secret
+            delay_s = min(delay_s * 2, BACKOFF_LAST_S)
+        if self._stopping.is_set():
+            self._state = "stopped"
+
+    async def _read(self) -> None:
+        """Open, take every batch, close. Returns at the end of the source or when told to stop."""
+        cursor = await self.pipeline.restore()
+        try:
+            await self._adapter.open(cursor)
+            await self._take_batches(self._adapter.batches())
+        finally:
+            with suppress(TimeoutError, MillhandError):
+                async with asyncio.timeout(CLOSE_DEADLINE_S):
+                    await self._adapter.close()
+
+    async def _take_batches(self, batches: AsyncIterator[Batch]) -> None:
+        stop = asyncio.create_task(self._stopping.wait())
+        upcoming: asyncio.Task[Batch] | None = None
+        try:
+            while True:
+                upcoming = asyncio.ensure_future(anext(batches))
+                batch = await self._next(upcoming, stop)
+                if batch is None:
+                    return
+                await self._step(batch)
+        except StopAsyncIteration:
+            self._state = "ended"
+            log.info("asset %s: its source has ended", self.asset)
+        finally:
+            stop.cancel()
+            if upcoming is not None and not upcoming.done():
+                upcoming.cancel()
+                with suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
+                    await upcoming
+            close = getattr(batches, "aclose", None)
+            if close is not None:
+                with suppress(Exception):
+                    await close()
+
+    async def _next(self, upcoming: asyncio.Task[Batch], stop: asyncio.Task[bool]) -> Batch | None:
+        """The next batch; None when told to stop. A batch that is on its way is still taken, for a short while."""
+        while not upcoming.done():
+            done, _ = await asyncio.wait(
+                {upcoming, stop}, timeout=self.pipeline.settings.silence_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                self._fall_silent()
+            if stop in done:
+                done, _ = await asyncio.wait({upcoming}, timeout=STOP_GRACE_S)
+                return upcoming.result() if done else None
+        if self._stopping.is_set():
+            return None
+        return upcoming.result()
+
+    async def _step(self, batch: Batch) -> None:
+        await self.pipeline.step(batch)
+        self._last_batch_s = time.monotonic()
+        self._error = None
+        self._state = "running"
+        self._tell_alive(True)
+
+    # ---- what it says -----------------------------------------------------------------------------------------------
+
+    def _fail(self, error: MillhandError) -> None:
+        self._state = "failing"
+        self._error = error
+        self._restarts += 1
+        self._tell_alive(False)
+        log.error("asset %s: %s", self.asset, error.message)
+
+    def _fall_silent(self) -> None:
+        self._state = "silent"
+        self._error = AdapterError(
+            f"no batch came for {self.pipeline.settings.silence_s:g} s",
+            hint="is the machine switched off? see the adapter's address and cables",
+        )
+        self._tell_alive(False)
+
+    def _tell_alive(self, alive: bool) -> None:
+        if self._alive is not alive:
+            self._alive = alive
+            self._on_alive(self.asset, alive)
+
+    async def _pause(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+
+
+def _rank(ranked: list[float], percent: int) -> float | None:
+    if not ranked:
+        return None
+    return round(ranked[min(len(ranked) * percent // 100, len(ranked) - 1)], 3)

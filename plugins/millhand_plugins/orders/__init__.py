@@ -1,0 +1,27 @@
+"""The deterministic order writer: from an alert to a work order by a table of faults, without a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from millhand.hookspecs import OrderWriter, hookimpl
+from millhand.validation import StrictTable
+
+
+class OrdersConfig(StrictTable):
+    knowledge: Path | None = None
+    """A TOML file of your own with tables like those in knowledge.toml; its kinds win over the shipped ones."""
+
+
+@hookimpl
+def millhand_config() -> type[OrdersConfig]:
+    return OrdersConfig
+
+
+@hookimpl
+def millhand_order_writers(config: Any) -> Sequence[OrderWriter]:
+    from millhand_plugins.orders.writer import DeterministicWriter, read_knowledge
+
+    return [DeterministicWriter(read_knowledge(config.knowledge))]
