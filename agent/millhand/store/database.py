@@ -250,12 +250,7 @@ class Database:
 
     def _identify(self) -> None:
         connection = self.connection
-        try:
-            row = connection.execute("SELECT epoch, token, marker_token, clock_s FROM identity").fetchone()
-        except sqlite3.OperationalError as error:
-            if extended_code(error) == sqlite3.SQLITE_ERROR:
-                raise Damage(f"'{self.path.name}' has lost its tables: {error}") from error
-            raise
+        row = connection.execute("SELECT epoch, token, marker_token, clock_s FROM identity").fetchone()
         if row is None:
             self.epoch = str(uuid.uuid4())
             with self.transaction():

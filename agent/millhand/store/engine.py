@@ -48,7 +48,7 @@ class Engine:
     def _load(self) -> None:
         """Mirror the file as it is now."""
         self._writer = Writer(self._database, self._settings)
-        self._retention = Retention(self._database, self._settings)
+        self._retention = Retention(self._database, self._writer.outbox, self._writer.waveforms, self._settings)
         self._stale = False
         # After a failure, look at disk and caps at once: it may have been for want of space.
         self._next_look_s = 0.0
@@ -72,7 +72,7 @@ class Engine:
         self._counts["commits"] += 1
         self._counts["steps"] += len(steps)
         self._unseen_steps += len(steps)
-        body_bytes = sum(len(encoded.body) for encoded in steps)
+        body_bytes = sum(encoded.stored_bytes for encoded in steps)
         self._written_bytes += body_bytes
         self._unfolded_pages += PAGES_A_COMMIT + 2 * len(steps) + body_bytes // 4096
 
@@ -87,9 +87,20 @@ class Engine:
     def _on_good_file(self, function: Callable[[], Result]) -> Result:
         """Run `function`; on a damaged or replaced file begin a new one, and run it on that."""
         try:
+            return self._try(function)
+        except Exception as error:
+            if not is_damage(error):
+                raise
+            self._last_error = str(error)
+        self._counts["files_begun_anew"] += 1
+        self._database.replace(self._last_error)
+        return self._try(function)
+
+    def _try(self, function: Callable[[], Result]) -> Result:
+        try:
             if not self._database.is_open:
+                # The last attempt to begin a new file failed, for want of space perhaps.
                 self._database.open()
-                self._stale = True
             moved = self._database.moved()
             if moved:
                 raise Damage(moved)
@@ -98,19 +109,10 @@ class Engine:
             return function()
         except StoreError:
             raise
-        except Exception as error:
+        except Exception:
             # What the parts hold in memory may be ahead of the file now.
             self._stale = True
-            if not is_damage(error):
-                raise
-            self._last_error = str(error)
-        self._begin_anew()
-        return function()
-
-    def _begin_anew(self) -> None:
-        self._database.replace(self._last_error)
-        self._counts["files_begun_anew"] += 1
-        self._load()
+            raise
 
     # ---- upkeep -----------------------------------------------------------------------------------------------------
 
@@ -137,7 +139,7 @@ class Engine:
             self._database.renew_token()
         if now >= self._next_look_s or self._unseen_steps >= LOOK_STEPS:
             self._unseen_steps = 0
-            more = self._retention.run_slice(self._writer.outbox)
+            more = self._retention.run_slice()
             self._next_look_s = now if more else now + LOOK_S
         return max(0.0, self._next_look_s - now)
 

@@ -33,8 +33,10 @@ def extended_code(error: BaseException) -> int:
 
 
 def is_damage(error: BaseException) -> bool:
-    """Whether the content of the file is bad."""
+    """Whether the content of the file is bad, or its tables are not the store's."""
     code = extended_code(error)
+    if code == sqlite3.SQLITE_ERROR and str(error).startswith(("no such table", "no such column")):
+        return True
     return isinstance(error, Damage) or code in _DAMAGE_EXTENDED or (code >= 0 and code & 0xFF in _DAMAGE)
 
 

@@ -8,6 +8,7 @@ import time
 from millhand.store.database import Database
 from millhand.store.outbox import TABLES, Outbox
 from millhand.store.settings import StoreSettings
+from millhand.store.waveforms import WaveformRing
 
 DAY_S = 86_400
 SLICE_ROWS = 500
@@ -23,13 +24,15 @@ class Retention:
     """One slice a call; the store's thread calls it between commits.
 
     Age: each kind of row has its cap, counted on the store's clock. Pressure (bytes_cap, or the disk's floor) takes, in
-    this order: rows of readings that the hub has, predictions that the hub has, unsent rows of readings, the other
-    predictions, rollups, rows of the alert stream. Alerts and orders themselves go by age only. Unsent rows that go
-    leave a gap record and are counted by reason: `age`, `bytes` or `disk`.
+    this order: rows of readings that the hub has, predictions that the hub has, waveforms, unsent rows of readings, the
+    other predictions, rollups, rows of the alert stream. Alerts and orders themselves go by age only. Unsent rows that
+    go leave a gap record and are counted by reason: `age`, `bytes` or `disk`.
     """
 
-    def __init__(self, database: Database, settings: StoreSettings) -> None:
+    def __init__(self, database: Database, outbox: Outbox, waveforms: WaveformRing, settings: StoreSettings) -> None:
         self._database = database
+        self._outbox = outbox
+        self._waveforms = waveforms
         self._settings = settings
         self._page_bytes = database.pragma("page_size")
         shortest_days = min(
@@ -51,27 +54,27 @@ class Retention:
     def free_disk_bytes(self) -> int:
         return shutil.disk_usage(self._database.path.parent).free
 
-    def run_slice(self, outbox: Outbox) -> bool:
+    def run_slice(self) -> bool:
         """Do one small piece of work; whether there may be more to do at once."""
-        if self._drop_aged(outbox):
+        if self._drop_aged():
             return True
         reason = self._pressure()
-        if reason and self._relieve(outbox, reason):
+        if reason and self._relieve(reason):
             return True
         return self._give_back(0 if reason == "disk" else SLACK_PAGES)
 
     # ---- age --------------------------------------------------------------------------------------------------------
 
-    def _drop_aged(self, outbox: Outbox) -> bool:
+    def _drop_aged(self) -> bool:
         now = time.monotonic()
         if now < self._next_age_look_s:
             return False
         caps = self._settings
-        acked = outbox.state("bulk").acked
+        acked = self._outbox.state("bulk").acked
         did = (
-            self._drop_rows(outbox, "bulk", "age", self._cutoff_s(caps.history_age_cap_days), acked)
-            or self._drop_rows(outbox, "bulk", "age", self._cutoff_s(caps.age_cap_days))
-            or self._drop_rows(outbox, "alert", "age", self._cutoff_s(caps.alert_age_cap_days))
+            self._drop_rows("bulk", "age", self._cutoff_s(caps.history_age_cap_days), acked)
+            or self._drop_rows("bulk", "age", self._cutoff_s(caps.age_cap_days))
+            or self._drop_rows("alert", "age", self._cutoff_s(caps.alert_age_cap_days))
             or self._drop_predictions(self._cutoff_s(caps.prediction_age_cap_days))
             or self._drop_rollups(self._cutoff_s(caps.rollup_age_cap_days))
             or self._drop_closed(self._cutoff_s(caps.alert_age_cap_days))
@@ -95,27 +98,26 @@ class Retention:
     def _disk_is_low(self) -> bool:
         return self.free_disk_bytes < self._settings.free_disk_floor_bytes
 
-    def _relieve(self, outbox: Outbox, reason: str) -> bool:
-        acked = outbox.state("bulk").acked
+    def _relieve(self, reason: str) -> bool:
+        acked = self._outbox.state("bulk").acked
         if reason == "disk":
             # What was dropped shows as free disk only after log and file shrank: do that first.
             self._database.checkpoint(truncate=True)
             if self._give_back(0) or not self._disk_is_low:
                 return True
         return (
-            self._drop_rows(outbox, "bulk", reason, None, acked)
+            self._drop_rows("bulk", reason, None, acked)
             or self._drop_predictions(None, acked)
-            or self._drop_rows(outbox, "bulk", reason)
+            or self._waveforms.drop(SLICE_BYTES)
+            or self._drop_rows("bulk", reason)
             or self._drop_predictions()
             or self._drop_rollups(None)
-            or self._drop_rows(outbox, "alert", reason)
+            or self._drop_rows("alert", reason)
         )
 
     # ---- slices -----------------------------------------------------------------------------------------------------
 
-    def _drop_rows(
-        self, outbox: Outbox, stream: str, reason: str, stored_before_s: int | None = None, upto: int = SEQ_MAX
-    ) -> bool:
+    def _drop_rows(self, stream: str, reason: str, stored_before_s: int | None = None, upto: int = SEQ_MAX) -> bool:
         """Drop a stream's oldest rows, at most a slice: those stored before, where given, and up to `upto`."""
         # What a full store is over its cap goes at once, so that it keeps up with any writer.
         slice_bytes = max(SLICE_BYTES, self.live_bytes - self._settings.bytes_cap)
@@ -129,7 +131,7 @@ class Retention:
         if seq is None:
             return False
         with self._database.transaction():
-            return outbox.drop_through(stream, seq, reason) > 0
+            return self._outbox.drop_through(stream, seq, reason) > 0
 
     def _drop_predictions(self, stored_before_s: int | None = None, upto: int | None = None) -> bool:
         """Delete the oldest predictions, at most a slice: those stored before, and sent in rows up to `upto`."""

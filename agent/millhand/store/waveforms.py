@@ -25,17 +25,29 @@ class WaveformRing:
         body = msgspec.msgpack.encode(waveform)
         if len(body) > self._bytes_cap:
             return
-        connection = self._database.connection
         while self.body_bytes + len(body) > self._bytes_cap:
-            row = connection.execute(
-                "DELETE FROM waveform WHERE id = (SELECT min(id) FROM waveform) RETURNING body_bytes"
-            ).fetchall()
-            self.body_bytes -= int(row[0][0])
-        connection.execute(
+            self._drop_oldest()
+        self._database.connection.execute(
             "INSERT INTO waveform (asset_id, name, body_bytes, body) VALUES (?, ?, ?, ?)",
             (asset_id, waveform.name, len(body), body),
         )
         self.body_bytes += len(body)
+
+    def drop(self, at_least_bytes: int) -> bool:
+        """Give back the oldest waveforms, at least so many bytes while there are any; whether there were any."""
+        if not self.body_bytes:
+            return False
+        goal_bytes = max(0, self.body_bytes - at_least_bytes)
+        with self._database.transaction():
+            while self.body_bytes > goal_bytes:
+                self._drop_oldest()
+        return True
+
+    def _drop_oldest(self) -> None:
+        rows = self._database.connection.execute(
+            "DELETE FROM waveform WHERE id = (SELECT min(id) FROM waveform) RETURNING body_bytes"
+        ).fetchall()
+        self.body_bytes -= int(rows[0][0])
 
     def newest(self, asset_id: int, name: str) -> Waveform | None:
         row = self._database.connection.execute(

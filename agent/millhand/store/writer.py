@@ -20,6 +20,9 @@ from millhand.store.rows import Bulk, Step
 from millhand.store.settings import StoreSettings
 from millhand.store.waveforms import WaveformRing
 
+# What a row takes beside its body: columns and index entries.
+ROW_BYTES = 80
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedStep:
@@ -28,6 +31,11 @@ class EncodedStep:
     step: Step
     body: bytes
     predictions: tuple[tuple[Prediction, bytes], ...]
+
+    @property
+    def stored_bytes(self) -> int:
+        """About what the step adds to the file; waveforms and rollups left out, which have caps of their own."""
+        return ROW_BYTES + len(self.body) + sum(ROW_BYTES + len(body) for _, body in self.predictions)
 
 
 def encode(step: Step) -> EncodedStep:
