@@ -155,6 +155,15 @@ class Database:
         self.connection.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if truncate else 'PASSIVE'})").fetchall()
         self._floor_bytes = self.path.stat().st_size
 
+    def shrink(self, pages: int) -> None:
+        """Cut at most so many free pages off the file."""
+        # From here to the next checkpoint a shorter file is no sign of a foreign hand.
+        self._floor_bytes = 0
+        # As a script: the pragma gives an empty row for each page, at the first of which `execute` would stop.
+        self.connection.executescript(f"PRAGMA incremental_vacuum({pages})")
+        # The file itself is cut when the write-ahead log is copied into it.
+        self.checkpoint()
+
     def renew_token(self) -> None:
         """Write clock and a fresh token to the file, then the token to the marker.
 

@@ -173,8 +173,5 @@ class Retention:
         spare = self._database.pragma("freelist_count") - slack_pages
         if spare <= 0:
             return False
-        # As a script: the pragma gives an empty row for each page, at the first of which `execute` would stop.
-        self._database.connection.executescript(f"PRAGMA incremental_vacuum({min(spare, VACUUM_PAGES)})")
-        # The file itself is cut when the write-ahead log is copied into it.
-        self._database.checkpoint()
+        self._database.shrink(min(spare, VACUUM_PAGES))
         return spare > VACUUM_PAGES
