@@ -87,9 +87,13 @@ def _budgets(found: Match, hardware: Hardware) -> dict[str, int | None]:
     ready = [gpu for gpu in hardware.accelerators if gpu.ready]
     if found.profile.worker.isolation == "shared" or not ready:
         return {"cpu": found.profile.budget_bytes(hardware)}
-    slices = [(part.uuid or f"{gpu.index}/{part.index}", part) for gpu in ready for part in gpu.mig]
-    whole = [(gpu.uuid or str(gpu.index), gpu) for gpu in ready if not gpu.mig_enabled]
-    return {name: found.profile.budget_bytes(hardware, part) for name, part in [*whole, *slices]}
+    budgets = {}
+    for gpu in ready:
+        if not gpu.mig_enabled:
+            budgets[gpu.uuid or str(gpu.index)] = found.profile.budget_bytes(hardware, gpu)
+        for part in gpu.mig:
+            budgets[part.uuid or f"{gpu.index}/{part.index}"] = found.profile.budget_bytes(hardware, part)
+    return budgets
 
 
 def _match_lines(found: Match, hardware: Hardware) -> list[str]:

@@ -70,7 +70,9 @@ def describe(source: str, model: str, compatible: str, memory_mib: int | None) -
     """Say which module a device tree's texts mean; `memory_mib` tells modules apart that share a model."""
     part = re.search(r"p(?:2888|3310|3668|3701|3767|3834)-\d{4}", compatible)
     number = part[0] if part else ""
-    module = MODULES.get(number) or _by_memory(model, memory_mib)
+    # Developer kits of both sizes have carried p3701-0000, so the memory that is there decides where it is known.
+    module = MODULES.get(number, "")
+    module = _by_memory(module or model, memory_mib) or module
     _, capability = model_facts(module or model)
     soc = next((SOCS[name] for name in SOCS if name in compatible), SOC_OF_CAPABILITY.get(capability, ""))
     problems = []
