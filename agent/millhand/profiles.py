@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from millhand.errors import ConfigError, suggestion
 from millhand.hardware.facts import Accelerator, Hardware, MigInstance
-from millhand.hardware.gpus import GIB
+from millhand.hardware.gpus import GIB, slice_bytes
 from millhand.serving.settings import WorkerDefaults
 from millhand.validation import StrictTable, read_toml, validate
 
@@ -132,6 +132,8 @@ class Profile(StrictTable):
         if accelerator is None or self.memory.unified:
             sizes = [size for size in (main.available_bytes, main.limit_bytes) if size is not None]
             size = min(sizes) if sizes else None
+        elif isinstance(accelerator, MigInstance):
+            size = accelerator.memory_bytes or slice_bytes(accelerator.profile)
         else:
             size = accelerator.memory_bytes
         return None if size is None else max(0, int(size * self.memory.fraction) - self.memory.reserve_bytes)

@@ -339,3 +339,9 @@ def test_named_profile() -> None:
 def test_files_are_plain_toml() -> None:
     for path in FOLDER.glob("*.toml"):
         tomllib.loads(path.read_text())
+
+
+def test_slice_of_unknown_memory_is_budgeted_by_its_name() -> None:
+    part = MigInstance(uuid="MIG-1", profile="2g.12gb")
+    profile = profile_named(SHIPPED, "a30-mig").profile
+    assert profile.budget_bytes(sliced(), part) == int(12 * GIB * 0.9) - profile.memory.reserve_bytes

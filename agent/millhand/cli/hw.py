@@ -37,7 +37,7 @@ def show(ctx: click.Context, root: Path | None) -> None:
     from millhand.hardware import discover
 
     output: Output = ctx.obj
-    hardware = discover(root)
+    hardware = discover(root or output.config().node.hardware_root)
     output.emit(hardware.to_dict(), hardware_lines(hardware))
 
 

@@ -30,9 +30,10 @@ def list_(ctx: click.Context) -> None:
     """List every profile, those of the highest priority first."""
     output: Output = ctx.obj
     profiles = _load(output)
-    rows = [(profile.name, profile.match.priority, profile.description[:48]) for profile in profiles]
+    rows = [(profile.name, profile.match.priority, profile.description) for profile in profiles]
     data = [{"name": name, "priority": priority, "description": text} for name, priority, text in rows]
-    output.emit(data, table(["name", "priority", "for"], rows))
+    shown = [(name, priority, textwrap.shorten(text, 48, placeholder=" …")) for name, priority, text in rows]
+    output.emit(data, table(["name", "priority", "for"], shown))
 
 
 @command.command("show")
@@ -61,7 +62,7 @@ def match_(ctx: click.Context, root: Path | None) -> None:
     from millhand.profiles import match
 
     output: Output = ctx.obj
-    hardware = discover(root)
+    hardware = discover(root or output.config().node.hardware_root)
     found = match(_load(output), hardware)
     output.emit(_match_data(found, hardware), _match_lines(found, hardware))
 
