@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 
@@ -12,6 +13,10 @@ import pytest
 from serving_kit import action, identity, scale, until, write_faulty, write_model
 
 from millhand.errors import DeadlineError, InputError, MillhandError, ModelError, OverloadError, WorkerError
+
+
+def descriptors():
+    return psutil.Process().num_fds()
 
 
 def ones(rows=1):
@@ -52,7 +57,7 @@ async def test_policies_choose_versions(root, make_pool):
 async def test_wrong_tensors_are_named(root, make_pool):
     identity(write_model(root, "same") / "1/model.onnx")
     pool = await make_pool()
-    with pytest.raises(InputError, match="'x' of model 'same' has shape .1, 3., expected .-1, 2."):
+    with pytest.raises(InputError, match=r"'x' of model 'same' has shape \[1, 3\], expected \[-1, 2\]"):
         await pool.infer("same", {"x": np.ones((1, 3), dtype=np.float32)})
     with pytest.raises(InputError, match="is FP64, expected FP32"):
         await pool.infer("same", {"x": np.ones((1, 2))})
@@ -260,17 +265,17 @@ async def test_unloading_the_last_model_ends_the_worker(root, make_pool):
 
 async def test_stop_leaves_nothing_behind(root, make_pool, tmp_path):
     write_faulty(root, "faulty")
-    before = set(os.listdir("/proc/self/fd"))
+    before = descriptors()
     pool = await make_pool()
     process = await process_of(pool, "faulty")
-    hanging = asyncio.create_task(pool.infer("faulty", action(5), deadline_ms=60_000))
+    waiting = asyncio.create_task(pool.infer("faulty", action(5), deadline_ms=60_000))
     await until(lambda: pool._workers["shared"].process.blackbox.read(0))
     await pool.stop()
-    assert (await hanging)[1] == 1  # what runs is answered
+    assert (await waiting)[1] == 1  # what runs is answered
     assert not process.is_running()
-    assert list((tmp_path / "run").iterdir()) == []
-    del pool
-    await until(lambda: len(set(os.listdir("/proc/self/fd")) - before) <= 1)
+    assert not list((tmp_path / "run").iterdir())
+    gc.collect()
+    assert descriptors() == before
 
 
 async def test_routes_follow_every_change(root, make_pool):
@@ -294,3 +299,15 @@ async def test_a_bad_interpreter_is_an_error_with_a_remedy(root, make_pool):
     assert "cannot be started with '/nowhere/python3'" in pool.index()[0]["reason"]
     with pytest.raises(ModelError, match="is failed"):
         await pool.infer("faulty", action(0))
+
+
+async def test_a_foreign_interpreter_serves_with_its_own_packages(root, make_pool):
+    """JetPack's TensorRT is for Python 3.10 only; MILLHAND_WORKER_PYTHON names one with NumPy, msgspec and pluggy."""
+    interpreter = os.environ.get("MILLHAND_WORKER_PYTHON")
+    if not interpreter:
+        pytest.skip("MILLHAND_WORKER_PYTHON names no other interpreter")
+    write_faulty(root, "faulty")
+    pool = await make_pool(interpreter=interpreter)
+    assert (await pool.infer("faulty", action(0)))[1] == 1
+    process = await process_of(pool, "faulty")
+    assert interpreter in process.cmdline()

@@ -43,7 +43,7 @@ def list_models(ctx: click.Context) -> None:
 def show(ctx: click.Context, name: str) -> None:
     """Show model NAME: what it takes and gives, its versions, and why it does not serve."""
     output: Output = ctx.obj
-    model, running = _ask(output, "model.show", name=name)
+    model, running = _ask(output, "model.show", model=name)
     output.emit(model, _describe(model, running))
 
 
@@ -55,7 +55,7 @@ def _ask(output: Output, call: str, **arguments: Any) -> tuple[Any, bool]:
         if not isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError):
             raise
         pool = _offline_pool(output)
-        answer = pool.index() if call == "model.list" else pool.metadata(**arguments)
+        answer = pool.index() if call == "model.list" else pool.metadata(arguments["model"])
         return answer, False
 
 

@@ -24,7 +24,7 @@ VALUES_SHOWN = 8
     "-i",
     "source",
     required=True,
-    help="JSON of Open Inference Protocol v2, a .csv or a .npy file for a model with one input, or - for JSON on stdin.",
+    help="JSON of Open Inference Protocol v2 (- for stdin), or a .csv or .npy file for a model with one input.",
 )
 @click.option("--version", "version", type=int, help="A version; default: the newest that serves.")
 @click.option("--deadline-ms", type=click.FloatRange(min=0, min_open=True), help="Give up after so long.")
@@ -41,7 +41,7 @@ def command(ctx: click.Context, model: str, source: str, version: int | None, de
     if source == "-" or Path(source).suffix.lower() == ".json":
         request = _json_request(source)
     else:
-        request = _array_request(Path(source), daemon.call("model.show", name=model)["inputs"], model)
+        request = _array_request(Path(source), daemon.call("model.show", model=model)["inputs"], model)
     if deadline_ms is not None:
         request = {**request, "parameters": {**request.get("parameters", {}), "deadline_ms": deadline_ms}}
     response = daemon.call("model.infer", model=model, request=request, version=version)

@@ -289,7 +289,7 @@ class WorkerClient:
                 self._take(frame)
         except BlockingIOError:
             return
-        except (EOFError, OSError, MillhandError, msgspec.MsgspecError):
+        except (EOFError, OSError, ValueError, MillhandError, msgspec.MsgspecError):
             self.close()
 
     def _take(self, frame: protocol.Frame) -> None:
@@ -323,22 +323,37 @@ class WorkerClient:
 class BlockingWorkerClient:
     """For processes without an event loop; one request at a time, not thread-safe."""
 
-    def __init__(self, path: Path, slots: int = 2, slot_bytes: int = 1 << 20, timeout_s: float = 10.0) -> None:
-        """Connect and exchange hellos. Raises WorkerError where no worker answers."""
-        self._name = path.stem
+    def __init__(
+        self, connection: socket.socket, name: str, slots: int = 2, slot_bytes: int = 1 << 20, timeout_s: float = 10.0
+    ) -> None:
+        """Take over a connected stream socket and exchange hellos. Raises WorkerError or ProtocolError."""
+        self._name = name
         self._timeout_s = timeout_s
         self._session = _Session(slots, slot_bytes)
         self._reader = protocol.FrameReader()
         self._next = 0
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket = connection
         try:
             self._socket.settimeout(timeout_s)
-            self._socket.connect(os.fspath(path))
             self._session.hello(self._socket)
+            self._receive(0)
         except OSError as error:
             self.close()
+            raise _lost(name) from error
+        except MillhandError:
+            self.close()
+            raise
+
+    @classmethod
+    def connect(cls, path: Path, slots: int = 2, slot_bytes: int = 1 << 20) -> BlockingWorkerClient:
+        """Connect to a worker's socket. Raises WorkerError where none answers."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.connect(os.fspath(path))
+        except OSError as error:
+            connection.close()
             raise WorkerError(f"no worker answers on '{path}'", hint="is the daemon running?") from error
-        self._receive(0)
+        return cls(connection, path.stem, slots, slot_bytes)
 
     def infer(
         self,
@@ -368,7 +383,7 @@ class BlockingWorkerClient:
                 self._socket.settimeout(self._timeout_s)
 
     def call(self, name: str, /, **arguments: Any) -> Any:
-        """Make a control call (`ping`, `stats`, `metadata`)."""
+        """Make a control call (`ping`, `stats`, `metadata`). Raises what the worker raised, or WorkerError."""
         self._next += 1
         self._send(protocol.frame(protocol.CALL, self._next, protocol.Call(name, arguments)))
         return protocol.decode_any(self._receive(self._next).body)

@@ -23,8 +23,8 @@ class ModelCalls:
         return {
             "model.list": self.list,
             "model.show": self.show,
-            "model.load": self._pool.load,
-            "model.unload": self._pool.unload,
+            "model.load": self.load,
+            "model.unload": self.unload,
             "model.stats": self._pool.stats,
             "model.infer": self.infer,
             "model.routes": self.routes,
@@ -34,9 +34,17 @@ class ModelCalls:
         """`ModelPool.index`."""
         return await asyncio.to_thread(self._pool.index)  # it reads artifacts to compare them with their proofs
 
-    async def show(self, name: str) -> dict[str, Any]:
+    async def show(self, model: str) -> dict[str, Any]:
         """`ModelPool.metadata`."""
-        return await asyncio.to_thread(self._pool.metadata, name)
+        return await asyncio.to_thread(self._pool.metadata, model)
+
+    async def load(self, model: str, version: int | None = None) -> dict[str, Any]:
+        """`ModelPool.load`."""
+        return await self._pool.load(model, version)
+
+    async def unload(self, model: str) -> dict[str, Any]:
+        """`ModelPool.unload`."""
+        return await self._pool.unload(model)
 
     async def infer(self, model: str, request: dict[str, Any], version: int | None = None) -> dict[str, Any]:
         """One Open Inference Protocol v2 request and its response, as plain data."""

@@ -122,6 +122,9 @@ class Worker:
             self._drop(connection)
         except (EOFError, OSError):
             self._drop(connection)
+        except Exception:  # whatever one client sends, the others' requests go on
+            log.exception("a client's connection is closed")
+            self._drop(connection)
 
     def _drop(self, connection: Connection) -> None:
         """Forget a connection; its waiting requests never run, its ring goes with the last batch that uses it."""
@@ -166,7 +169,7 @@ class Worker:
                 self._take_call(connection, frame)
             else:
                 raise protocol.ProtocolError(f"a client may not send frames of kind {frame.kind}")
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # ValueError: text that is no UTF-8
             raise protocol.ProtocolError(f"a frame's body is not valid: {error}") from error
 
     def _take_infer(self, connection: Connection, frame: protocol.Frame) -> None:

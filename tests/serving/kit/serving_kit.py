@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from importlib.metadata import EntryPoint
@@ -15,6 +19,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from millhand.registry import Registry
+from millhand.serving.blackbox import Blackbox
+from millhand.serving.client import BlockingWorkerClient
 
 KIT = Path(__file__).parent
 
@@ -25,6 +31,41 @@ def backends() -> Registry:
     registry._points["faulty"] = EntryPoint("faulty", "millhand_faulty", "millhand")
     registry.load({"onnxruntime": {}, "faulty": {}})
     return registry
+
+
+class Worker:
+    """A worker process without a pool around it."""
+
+    def __init__(self, folder: Path, audit: str = "") -> None:
+        near, far = socket.socketpair()
+        self.path = folder / "worker.sock"
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(os.fspath(self.path))
+        listener.listen(64)
+        self.blackbox, fd = Blackbox.create()
+        names = {"control_fd": far.fileno(), "blackbox_fd": fd, "listen_fd": listener.fileno()}
+        start = [audit] if audit else ["from millhand.serving.worker import main; main()"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", *start, json.dumps({"name": "test", **names})],
+            pass_fds=list(names.values()),
+            env={**os.environ, "PYTHONPATH": os.fspath(KIT), "HOME": os.fspath(folder)},
+        )
+        far.close()
+        listener.close()
+        os.close(fd)
+        self.control = BlockingWorkerClient(near, "test")
+
+    def load(self, name: str, backend: str, artifact: Path, **options: Any) -> Any:
+        module = "millhand_plugins.onnxruntime" if backend == "onnxruntime" else "millhand_faulty"
+        x = {"x": ["float32", [-1, 2]]}
+        y = options.pop("outputs", {"y": ["float32", [-1, 2]]})
+        base = {"model": name, "version": 1, "artifact": str(artifact), "backend": backend, "module": module}
+        return self.control.call("load", **{**base, "inputs": x, "outputs": y, "max_batch": 8, **options})
+
+    def stop(self) -> None:
+        self.control.close()
+        self.process.wait(5)
+        self.blackbox.close()
 
 
 def save_onnx(path: Path, nodes: list[Any], inputs: Any, outputs: Any, weights: list[Any] | None = None) -> None:

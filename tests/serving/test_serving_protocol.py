@@ -1,0 +1,339 @@
+"""The worker protocol against a real worker: versions, garbage, deaths, leaks, and what a client may not do."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from serving_kit import Worker, action, identity
+
+from millhand.errors import InputError, MillhandError, ModelError
+from millhand.serving import protocol
+from millhand.serving.client import BlockingWorkerClient, deadline_ns
+from millhand.serving.ring import Ring
+
+FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("worker")
+    (folder / "model.json").write_text("{}")
+    running = Worker(folder)
+    running.load("faulty", "faulty", folder / "model.json", queue=1000)
+    yield running
+    assert running.process.poll() is None, "the worker died"
+    running.stop()
+
+
+def raw(worker) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(5)
+    connection.connect(os.fspath(worker.path))
+    return connection
+
+
+def greet(connection, hello=None, fds=()):
+    """Send a hello and return the frames of the answer."""
+    parts = protocol.frame(protocol.HELLO, 0, hello or protocol.Hello(protocol.VERSION))
+    socket.send_fds(connection, [b"".join(bytes(part) for part in parts)], list(fds))
+    return protocol.FrameReader().read(connection)
+
+
+def still_works(worker):
+    client = BlockingWorkerClient.connect(worker.path)
+    answer = client.infer("faulty", action(0))
+    client.close()
+    return answer.version == 1
+
+
+def test_another_version_is_a_clear_error(worker):
+    with raw(worker) as connection:
+        (frame,) = greet(connection, protocol.Hello(99))
+        fault = protocol.decode_fault(frame.body)
+        assert fault.message == "the client speaks worker protocol 99, this worker speaks 1"
+        assert connection.recv(1) == b""
+
+
+def test_a_first_frame_that_is_no_hello_is_refused(worker):
+    with raw(worker) as connection:
+        connection.sendall(protocol.frame(protocol.CALL, 1, protocol.Call("ping", {}))[0])
+        (frame,) = protocol.FrameReader().read(connection)
+        assert "no hello" in protocol.decode_fault(frame.body).message
+
+
+def test_a_ring_that_could_shrink_is_refused(worker):
+    fd = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, 8192)
+    with raw(worker) as connection:
+        (frame,) = greet(connection, protocol.Hello(protocol.VERSION, 2, 4096), [fd])
+        assert "no sealed memfd" in protocol.decode_fault(frame.body).message
+    with raw(worker) as connection, Path("/dev/null").open() as null:
+        (frame,) = greet(connection, protocol.Hello(protocol.VERSION, 2, 4096), [null.fileno()])
+        assert "no sealed memfd" in protocol.decode_fault(frame.body).message
+    os.close(fd)
+    assert still_works(worker)
+
+
+def test_a_client_may_not_load_unload_or_shut_down(worker):
+    client = BlockingWorkerClient.connect(worker.path)
+    for call in ("load", "unload", "shutdown", "nonsense"):
+        with pytest.raises(InputError, match="may not make that call"):
+            client.call(call)
+    assert client.call("metadata", model="faulty")["max_batch"] == 8
+    client.close()
+
+
+@pytest.mark.parametrize("size", [1, 2, 300, 100_000, 2_000_000])
+def test_tensors_come_back_as_they_went(worker, tmp_path, size):
+    """1 and 2 rows travel inline, 300 in the ring, 2,000,000 rows exceed the slot and go inline again."""
+    artifact = tmp_path / "identity.onnx"
+    identity(artifact)
+    worker.load(f"same{size}", "onnxruntime", artifact, max_batch=size)
+    client = BlockingWorkerClient.connect(worker.path)
+    x = np.random.default_rng(7).random((size, 2), dtype=np.float32)
+    np.testing.assert_array_equal(client.infer(f"same{size}", {"x": x}).outputs["y"], x)
+    assert client._session.ring.leased == 0
+    client.close()
+    worker.control.call("unload", model=f"same{size}", version=1)
+    with pytest.raises(ModelError, match="is not loaded"):
+        worker.control.infer(f"same{size}", {"x": x[:1]})
+
+
+def infer_body(**changes):
+    tensor = [changes.pop("name", "x"), changes.pop("dtype", "float32"), changes.pop("shape", (1, 2))]
+    tensor += [changes.pop("offset", 0), changes.pop("size", 8)]
+    body = {"model": "faulty", "version": 1, "deadline": 0, "priority": 0, "slot": -1, "inline": True}
+    return [*{**body, **changes}.values(), [tensor], []]
+
+
+def ask(connection, body, payload=bytes(8)):
+    connection.sendall(b"".join(map(bytes, protocol.frame(protocol.INFER, 1, body, [payload], len(payload)))))
+    (frame,) = protocol.FrameReader().read(connection)
+    return frame
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"offset": 1}, "lies at 1 with 8 bytes, outside its 8 bytes"),
+        ({"offset": -4}, "outside its 8 bytes"),
+        ({"offset": 2**62, "size": 2**62}, "outside its 8 bytes"),
+        ({"shape": (2, 2)}, "needs 16"),
+        ({"shape": (2**40, 2**40)}, "needs"),
+        ({"shape": (-1, -2)}, "negative shape"),
+        ({"dtype": "float31"}, "has dtype 'float31'; did you mean 'float32'?"),
+        ({"dtype": "object", "shape": (1, 3)}, "holds 2 strings"),
+        ({"slot": 3, "inline": False}, "the connection has no ring"),
+        ({"model": "x" * 5000}, "is not loaded"),
+        ({"version": 7}, "has no version 7"),
+    ],
+)
+def test_a_lying_request_gets_an_error_and_the_connection_lives(worker, changes, message):
+    with raw(worker) as connection:
+        greet(connection)
+        frame = ask(connection, infer_body(**changes))
+        assert frame.kind == protocol.ERROR and message in protocol.decode_fault(frame.body).message
+        assert ask(connection, infer_body()).kind == protocol.RESULT
+
+
+def test_a_slot_outside_the_ring_is_an_error(worker):
+    ring, fd = Ring.create(2, 4096)
+    with raw(worker) as connection:
+        greet(connection, protocol.Hello(protocol.VERSION, 2, 4096), [fd])
+        frame = ask(connection, infer_body(slot=2, inline=False), b"")
+        assert "slot 2 does not exist" in protocol.decode_fault(frame.body).message
+    os.close(fd)
+    assert ring.leased == 0
+
+
+@FUZZ
+@given(data=st.binary(max_size=200))
+def test_random_bytes_never_kill_the_worker(worker, data):
+    with raw(worker) as connection:
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(4096):
+            pass
+    assert worker.process.poll() is None
+
+
+VALID = b"".join(
+    bytes(part)
+    for parts in (
+        protocol.frame(protocol.HELLO, 0, protocol.Hello(protocol.VERSION)),
+        protocol.frame(protocol.CALL, 1, protocol.Call("ping", {})),
+        protocol.frame(protocol.INFER, 2, infer_body(), [bytes(8)], 8),
+        protocol.frame(protocol.CANCEL, 2, None),
+        protocol.frame(protocol.CALL, 3, protocol.Call("metadata", {"model": "faulty"})),
+        protocol.frame(protocol.INFER, 4, infer_body(shape=(3, 2), size=24), [bytes(24)], 24),
+    )
+    for part in parts
+)
+
+
+@FUZZ
+@given(changes=st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), min_size=1, max_size=6))
+def test_mutated_frames_never_kill_the_worker(worker, changes):
+    data = bytearray(VALID)
+    for position, value in changes:
+        data[position] = value
+    with raw(worker) as connection:
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(4096):
+            pass
+    assert worker.process.poll() is None
+
+
+@FUZZ
+@given(cuts=st.lists(st.integers(1, len(VALID) - 1), max_size=12))
+def test_frames_survive_any_cut_of_the_stream(cuts):
+    """The reader gives the same frames however the bytes arrive."""
+    near, far = socket.socketpair()
+    reader, frames, edges = protocol.FrameReader(), [], sorted({0, len(VALID), *cuts})
+    for start, stop in itertools.pairwise(edges):
+        near.sendall(VALID[start:stop])
+        while _waiting(far):
+            frames += reader.read(far)
+    near.close()
+    far.close()
+    assert [(frame.kind, frame.request) for frame in frames] == [
+        (protocol.HELLO, 0), (protocol.CALL, 1), (protocol.INFER, 2), (protocol.CANCEL, 2), (protocol.CALL, 3),
+        (protocol.INFER, 4),
+    ]  # fmt: skip
+    assert bytes(frames[-1].payload) == bytes(24)
+
+
+def _waiting(connection):
+    connection.setblocking(False)
+    try:
+        return bool(connection.recv(1, socket.MSG_PEEK))
+    except BlockingIOError:
+        return False
+    finally:
+        connection.setblocking(True)
+
+
+def test_a_claimed_size_takes_no_memory(worker):
+    before = psutil.Process(worker.process.pid).memory_info().rss
+    connections = [raw(worker) for _ in range(20)]
+    for connection in connections:
+        greet(connection)
+        head = protocol.HEAD.pack(protocol.MAGIC, protocol.INFER, 10, protocol.PAYLOAD_BYTES_CAP, 1)
+        connection.sendall(head + b"only this")
+    assert still_works(worker)
+    assert psutil.Process(worker.process.pid).memory_info().rss - before < 20 << 20
+    for connection in connections:
+        connection.close()
+
+
+def test_an_oversized_frame_is_refused(worker):
+    with raw(worker) as connection:
+        greet(connection)
+        connection.sendall(struct.pack("<HBxIIQ", protocol.MAGIC, protocol.INFER, 10, 0xFFFFFFFF, 1))
+        (frame,) = protocol.FrameReader().read(connection)
+        assert "is too large" in protocol.decode_fault(frame.body).message
+        assert connection.recv(1) == b""
+
+
+def test_many_connections_leak_neither_descriptors_nor_memory(worker):
+    process = psutil.Process(worker.process.pid)
+
+    def round_trip():
+        client = BlockingWorkerClient.connect(worker.path)
+        client.infer("faulty", {"x": np.zeros((8, 2), dtype=np.float32)})
+        client.close()
+
+    for _ in range(20):
+        round_trip()
+    fds, own, rss = process.num_fds(), psutil.Process().num_fds(), process.memory_info().rss
+    for _ in range(200):
+        round_trip()
+    assert still_works(worker)
+    assert process.num_fds() <= fds + 1
+    assert psutil.Process().num_fds() <= own + 1
+    assert process.memory_info().rss - rss < 4 << 20
+
+
+def test_a_client_that_leaves_mid_request_leaks_nothing(worker):
+    process = psutil.Process(worker.process.pid)
+    assert still_works(worker)
+    fds = process.num_fds()
+    for _ in range(20):
+        ring, fd = Ring.create(2, 4096)
+        connection = raw(worker)
+        greet(connection, protocol.Hello(protocol.VERSION, 2, 4096), [fd])
+        os.close(fd)
+        np.frombuffer(ring.slot(0), np.float32, 2)[:] = (0, 0)
+        body = infer_body(slot=0, inline=False)
+        connection.sendall(b"".join(map(bytes, protocol.frame(protocol.INFER, 1, body))))
+        connection.close()
+    assert still_works(worker)
+    assert process.num_fds() <= fds + 1
+
+
+def test_the_worker_exits_when_its_control_socket_closes(tmp_path):
+    (tmp_path / "model.json").write_text("{}")
+    worker = Worker(tmp_path)
+    worker.load("faulty", "faulty", tmp_path / "model.json")
+    client = BlockingWorkerClient.connect(worker.path)
+    with pytest.raises(MillhandError):  # its runner hangs for good; it must exit all the same
+        client.infer("faulty", action(2), deadline=deadline_ns(300))
+    worker.stop()
+    assert worker.process.returncode == 0
+
+
+AUDIT = """
+import json, sys
+def hook(event, args):
+    if event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.connect", "socket.sendto"):
+        open("/proc/self/fd/2", "w").write(f"AUDIT {event} {args[1:]}\\n")
+    writes = event == "open" and isinstance(args[1], str) and any(c in args[1] for c in "wax+")
+    if writes and args[0] != "/proc/self/fd/2":
+        open("/proc/self/fd/2", "w").write(f"AUDIT {event} {args}\\n")
+sys.addaudithook(hook)
+from millhand.serving.worker import main; main()
+"""
+
+
+def test_a_worker_with_onnxruntime_looks_nothing_up_and_writes_nothing(tmp_path, capfd):
+    identity(tmp_path / "identity.onnx")
+    before = set(tmp_path.rglob("*"))
+    worker = Worker(tmp_path, AUDIT)
+    worker.load("same", "onnxruntime", tmp_path / "identity.onnx")
+    worker.control.infer("same", action(3))
+    process = psutil.Process(worker.process.pid)
+    assert [connection for connection in process.net_connections() if connection.raddr] == []
+    worker.stop()
+    assert "AUDIT" not in capfd.readouterr().err
+    # HOME is this folder: onnxruntime's telemetry would have put a cache there.
+    assert set(tmp_path.rglob("*")) - before == {worker.path}
+
+
+def test_what_a_worker_imports_is_python_3_10():
+    """Each file that a worker loads parses as 3.10 and imports nothing that 3.10 or a lean worker lacks."""
+    script = (
+        "import sys, json, millhand.serving.worker, millhand_plugins.onnxruntime, millhand_plugins.onnxruntime.backend;"
+        "print(json.dumps([[n, getattr(m, '__file__', None)] for n, m in sys.modules.items()]))"
+    )
+    loaded = dict(json.loads(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout))
+    own = {name: path for name, path in loaded.items() if name.startswith("millhand") and path}
+    assert "millhand.serving.batcher" in own
+    assert not {"pydantic", "asyncio", "tomllib", "millhand.records", "millhand.serving.manifest"} & set(loaded)
+    for path in own.values():
+        tree = ast.parse(Path(path).read_text(), feature_version=(3, 10))
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+        assert not names & {"StrEnum", "Self", "override", "assert_never", "UTC"}, path

@@ -1,0 +1,122 @@
+"""Model folders: good ones are found, bad ones are reported and left out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from serving_kit import identity, scale, write_faulty, write_model
+
+from millhand.errors import ModelError
+from millhand.serving.repository import Repository
+from millhand.serving.settings import ModelSettings
+
+
+def good(root, name, **options):
+    folder = write_model(root, name, **options)
+    identity(folder / "1/model.onnx")
+    return folder
+
+
+def test_bad_folders_are_reported_and_left_out(root):
+    good(root, "good")
+    write_model(root, "empty")
+    folder = good(root, "typo")
+    (folder / "model.toml").write_text((folder / "model.toml").read_text() + "\nmax_bach = 3\n")
+    good(root, "broken").joinpath("model.toml").write_text("name = [")
+    good(root, "renamed").rename(root / "other")
+    toml = good(root, "fixed").joinpath("model.toml")
+    toml.write_text(toml.read_text().replace("[-1, 2]", "[1, 2]"))
+    repository = Repository([root, root / "nowhere"])
+    assert repository.names() == ["good"]
+    problems = dict(repository.problems())
+    assert set(problems) == {"empty", "typo", "broken", "other", "fixed", "nowhere"}
+    assert "no '" in problems["empty"] and "model.onnx" in problems["empty"]
+    assert "key 'outputs.0.max_bach' is not known" in problems["typo"]
+    assert "is not valid TOML" in problems["broken"]
+    assert "'renamed' is not its folder's name" in problems["other"]
+    assert "must begin with -1" in problems["fixed"]
+    with pytest.raises(ModelError, match="is not valid TOML"):
+        repository.find("broken")
+    with pytest.raises(ModelError, match="model 'god' is not known; did you mean 'good'"):
+        repository.find("god")
+
+
+def test_the_owners_folder_wins_over_a_shipped_one(root, tmp_path):
+    good(root, "same")
+    shipped = tmp_path / "shipped"
+    good(shipped, "same")
+    good(shipped, "more")
+    repository = Repository.from_settings(ModelSettings(paths=(root,)), [shipped])
+    assert repository.find("same").path == root / "same"
+    assert repository.names() == ["more", "same"]
+
+
+def test_a_proof_holds_for_its_artifact_only(root):
+    folder = good(root, "proved")
+    repository = Repository([root])
+    model = repository.find("proved")
+    assert model.proof(1) == ("unproved", {"reason": "there is no proof.json"})
+    digest = hashlib.sha256((folder / "1/model.onnx").read_bytes()).hexdigest()
+    (folder / "1/proof.json").write_text(json.dumps({"sha256": digest, "p50_ms": 0.3}))
+    assert model.proof(1) == ("proved", {"sha256": digest, "p50_ms": 0.3})
+    scale(folder / "1/model.onnx", 3)
+    assert "is of another artifact" in model.proof(1)[1]["reason"]
+    (folder / "1/proof.json").write_text("[]")
+    assert "cannot be read" in model.proof(1)[1]["reason"]
+
+
+async def test_require_proof_refuses_an_unproved_version(root, make_pool):
+    good(root, "unproved")
+    pool = await make_pool(require_proof=True)
+    entry = pool.index()[0]
+    assert entry["state"] == "failed" and "is unproved: there is no proof.json" in entry["reason"]
+
+
+def test_policy_specific_names_existing_versions(root):
+    folder = good(root, "some", extra='policy = "specific"\nversions = [4]')
+    model = Repository([root]).find("some")
+    with pytest.raises(ModelError, match="names version 4; in .* are 1"):
+        model.chosen()
+    identity(folder / "4/model.onnx")
+    assert Repository([root]).find("some").chosen() == (4,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('name = "y"', 'name = "z"'), "the artifact has no output 'z'"),
+        (("FP32", "INT64"), "input 'x' is FP32 in the artifact, INT64 in model.toml"),
+        (("[-1, 2]", "[-1, 3]"), "input 'x' has shape .-1, 2. in the artifact, .-1, 3. in model.toml"),
+        (
+            ('backend = "onnxruntime"', 'backend = "onnxruntim"'),
+            "'onnxruntim' is not known; did you mean 'onnxruntime'",
+        ),
+    ],
+)
+async def test_the_manifest_is_checked_against_the_artifact(root, make_pool, change, message):
+    toml = good(root, "same") / "model.toml"
+    toml.write_text(toml.read_text().replace(*change))
+    pool = await make_pool()
+    with pytest.raises(Exception, match=message):
+        await pool.load("same")
+
+
+async def test_a_damaged_artifact_is_named(root, make_pool):
+    folder = good(root, "same")
+    (folder / "1/model.onnx").write_bytes(b"\x08\x07garbage" * 10)
+    pool = await make_pool()
+    reason = pool.index()[0]["reason"]
+    assert f"'{folder / '1/model.onnx'}' cannot be loaded" in reason
+
+
+async def test_one_bad_model_does_not_stop_the_others(root, make_pool):
+    good(root, "same")
+    write_faulty(root, "faulty", versions={1: "die"})
+    write_model(root, "empty")
+    pool = await make_pool()
+    states = {entry["name"]: entry["state"] for entry in pool.index()}
+    assert states["empty"] == "bad" and states["faulty"] == "failed" and states["same"] in ("ready", "restarting")
+    assert Path(root).exists()
