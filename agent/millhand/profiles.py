@@ -6,6 +6,7 @@ A later folder wins over an earlier one of the same name, so an owner's folder c
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from millhand.errors import ConfigError, suggestion
-from millhand.hardware.facts import Accelerator, Hardware, MigInstance
+from millhand.hardware.facts import Accelerator, Hardware, MigInstance, Problem
 from millhand.hardware.gpus import GIB, slice_bytes
 from millhand.serving.settings import WorkerDefaults
 from millhand.validation import StrictTable, read_toml, validate
@@ -23,6 +24,7 @@ from millhand.validation import StrictTable, read_toml, validate
 if TYPE_CHECKING:
     from millhand.config import Config
 
+COOL_IT = "check fans, filters and the air around the cabinet"
 Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
 
 
@@ -89,6 +91,20 @@ class Limits(StrictTable):
     """GPU temperature at which the hardware lowers its clocks."""
     power_w: float | None = Field(default=None, gt=0)
     """Board power at the default limit (a Jetson: of the module at its highest power mode)."""
+
+    def problems(self, hardware: Hardware) -> list[Problem]:
+        """What is too hot now: each GPU, or on a Jetson its junction zone, which is its hottest sensor."""
+        readings = {f"accelerators[{gpu.index}]": gpu.temperature_c for gpu in hardware.accelerators}
+        if hardware.jetson is not None:
+            readings["jetson"] = hardware.jetson.temperatures_c.get("tj")
+        found = []
+        for name, heat_c in readings.items():
+            if heat_c is not None and self.slowdown_c is not None and heat_c >= self.slowdown_c:
+                message = f"{heat_c:g} C: the hardware lowers its clocks from {self.slowdown_c:g} C on"
+                found.append(Problem("temperature", name, message, COOL_IT))
+            elif heat_c is not None and self.warn_c is not None and heat_c >= self.warn_c:
+                found.append(Problem("temperature", name, f"{heat_c:g} C: warn from {self.warn_c:g} C on", COOL_IT))
+        return found
 
     @model_validator(mode="after")
     def _warn_before_slowdown(self) -> Limits:
@@ -414,4 +430,7 @@ def _near_cpus(hardware: Hardware, gpu: Accelerator) -> tuple[int, ...]:
     if gpu.index is None or gpu.index >= len(affinity):
         return ()
     spans = re.findall(r"(\d{1,5})(?:-(\d{1,5}))?", affinity[gpu.index])
-    return tuple(cpu for first, last in spans for cpu in range(int(first), int(last or first) + 1))
+    near = [cpu for first, last in spans for cpu in range(int(first), int(last or first) + 1)]
+    # A container may be kept from some of them.
+    allowed = os.sched_getaffinity(0) if hardware.source == "live" else set(near)
+    return tuple(cpu for cpu in near if cpu in allowed)

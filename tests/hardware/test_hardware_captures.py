@@ -139,6 +139,7 @@ def test_nv_tegra_release(name: str, tmp_path: Path) -> None:
 
 # (compatible's part number or memory decides) model of the device tree -> module, from device_tree_models.csv
 BOARDS = [
+    # Its device tree is that of p3701-0000, which boards of both sizes run: memory decides.
     ("39.2.0", "NVIDIA Jetson AGX Orin Developer Kit", 62_800, "Jetson AGX Orin 64GB"),
     ("36.x", "NVIDIA Jetson AGX Orin Developer Kit", None, "Jetson AGX Orin 64GB"),
     ("36.4.0", "NVIDIA Jetson AGX Orin Developer Kit", 62_800, "Jetson AGX Orin 64GB"),

@@ -70,6 +70,12 @@ def test_match_of_a_recording(tmp_path: Path) -> None:
     assert [worker["accelerator"] for worker in data["workers"]] == ["0"]
 
 
+def test_match_says_what_is_too_hot(tmp_path: Path) -> None:
+    (tmp_path / "tegrastats.txt").write_text(ORIN.replace("tj@51C", "tj@99.5C"))
+    answer = millhand("profile", "match", "--root", tmp_path)
+    assert "Too hot     jetson is at 99.5 C: the hardware lowers its clocks" in answer.stdout
+
+
 def test_root_of_the_configuration_holds(tmp_path: Path) -> None:
     (tmp_path / "tegrastats.txt").write_text(ORIN)
     answer = millhand("hw", "show", MILLHAND_NODE__HARDWARE_ROOT=str(tmp_path))

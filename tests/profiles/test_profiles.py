@@ -240,6 +240,20 @@ def test_profile_stands_in_for_worker_defaults() -> None:
     assert type(match(SHIPPED, Hardware()).worker) is WorkerDefaults
 
 
+@pytest.mark.parametrize(("heat_c", "words"), [(79.9, ""), (80, "warn from 80 C on"), (89, "from 89 C on")])
+def test_heat_is_judged_by_the_profile(heat_c: float, words: str) -> None:
+    card = Accelerator(index=0, name="NVIDIA A30", temperature_c=heat_c, ready=True)
+    problems = profile_named(SHIPPED, "a30").profile.limits.problems(Hardware(accelerators=(card,)))
+    assert [words in problem.message for problem in problems] == ([True] if words else [])
+    assert all(problem.hint for problem in problems)
+
+
+def test_heat_of_a_jetson_is_its_junction() -> None:
+    node = Hardware(jetson=Jetson(temperatures_c={"pmic": 100, "tj": 86}))
+    problems = profile_named(SHIPPED, "jetson-agx-orin-64gb").profile.limits.problems(node)
+    assert [(problem.field, problem.message) for problem in problems] == [("jetson", "86 C: warn from 85 C on")]
+
+
 # ---- an owner's folder ----------------------------------------------------------------------------------------------
 
 

@@ -80,6 +80,8 @@ def _match_data(found: Match, hardware: Hardware) -> dict[str, Any]:
         "workers": [worker.model_dump(mode="json") for worker in found.workers],
         "tensor_parallel": found.tensor_parallel,
         "budgets_bytes": _budgets(found, hardware),
+        "limits": found.profile.limits.model_dump(mode="json"),
+        "too_hot": [problem.message for problem in found.profile.limits.problems(hardware)],
     }
 
 
@@ -111,6 +113,9 @@ def _match_lines(found: Match, hardware: Hardware) -> list[str]:
     for index, (name, budget) in enumerate(_budgets(found, hardware).items()):
         first = "Budget      " if index == 0 else " " * 12
         lines.append(f"{first}{name}: {'not known' if budget is None else f'{budget / GIB:.1f} GiB'}")
+    for problem in found.profile.limits.problems(hardware):
+        text = f"{problem.field} is at {problem.message}. Try: {problem.hint}"
+        lines += textwrap.wrap(text, LINE_CHARACTERS, initial_indent="Too hot     ", subsequent_indent=" " * 12)
     lines += textwrap.wrap(_language(found), LINE_CHARACTERS, initial_indent="Language    ", subsequent_indent=" " * 12)
     return lines
 

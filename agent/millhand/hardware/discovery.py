@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import re
+import signal
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -13,7 +17,6 @@ import msgspec
 from millhand.errors import HardwareError
 from millhand.hardware import jetson
 from millhand.hardware.facts import Hardware, Jetson, Problem
-from millhand.hardware.gpus import model_facts
 from millhand.hardware.host import read_host
 from millhand.hardware.merge import merge
 from millhand.hardware.smi_tables import MAKE_SLICES, NO_SLICES
@@ -76,16 +79,24 @@ def _run_jetson_tools(tree: Tree) -> list[Hardware]:
 def _first_lines(command: list[str], lines_cap: int) -> str:
     """The first lines that a command prints within the deadline; it is ended then (tegrastats never ends by itself)."""
     try:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+        )
     except OSError:
         return ""
     with process:
-        deadline = threading.Timer(COMMAND_DEADLINE_S, process.kill)
+        deadline = threading.Timer(COMMAND_DEADLINE_S, _end, [process])
         deadline.start()
         text = "".join(itertools.islice(process.stdout or (), lines_cap))
         deadline.cancel()
-        process.kill()
+        _end(process)
     return text
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Kill a command with its children: a child that lives on would hold the pipe open."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _read_tree(tree: Tree) -> list[Hardware]:
@@ -123,42 +134,43 @@ def _read_folder(root: Path) -> list[Hardware]:
 
 
 def _finish(sources: list[Hardware], source: str) -> Hardware:
-    """Join the sources and draw the conclusions that need more than one of them."""
-    node = merge(sources)
-    board, cpu = node.jetson, node.cpu
-    accelerators = list(node.accelerators)
-    integrated = next((place for place, gpu in enumerate(accelerators) if gpu.unified_memory), None)
-    if integrated is not None and board is None:
-        capability = accelerators[integrated].compute_capability
-        board = Jetson(soc=jetson.SOC_OF_CAPABILITY.get(capability, ""), compute_capability=capability)
-    if board is not None:
-        gpu = jetson.integrated_gpu(board)
-        if integrated is None:
-            accelerators.insert(0, gpu)
-        elif board.module:
-            accelerators[integrated] = msgspec.structs.replace(accelerators[integrated], name=gpu.name)
-        if not board.compute_capability:
-            _, capability = model_facts(board.module or board.model)
-            board = msgspec.structs.replace(board, compute_capability=capability)
-        if not board.soc:
-            soc = jetson.SOC_OF_CAPABILITY.get(board.compute_capability, "")
-            board = msgspec.structs.replace(board, soc=soc)
-        cpu = msgspec.structs.replace(cpu, architecture=cpu.architecture or "aarch64")
-    problems = list(node.problems)
-    for gpu in accelerators:
-        field = f"accelerators[{gpu.index}]"
-        if gpu.mig_enabled and not gpu.mig and not any(problem.message == NO_SLICES for problem in problems):
-            problems.append(Problem(source, f"{field}.mig", NO_SLICES, MAKE_SLICES))
-    idle = [gpu.name or "a GPU" for gpu in accelerators if not gpu.ready]
+    """Join the sources, and draw the conclusions that need more than one of them."""
+    node = _with_jetson(merge(sources))
+    problems = dict.fromkeys([*node.problems, *_conclusions(node, source)])
+    return msgspec.structs.replace(node, source=source, problems=tuple(problems))
+
+
+def _with_jetson(node: Hardware) -> Hardware:
+    """Give a Jetson its integrated GPU, and an integrated GPU its Jetson."""
+    board, gpus = node.jetson, list(node.accelerators)
+    place = next((place for place, gpu in enumerate(gpus) if gpu.unified_memory), None)
+    if board is None:
+        if place is None:
+            return node
+        board = Jetson(compute_capability=gpus[place].compute_capability)
+    integrated = jetson.integrated_gpu(board)
+    if place is None:
+        gpus.insert(0, integrated)
+    elif board.module:
+        gpus[place] = msgspec.structs.replace(gpus[place], name=integrated.name)
+    capability = board.compute_capability or integrated.compute_capability
+    soc = board.soc or jetson.SOC_OF_CAPABILITY.get(capability, "")
+    return msgspec.structs.replace(
+        node,
+        jetson=msgspec.structs.replace(board, compute_capability=capability, soc=soc),
+        accelerators=tuple(gpus),
+        cpu=msgspec.structs.replace(node.cpu, architecture=node.cpu.architecture or "aarch64"),
+    )
+
+
+def _conclusions(node: Hardware, source: str) -> Iterator[Problem]:
+    """Problems that show only when all sources are joined."""
+    if not any(problem.message == NO_SLICES for problem in node.problems):
+        for gpu in node.accelerators:
+            if gpu.mig_enabled and not gpu.mig:
+                yield Problem(source, f"accelerators[{gpu.index}].mig", NO_SLICES, MAKE_SLICES)
+    idle = [gpu.name or "a GPU" for gpu in node.accelerators if not gpu.ready]
     if idle:
         names = ", ".join(f"{idle.count(name)} x {name}" for name in dict.fromkeys(idle))
         message = f"{names} on the PCI bus, but no driver answers"
-        problems.append(Problem(source, "accelerators", message, "install the NVIDIA driver, then boot the node"))
-    return msgspec.structs.replace(
-        node,
-        source=source,
-        cpu=cpu,
-        jetson=board,
-        accelerators=tuple(accelerators),
-        problems=tuple(dict.fromkeys(problems)),
-    )
+        yield Problem(source, "accelerators", message, "install the NVIDIA driver, then boot the node")

@@ -9,9 +9,8 @@ from millhand.hardware.gpus import model_facts
 from millhand.hardware.tree import Tree
 
 DEVICE_TREES = ("proc/device-tree", "sys/firmware/devicetree/base")
-# Part number -> module, as NVIDIA's partner documents and the device trees of real boards pair them.
+# Part number -> module. p3701-0000 is not here: device trees of AGX Orin of either size carry it.
 MODULES = {
-    "p3701-0000": "Jetson AGX Orin 32GB",
     "p3701-0004": "Jetson AGX Orin 32GB",
     "p3701-0005": "Jetson AGX Orin 64GB",
     "p3701-0008": "Jetson AGX Orin Industrial 64GB",
@@ -46,7 +45,8 @@ JETPACKS = {
     "32.7.6": "4.6.6", "32.1": "4.2", "32.2": "4.2.1", "32.3.1": "4.3", "32.4.3": "4.4", "32.4.4": "4.4.1",
     "32.5": "4.5", "32.5.1": "4.5.1", "34.1": "5.0 DP", "34.1.1": "5.0.1 DP", "35.1": "5.0.2", "35.2.1": "5.1",
     "35.3.1": "5.1.1", "35.4.1": "5.1.2", "35.5.0": "5.1.3", "35.6.0": "5.1.4", "35.6.1": "5.1.5", "36.2": "6.0 DP",
-    "36.3": "6.0", "36.4": "6.1", "36.4.3": "6.2", "36.4.4": "6.2.1", "38.2": "7.0", "38.4": "7.1", "39.2": "7.2",
+    "36.3": "6.0", "36.4": "6.1", "36.4.3": "6.2", "36.4.4": "6.2.1", "36.4.7": "6.2.1", "36.5": "6.2.2",
+    "36.5.2": "6.2.3", "38.2": "7.0", "38.2.1": "7.0", "38.4": "7.1", "39.2": "7.2", "39.2.1": "7.2.1",
 }  # fmt: skip
 JETPACK_MAJORS = {"32": "4", "34": "5", "35": "5", "36": "6", "38": "7", "39": "7"}
 SOCS = {"tegra186": "Tegra186", "tegra194": "Tegra194", "tegra234": "Tegra234", "tegra264": "Tegra264"}
@@ -70,7 +70,7 @@ def describe(source: str, model: str, compatible: str, memory_mib: int | None) -
     """Say which module a device tree's texts mean; `memory_mib` tells modules apart that share a model."""
     part = re.search(r"p(?:2888|3310|3668|3701|3767|3834)-\d{4}", compatible)
     number = part[0] if part else ""
-    # Developer kits of both sizes have carried p3701-0000, so the memory that is there decides where it is known.
+    # Boards may run the device tree of a sibling, so the memory that is there decides where it is known.
     module = MODULES.get(number, "")
     module = _by_memory(module or model, memory_mib) or module
     _, capability = model_facts(module or model)
