@@ -158,6 +158,17 @@ async def test_a_file_harmed_while_running(kit, path, harm):
         assert len(await store.alerts()) == 1
 
 
+async def test_a_sink_is_told_all_of_the_new_file(kit, path):
+    async with kit.opened(path) as store:
+        await store.commit(kit.step(0, alerts=(kit.alert(0), kit.alert(1))))
+        await store.advance_sink("hook", 2)
+        delete(path)
+        await store.commit(kit.step(1, alerts=(kit.alert(2),)))
+        await store.advance_sink("hook", 2)  # of the old file
+        cursor = await store.sink_cursor("hook")
+        assert [record for _, record in await store.records_after(cursor)] == [kit.alert(2)]
+
+
 async def test_what_was_set_aside_can_still_be_read(kit, path):
     """Steps that were only in the write-ahead log go along with the file."""
     async with kit.opened(path) as store:

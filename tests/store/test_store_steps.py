@@ -227,13 +227,14 @@ async def test_a_bad_time_fails_alone_inside_a_group(kit, path):
 async def test_sinks_keep_their_place(kit, path):
     async with kit.opened(path) as store:
         await store.commit(kit.step(0, alerts=(kit.alert(0),)))
-        assert await store.sink_cursor("hook") == 1  # a new sink is not told the past
+    async with kit.opened(path) as store:
         await store.commit(kit.step(1, alerts=(kit.alert(1),), orders=(kit.order(1),)))
+        assert await store.sink_cursor("hook") == 1  # a new sink is not told what came before the start
         found = await store.records_after(1)
         assert [record for _, record in found] == [kit.alert(1), kit.order(1)]
         await store.advance_sink("hook", found[0][0])
         await store.advance_sink("hook", 1)
-        await store.advance_sink("mail", 999)
+        await store.advance_sink("hook", 999)
     async with kit.opened(path) as store:
         assert await store.sink_cursor("hook") == 2
         assert await store.sink_cursor("mail") == 3

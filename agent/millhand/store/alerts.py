@@ -104,18 +104,19 @@ class AlertBook:
     # ---- sinks ------------------------------------------------------------------------------------------------------
 
     def sink_cursor(self, name: str) -> int:
-        """Where the sink stands; a sink seen for the first time begins with what comes next, not with the past."""
+        """Where the sink stands; one that the file does not know begins with what came since the file was opened."""
         connection = self._database.connection
         row = connection.execute("SELECT cursor FROM sink WHERE name = ?", (name,)).fetchone()
         if row is not None:
             return int(row[0])
-        last = self._outbox.state("alert").last
+        start = self._database.alert_last_at_open
         with self._database.transaction():
-            connection.execute("INSERT INTO sink (name, cursor) VALUES (?, ?)", (name, last))
-        return last
+            connection.execute("INSERT INTO sink (name, cursor) VALUES (?, ?)", (name, start))
+        return start
 
     def advance_sink(self, name: str, cursor: int) -> None:
-        cursor = min(cursor, self._outbox.state("alert").last)
+        if cursor > self._outbox.state("alert").last:
+            return  # It was read from a file that has been set aside since.
         with self._database.transaction() as connection:
             connection.execute(
                 "INSERT INTO sink (name, cursor) VALUES (?1, ?2) "

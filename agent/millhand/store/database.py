@@ -59,6 +59,8 @@ class Database:
         self.path = path
         self.epoch = ""
         self.restored = False
+        self.alert_last_at_open = 0
+        """Newest seq of the alert stream when this file was opened or begun."""
         self.set_aside: list[Path] = []
         self._settings = settings
         self._connection: sqlite3.Connection | None = None
@@ -189,6 +191,8 @@ class Database:
             self._quick_check()
         self._migrate()
         self._identify()
+        row = self._connection.execute("SELECT last FROM stream WHERE name = 'alert'").fetchone()
+        self.alert_last_at_open = int(row[0])
         self.renew_token()
         self.checkpoint()
         paths = [self.path, self.path.with_name(self.path.name + "-wal")]

@@ -131,9 +131,10 @@ class Store:
         return await self._thread.call(lambda parts: parts.alerts.order(order_id))
 
     async def sink_cursor(self, name: str) -> int:
-        """Where sink `name` stands on the alert stream; at its first call ever, at the newest record.
+        """Where sink `name` stands on the alert stream; at its first call ever, where the stream was at `open`.
 
-        Ask anew before each round: after a file was set aside, seqs begin again.
+        So a new sink is not told the past, and after a file was set aside every sink is told all of the new one. Ask
+        anew before each round: after a file was set aside, seqs begin again.
         """
         return await self._thread.call(lambda parts: parts.alerts.sink_cursor(name))
 
@@ -142,7 +143,7 @@ class Store:
         return await self._thread.call(lambda parts: parts.alerts.records_after(cursor, limit))
 
     async def advance_sink(self, name: str, cursor: int) -> None:
-        """Sink `name` has everything up to `cursor`; never goes back."""
+        """Sink `name` has everything up to `cursor`; never goes back. A cursor beyond the newest record is ignored."""
         await self._thread.call(lambda parts: parts.alerts.advance_sink(name, cursor))
 
     # ---- history ----------------------------------------------------------------------------------------------------
