@@ -171,6 +171,13 @@ def test_spellings_of_one_fact_are_no_contradiction(tmp_path: Path) -> None:
     assert node.problems == ()
 
 
+def test_the_bus_names_cards_in_its_own_way(tmp_path: Path) -> None:
+    bus = "0b:00.0 3D controller [0302]: NVIDIA Corporation GA100GL [A30 PCIe] [10de:20b7] (rev a1)\n"
+    node = discover(write(tmp_path, {"nvidia-smi-q.xml": XML, "lspci.txt": bus}))
+    assert [(gpu.name, gpu.ready) for gpu in node.accelerators] == [("NVIDIA A30", True)]
+    assert node.problems == ()
+
+
 def test_csv_query(tmp_path: Path) -> None:
     rows = (
         "index, name, uuid, driver_version, memory.total [MiB], compute_cap, mig.mode.current, power.limit [W]\n"

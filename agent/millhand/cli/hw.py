@@ -136,22 +136,25 @@ def _grouped(problems: tuple[Problem, ...]) -> Iterator[list[str]]:
         more = f" and {len(fields) - 3} more" if len(fields) > 3 else ""
         where = ", ".join(dict.fromkeys(field for field in fields[:3] if field)) + more
         head = f"{source}: {where}: {message}" if where else f"{source}: {message}"
-        lines = textwrap.wrap(head, LINE_CHARACTERS, initial_indent="  ", subsequent_indent="    ")
+        lines = _indented(head, "  ", "    ")
         if hint:
-            lines += textwrap.wrap(f"Try: {hint}", LINE_CHARACTERS, initial_indent="    ", subsequent_indent=" " * 9)
+            lines += _indented(f"Try: {hint}", "    ", " " * 9)
         yield lines
 
 
 def _wrap(label: str, text: str) -> list[str]:
     if not text:
         return []
-    indent = " " * LABEL_CHARACTERS
-    first = f"{label:<{LABEL_CHARACTERS}}"
+    return _indented(text, f"{label:<{LABEL_CHARACTERS}}", " " * LABEL_CHARACTERS)
+
+
+def _indented(text: str, first: str, rest: str) -> list[str]:
+    """Wrap at blanks only: commands and paths stay whole."""
     return textwrap.wrap(
         text,
         LINE_CHARACTERS,
         initial_indent=first,
-        subsequent_indent=indent,
+        subsequent_indent=rest,
         break_on_hyphens=False,
         break_long_words=False,
     )

@@ -106,7 +106,8 @@ def _same_slice(one: MigInstance, other: MigInstance) -> bool:
 
 
 def _join_gpus(problems: list[Problem], label: str, first: Accelerator, second: Accelerator) -> Accelerator:
-    for field in STEADY:
+    # The PCI bus gives a GPU a name of its own; only two drivers' answers can contradict each other.
+    for field in STEADY if second.ready else ():
         _compare(problems, label, f"accelerators[{first.index}].{field}", getattr(first, field), getattr(second, field))
     merged = join(first, second)
     slices = _join_lists(first.mig, second.mig, _same_slice, join)
