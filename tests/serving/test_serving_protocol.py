@@ -112,6 +112,15 @@ def test_tensors_come_back_as_they_went(worker, tmp_path, size):
         worker.control.infer(f"same{size}", {"x": x[:1]})
 
 
+def test_foreign_byte_order_and_strides_travel_right(tmp_path, worker):
+    artifact = tmp_path / "identity.onnx"
+    identity(artifact)
+    worker.load("order", "onnxruntime", artifact, max_batch=4000)
+    x = np.random.default_rng(7).random((2, 3000), dtype=np.float32)
+    for sent in (x.T, x.T.astype(">f4"), x.T[::2]):
+        np.testing.assert_array_equal(worker.control.infer("order", {"x": sent}).outputs["y"], sent)
+
+
 def infer_body(**changes):
     tensor = [changes.pop("name", "x"), changes.pop("dtype", "float32"), changes.pop("shape", (1, 2))]
     tensor += [changes.pop("offset", 0), changes.pop("size", 8)]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from millhand import errors
-from millhand.serving.tensors import DATATYPE_OF, Tensors
+from millhand.serving.tensors import DATATYPE_OF, Tensors, dtype_name
 
 VERSION = 1
 MAGIC = 0x484D  # "MH"
@@ -111,6 +111,7 @@ class ProtocolError(errors.MillhandError):
     code = "protocol"
 
 
+_DTYPES = {name: np.dtype(name) for name in DATATYPE_OF}
 _CLASSES: dict[str, type[errors.MillhandError]] = {cls.code: cls for cls in errors.MillhandError.__subclasses__()}
 
 
@@ -211,7 +212,7 @@ def place(tensors: Tensors, slot: memoryview | None) -> tuple[tuple[Tensor, ...]
 
     Returns (where they lie, payload buffers, payload bytes); the latter two are empty and -1 when the slot took them.
     """
-    arrays = [(name, array.dtype.name, array.shape, _flat(array)) for name, array in tensors.items()]
+    arrays = [(name, dtype_name(array.dtype), array.shape, _flat(array)) for name, array in tensors.items()]
     specs, offset = [], 0
     for name, dtype, shape, flat in arrays:
         specs.append(Tensor(name, dtype, shape, offset, flat.nbytes))
@@ -233,6 +234,8 @@ def _flat(array: NDArray[Any]) -> NDArray[np.uint8]:
     if array.dtype == object:
         elements = [item if isinstance(item, bytes) else str(item).encode() for item in array.ravel()]
         return np.frombuffer(b"".join(struct.pack("<I", len(item)) + item for item in elements), dtype=np.uint8)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
@@ -259,7 +262,7 @@ def _view(tensor: Tensor, memory: memoryview) -> NDArray[Any]:
         count *= size
     if tensor.dtype == "object":
         return _strings(tensor, bytes(memory[tensor.offset : tensor.offset + tensor.size]), count)
-    dtype = np.dtype(tensor.dtype)
+    dtype = _DTYPES[tensor.dtype]
     if count * dtype.itemsize != tensor.size:
         raise errors.InputError(
             f"tensor '{tensor.name}' has {tensor.size} bytes, its shape {list(tensor.shape)} "

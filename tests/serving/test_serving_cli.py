@@ -1,0 +1,113 @@
+"""`model` and `predict` against a real daemon's calls on a real control socket."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import threading
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from serving_kit import backends, scale, write_model
+
+from millhand.cli import root as millhand
+from millhand.control import ControlServer
+from millhand.errors import ControlError, InputError, ModelError
+from millhand.serving.pool import ModelPool
+from millhand.serving.repository import Repository
+from millhand.serving.settings import ModelSettings, WorkerDefaults
+
+
+@pytest.fixture
+def config(root, tmp_path):
+    scale(write_model(root, "scale") / "1/model.onnx", 2)
+    path = tmp_path / "millhand.toml"
+    run = tmp_path / "run"
+    path.write_text(f'[node]\nrun_dir = "{run}"\ndata_dir = "{tmp_path}"\n[models]\npaths = ["{root}"]\n')
+    return path
+
+
+@pytest.fixture
+def daemon(config, root, tmp_path):
+    """A pool and its control socket on a loop in a thread of its own, as the CLI's other side."""
+    started, stop, loop = threading.Event(), asyncio.Event(), asyncio.new_event_loop()
+
+    async def serve():
+        settings = ModelSettings(paths=(root,))
+        pool = ModelPool(Repository([root]), settings, WorkerDefaults(), backends(), tmp_path / "run")
+        await pool.start()
+        control = ControlServer(tmp_path / "run/control.sock", pool.control_handlers())
+        await control.start()
+        started.set()
+        await stop.wait()
+        await control.stop()
+        await pool.stop()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+    thread.start()
+    assert started.wait(20)
+    yield
+    loop.call_soon_threadsafe(stop.set)
+    thread.join(20)
+    loop.close()
+
+
+def run(config, *words, stdin=None):
+    result = CliRunner().invoke(millhand, ["--config", str(config), *words], input=stdin)
+    if result.exception is not None:
+        raise result.exception
+    return result.output
+
+
+def test_model_list_and_show(config, daemon):
+    assert json.loads(run(config, "model", "list", "--json"))[0]["state"] == "ready"
+    assert "scale  ready" in run(config, "model", "list")
+    text = run(config, "model", "show", "scale")
+    assert "serves   1 of 1, policy latest" in text and "inputs   x     FP32      [-1, 2]" in text
+    with pytest.raises(ModelError, match="model 'scal' is not known; did you mean 'scale'"):
+        run(config, "model", "show", "scal")
+
+
+def test_without_a_daemon_the_repository_is_read(config):
+    text = run(config, "model", "list")
+    assert "scale  unloaded" in text and "The daemon does not run" in text
+    assert json.loads(run(config, "model", "show", "scale", "--json"))["available"] == [1]
+    with pytest.raises(ControlError, match="no daemon answers"):
+        run(config, "predict", "scale", "-i", "-", stdin='{"inputs": []}')
+
+
+def test_predict_takes_json_csv_and_npy(config, daemon, tmp_path):
+    body = {"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}]}
+    answer = json.loads(run(config, "predict", "scale", "--input", "-", "--json", stdin=json.dumps(body)))
+    assert answer["outputs"][0]["data"] == [2.0, 4.0]
+    table = tmp_path / "rows.csv"
+    table.write_text("a,b\n1,2\n3,4\n")
+    assert "[2, 2]" in run(config, "predict", "scale", "-i", str(table), "--version", "1", "--deadline-ms", "5000")
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([5.0, 6.0]))
+    (tmp_path / "one.npy").write_bytes(buffer.getvalue())
+    assert "10, 12" in run(config, "predict", "scale", "-i", str(tmp_path / "one.npy"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "1,2\n3,x\n", "row 2: could not convert string to float: 'x'"),
+        ("a.csv", "1,2\n3\n", "row 2 has 1 cells, the first has 2"),
+        ("a.csv", "a,b\n", "holds no row of numbers"),
+        ("a.csv", "1,nan\n", "something else than finite numbers"),
+        ("a.csv", "1,2,3\n", r"has shape \[1, 3\], expected \[-1, 2\]"),
+        ("a.npy", "no array", "cannot be read as .npy"),
+        ("a.json", "{", "is not valid JSON"),
+        ("a.json", '{"inputs": [NaN]}', "NaN is no JSON number"),
+        ("a.json", "[]", "has no key 'inputs'"),
+        ("a.json", '{"inputs": [{"name": "x"}]}', "no inference request"),
+    ],
+)
+def test_bad_input_is_named(config, daemon, tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        run(config, "predict", "scale", "-i", str(path))
