@@ -5,6 +5,7 @@ A bad folder is reported and left out, never fatal. Nothing is watched: `scan` r
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -56,7 +57,9 @@ class ModelFolder:
         try:
             proof: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             claimed = proof["sha256"]
-            found = hashlib.sha256(self.artifact(version).read_bytes()).hexdigest()
+            artifact = self.artifact(version)
+            status = artifact.stat()
+            found = _digest(artifact, status.st_mtime_ns, status.st_size)
         except FileNotFoundError:
             return "unproved", {"reason": "there is no proof.json"}
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -141,6 +144,13 @@ class Repository:
                 hint="prove it on this node, or set [models] require_proof = false",
             )
         return state
+
+
+@functools.lru_cache(maxsize=256)
+def _digest(path: Path, mtime_ns: int, size: int) -> str:
+    """SHA-256 of a file; read again only when its time or size has changed (engines are large)."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_folder(path: Path) -> ModelFolder:
