@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from millhand.calls import Calls
 from millhand.config import Config, load_config
@@ -31,7 +31,9 @@ from millhand.serving.pool import ModelPool
 from millhand.serving.repository import Repository
 from millhand.store import Store
 from millhand.systemd import notify, notify_reloading, watchdog_interval_s
-from millhand.telemetry.publisher import Publisher
+
+if TYPE_CHECKING:
+    from millhand.telemetry.publisher import Publisher
 
 log = logging.getLogger("millhand.daemon")
 
@@ -80,9 +82,7 @@ class Daemon:
             run_dir=config.node.run_dir,
         )
         await self.pool.start(needed=[model for asset in config.assets for model in asset.models])
-        if config.telemetry.enabled:
-            self.publisher = Publisher(config.telemetry, config.node.group, config.node.id, self.store)
-            await self.publisher.start()
+        await self._start_publisher()
         self.fleet = Fleet(config, self.registry, self.store, self.pool, self.publisher)
         await self.fleet.start()
         calls = Calls(self)
@@ -167,10 +167,16 @@ class Daemon:
         if self.publisher is not None:
             await self.publisher.stop()
             self.publisher = None
+        await self._start_publisher()
+
+    async def _start_publisher(self) -> None:
+        if not self.config.telemetry.enabled:
+            return
+        from millhand.telemetry.publisher import Publisher  # paho and protobuf cost 6 MB; only for who publishes
+
         node = self.config.node
-        if self.config.telemetry.enabled:
-            self.publisher = Publisher(self.config.telemetry, node.group, node.id, self.store)
-            await self.publisher.start()
+        self.publisher = Publisher(self.config.telemetry, node.group, node.id, self.store)
+        await self.publisher.start()
 
     def _make_folders(self) -> None:
         for key, folder in (("data_dir", self.config.node.data_dir), ("run_dir", self.config.node.run_dir)):

@@ -314,7 +314,7 @@ class Publisher:
             if room <= 0:
                 continue
             rows = await self._store.pending(stream, self._sent[stream], min(room, ROWS_AT_ONCE))
-            if self._store.epoch != self._epoch:
+            if self._store.epoch != self._epoch or any(row.epoch != self._epoch for row in rows):
                 return True  # another file: its rows need a birth first
             if rows:
                 await self._send(session, stream, rows)
