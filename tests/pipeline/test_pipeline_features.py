@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from millhand.pipeline import features
+from millhand.pipeline.asset import AssetPipeline
+from millhand.pipeline.settings import AssetSettings
 from millhand.pipeline.windows import Window
-from millhand.records import Clock, Waveform
+from millhand.records import Batch, Clock, Reading, Waveform
+from millhand.serving.manifest import Manifest
 
 RATE_HZ = 8192.0
 TIME_S = np.arange(8192) / RATE_HZ
@@ -140,3 +144,37 @@ def test_spectrum_extractor_puts_a_line_into_its_band():
 def test_spectrum_extractor_refuses_what_is_too_short():
     assert extractor("spectrum").extract(window({}, {})) is None
     assert extractor("spectrum").extract(window({}, {"v": waveform(np.ones(8))})) is None
+
+
+async def test_options_of_model_toml_reach_the_extractor_and_the_owner_overrules_them():
+    manifest = Manifest(
+        name="m",
+        description="",
+        licence="Apache-2.0",
+        inputs=[{"name": "x", "shape": [-1, 1, 5]}],
+        outputs=[{"name": "y", "shape": [-1, 1]}],
+        window={"by": "count", "length": 5, "step": 1, "min_length": 2, "signals": ["a"]},
+        features={"extractor": "raw", "options": {"length": 5, "tensor": "y"}},
+        prediction={"task": "regression", "output": "y"},
+    )
+    asked = []
+
+    async def infer(model, tensors):
+        asked.append(tensors)
+        return {"y": np.zeros((1, 1))}, 1
+
+    class Store:
+        async def commit(self, step):
+            pass
+
+    pipeline = AssetPipeline(
+        AssetSettings(name="a", adapter="file", context={"tensor": "x"}),
+        models=[(manifest, extractor("raw"))],
+        infer=infer,
+        store=Store(),
+        writer=None,
+    )
+    for second in (1, 2):
+        reading = Reading("a", float(second), "1", Clock(second * 10**9, 0, 0))
+        await pipeline.step(Batch((reading,), cursor=b"c"))
+    assert [tensors["x"].tolist() for tensors in asked] == [[[[1, 1, 1, 1, 2]]]]

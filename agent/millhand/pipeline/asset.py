@@ -111,7 +111,12 @@ class AssetPipeline:
             manifest.name: _Judge(
                 manifest,
                 extractor,
-                WindowBuilder(settings.name, _window_spec(manifest), settings.context, settings.limits),
+                WindowBuilder(
+                    settings.name,
+                    _window_spec(manifest),
+                    {**manifest.features.options, **settings.context},
+                    settings.limits,
+                ),
                 RuleEngine(settings.name, manifest, settings.rules),
             )
             for manifest, extractor in models
