@@ -480,11 +480,11 @@ async def test_registers_keep_their_pace_while_a_slow_snapshot_is_read(device):
 
 async def test_snapshots_come_although_the_polls_take_longer_than_their_period(device):
     expected = put_snapshot(device, 1)
-    registers = [{"name": f"r{at}", "address": at, "kind": "holding"} for at in range(0, 160, 2)]
-    device.words["holding"] = dict.fromkeys(range(160), 1)
-    device.before = lambda table, address: time.sleep(0.0005)  # a slow device: 80 requests take at least 40 ms
+    registers = [{"name": f"r{at}", "address": at, "kind": "holding"} for at in range(0, 40, 2)]
+    device.words["holding"] = dict.fromkeys(range(40), 1)
+    device.before = lambda table, address: time.sleep(0.001)  # a slow device: 20 requests take 20 ms
     waveform = {**WAVEFORM, "time_register": None}
-    reader = adapter(device, registers=registers, waveforms=[waveform], poll_ms=10, gap=0, max_count=4)
+    reader = adapter(device, registers=registers, waveforms=[waveform], poll_ms=10, gap=0, max_count=16)
     await reader.open(None)
     source = reader.batches()
     (found,) = (await until_waveform(source)).waveforms
