@@ -59,7 +59,7 @@ class BenchAgent:
     def store_path(self) -> Path:
         return self.folder / "data" / "millhand.db"
 
-    def call(self, name: str, **arguments: Any) -> Any:
+    def call(self, name: str, /, **arguments: Any) -> Any:
         return self.client.call(name, **arguments)
 
     def start(self) -> None:

@@ -148,13 +148,13 @@ class ControlClient:
         self._path = check_socket_path(path)
         self._timeout_s = timeout_s
 
-    def call(self, name: str, **arguments: Any) -> Any:
+    def call(self, name: str, /, **arguments: Any) -> Any:
         """Call once. Raises ControlError where no daemon answers, else what the daemon raised."""
         with self._connect() as connection:
             _write(connection, name, arguments)
             return _unpack(_read(connection))["result"]
 
-    def stream(self, name: str, **arguments: Any) -> Iterator[Any]:
+    def stream(self, name: str, /, **arguments: Any) -> Iterator[Any]:
         """Yield the items of a streaming call."""
         with self._connect() as connection:
             _write(connection, name, arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from millhand.assets import adapter_kinds, create_adapter
@@ -41,6 +41,8 @@ class Fleet:
         self._runners: dict[str, AssetRunner] = {}
         self._settings: dict[str, AssetSettings] = {}
         self._waiting: dict[str, MillhandError] = {}
+        self._unjudged: dict[str, MillhandError] = {}
+        """Assets that are read while a model of theirs is missing."""
         self._sinks: list[SinkRunner] = []
 
     async def start(self) -> None:
@@ -69,12 +71,18 @@ class Fleet:
 
     def statuses(self) -> list[dict[str, Any]]:
         """The state of every asset, also of those that wait."""
-        running = [runner.status() for runner in self._runners.values()]
+        running = [self._with_missing_model(runner.status()) for runner in self._runners.values()]
         waiting = [
             {"asset": name, "state": "waiting", "error": error.message, "hint": error.hint}
             for name, error in self._waiting.items()
         ]
         return sorted([*running, *waiting], key=lambda status: str(status["asset"]))
+
+    def _with_missing_model(self, status: dict[str, Any]) -> dict[str, Any]:
+        error = self._unjudged.get(str(status["asset"]))
+        if error is not None and not status["error"]:
+            status |= {"error": error.message, "hint": error.hint}
+        return status
 
     def sink_statuses(self) -> list[dict[str, Any]]:
         return [sink.status() for sink in self._sinks]
@@ -86,7 +94,7 @@ class Fleet:
             adapter = create_adapter(settings, kinds)
             pipeline = AssetPipeline(
                 settings,
-                models=[self._model(settings, name, extractors) for name in settings.models],
+                models=list(self._models(settings, extractors)),
                 infer=self._pool.infer,
                 store=self._store,
                 writer=self._writer(),
@@ -104,6 +112,18 @@ class Fleet:
     def _report_alive(self, asset: str, alive: bool) -> None:
         if self._publisher is not None:
             self._publisher.set_asset_alive(asset, alive)
+
+    def _models(
+        self, settings: AssetSettings, extractors: Mapping[str, FeatureExtractor]
+    ) -> Iterator[tuple[Manifest, FeatureExtractor]]:
+        """The models that can judge the asset. One that cannot is reported; it never costs the asset's readings."""
+        self._unjudged.pop(settings.name, None)
+        for name in settings.models:
+            try:
+                yield self._model(settings, name, extractors)
+            except MillhandError as error:
+                self._unjudged[settings.name] = error
+                log.error("asset %s is read without model %s: %s", settings.name, name, error.message)
 
     def _model(
         self, settings: AssetSettings, name: str, extractors: Mapping[str, FeatureExtractor]

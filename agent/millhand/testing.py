@@ -1,12 +1,12 @@
 """Fixtures for plugin authors and for us (a pytest plugin): a real agent process, conditions with a deadline.
 
-    def test_my_adapter(millhand_agent):
-        agent = millhand_agent('''
-            [[assets]]
-            name = "press"
-            adapter = "mine"
-        ''')
-        agent.wait(lambda: agent.call("alert.list"), "an alert")
+def test_my_adapter(millhand_agent):
+    agent = millhand_agent('''
+        [[assets]]
+        name = "press"
+        adapter = "mine"
+    ''')
+    agent.wait(lambda: agent.call("alert.list"), "an alert")
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Agent:
         except ControlError:
             return False
 
-    def call(self, name: str, **arguments: Any) -> Any:
+    def call(self, name: str, /, **arguments: Any) -> Any:
         return self.client.call(name, **arguments)
 
     def wait(self, condition: Callable[[], Any], what: str, deadline_s: float = 30.0) -> Any:

@@ -58,9 +58,15 @@ def _assets(assets: list[dict[str, Any]]) -> str:
 
 
 def _models(models: list[dict[str, Any]]) -> str:
-    if not models:
+    shown = [model for model in models if model["state"] != "unloaded"]
+    if not shown:
         return "none loaded"
-    return ", ".join(f"{model['name']} v{model['version']} {model['state']}" for model in models)
+    return ", ".join(f"{model['name']}{_version(model)} {model['state']}" for model in shown)
+
+
+def _version(model: dict[str, Any]) -> str:
+    versions = ", ".join(str(number) for number in model["versions"])
+    return f" v{versions}" if versions else ""
 
 
 def _telemetry(telemetry: dict[str, Any]) -> str:

@@ -14,12 +14,11 @@ from typing import Any
 import psutil
 
 from millhand.control import ControlClient
-from millhand.demo.hubside import HubSide
-from millhand.demo.stack import Part, Stack, free_port, port_answers, python_module
+from millhand.demo.hubside import ASSET, NODE, HubSide
+from millhand.demo.stack import DemoError, Part, Stack, python_module
 from millhand.demo.tally import RigTime, Tally, count, read_rig_log
 from millhand.errors import ControlError
 
-ASSET = "skid-1"
 MODEL = "rig-fault"
 LOOK_EVERY_S = 0.25
 DRAIN_DEADLINE_S = 30.0
@@ -27,7 +26,7 @@ DRAIN_DEADLINE_S = 30.0
 AGENT_TOML = """\
 # Written by `millhand demo`: a node that watches one skid over Modbus TCP.
 [node]
-id = "demo-node"
+id = "{node}"
 group = "demo"
 data_dir = "{folder}/agent"
 run_dir = "{run_dir}"
@@ -144,13 +143,13 @@ def run(folder: Path, run_dir: Path, *, seed: int, fault: str, scale: float, pro
         onset_s=None if log.onset_ms is None else log.onset_ms / 1000,
         failure_s=None if log.failure_ms is None else log.failure_ms / 1000,
         profile=state["profile"],
-        models=[{"name": model["name"], "version": model["version"]} for model in state["models"]],
+        models=[{"name": m["name"], "versions": m["versions"]} for m in state["models"] if m["versions"]],
         alerts=[_alert(alert, rig_time, log.failure_ms) for alert in arrived.alerts],
         orders=arrived.orders,
         tally=count(log.served, [number for _, number in arrived.sequences]),
         acked=arrived.rows,
         windows=len(predictions),
-        latency_ms=_latency(predictions),
+        latency_ms=state["assets"][0]["latency_ms"],
         rss_mb=memory,
         start_s=start_s,
         broker=hub.broker,
@@ -171,7 +170,7 @@ def run(folder: Path, run_dir: Path, *, seed: int, fault: str, scale: float, pro
 def _write_config(folder: Path, run_dir: Path, broker_port: int, rig_port: int) -> Path:
     """The agent's configuration: the rig's register map comes from the rig's plugin."""
     text = AGENT_TOML.format(
-        folder=folder, run_dir=run_dir, broker_port=broker_port, rig_port=rig_port, asset=ASSET, model=MODEL
+        folder=folder, run_dir=run_dir, broker_port=broker_port, rig_port=rig_port, node=NODE, asset=ASSET, model=MODEL
     )
     lines = (files("millhand_plugins.rig") / "modbus_map.toml").read_text(encoding="utf-8").splitlines()
     own = ("[assets.options]", "host", "port")
@@ -204,6 +203,7 @@ def _watch_life(stack: Stack, rig: Part, client: ControlClient, scale: float, pr
     while rig.process.poll() is None:
         stack.check()
         with suppress(ControlError):
+            _check_asset(client)
             newest = client.call("prediction.list", asset=ASSET, limit=1)
             watch.probability = 1 - newest[-1]["values"]["healthy"] if newest else 0.0
             alerts = client.call("alert.list", limit=1)
@@ -213,6 +213,13 @@ def _watch_life(stack: Stack, rig: Part, client: ControlClient, scale: float, pr
         progress("the machine runs", min((time.monotonic() - begin) / life_s, 1.0), watch)
         time.sleep(LOOK_EVERY_S)
     stack.check()
+
+
+def _check_asset(client: ControlClient) -> None:
+    """Raises DemoError where the agent cannot watch the rig at all."""
+    asset = client.call("asset.list")[0]
+    if asset["state"] == "waiting":
+        raise DemoError(f"the agent cannot watch the rig: {asset['error']}", hint=asset["hint"])
 
 
 def _drained(client: ControlClient) -> bool:
@@ -233,13 +240,6 @@ def _alert(alert: dict[str, Any], rig_time: RigTime, failure_ms: int | None) -> 
     }
 
 
-def _latency(predictions: list[dict[str, Any]]) -> dict[str, float]:
-    values = sorted(prediction["latency_ms"] for prediction in predictions)
-    if not values:
-        return {"p50": float("nan"), "p99": float("nan")}
-    return {f"p{rank}": round(values[min(len(values) * rank // 100, len(values) - 1)], 2) for rank in (50, 99)}
-
-
 def _memory(agent: Part) -> dict[str, float]:
     """Resident memory in MB (10^6 bytes) of the daemon and of each of its processes."""
     process = psutil.Process(agent.process.pid)
@@ -249,14 +249,3 @@ def _memory(agent: Part) -> dict[str, float]:
         name = "http" if "serving.http" in words else "worker" if "serving.worker" in words else "other"
         memory[name] = memory.get(name, 0.0) + child.memory_info().rss / 1e6
     return {name: round(value, 1) for name, value in memory.items()}
-
-
-def free_ports(number: int) -> list[int]:
-    """Several different free ports."""
-    ports: set[int] = set()
-    while len(ports) < number:
-        ports.add(free_port())
-    return sorted(ports)
-
-
-__all__ = ["Outcome", "Progress", "Watch", "port_answers", "run"]

@@ -1,0 +1,140 @@
+"""`millhand demo`: watch a machine fail, be predicted, and be reported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from millhand.cli.order import order_lines
+from millhand.cli.output import Output, table
+
+if TYPE_CHECKING:
+    from millhand.demo.session import Outcome, Watch
+
+FAULTS = ("bearing_outer", "bearing_inner", "imbalance", "misalignment", "looseness", "none")
+BAR_CHARACTERS = 30
+
+
+@click.command("demo")
+@click.option("--seed", default=7, show_default=True, type=click.IntRange(0), help="Which rig of all.")
+@click.option(
+    "--fault", default="bearing_outer", show_default=True, type=click.Choice(FAULTS), help="How its life ends."
+)
+@click.option("--scale", default=1.0, show_default=True, type=click.FloatRange(0.1, 4), help="Rig seconds a second.")
+@click.option("--output", "-o", "target", default=".", type=click.Path(path_type=Path), help="Folder for the report.")
+@click.pass_obj
+def command(output: Output, seed: int, fault: str, scale: float, target: Path) -> None:
+    """Watch a simulated skid fail, be predicted, and be reported: broker, hub, rig and agent as real processes.
+
+    Writes demo.json and demo.html. Exits 1 if the fault was not foreseen, or anything was lost or doubled.
+    """
+    from millhand.demo.report import write_report
+    from millhand.demo.session import run
+
+    folder = target.resolve() / ".demo"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    run_dir = Path(tempfile.mkdtemp(prefix="millhand-"))  # sockets want a short path
+    progress = Progress()
+    try:
+        outcome = run(folder, run_dir, seed=seed, fault=fault, scale=scale, progress=progress)
+    finally:
+        progress.end()
+        shutil.rmtree(run_dir, ignore_errors=True)
+    report = target.resolve() / "demo.html"
+    write_report(outcome, report)
+    facts = summary(outcome, report)
+    (target / "demo.json").write_text(json.dumps(facts, indent=2) + "\n")
+    output.emit(facts, text(outcome, report))
+    sys.exit(0 if outcome.good else 1)
+
+
+class Progress:
+    """One line that is drawn over on a terminal; elsewhere a line for each phase and each fifth of the life."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._said = ""
+
+    def __call__(self, phase: str, share: float, watch: Watch) -> None:
+        done = int(share * BAR_CHARACTERS)
+        alert = f"  ALERT: {watch.alert['kind']}" if watch.alert else ""
+        if self._terminal:
+            bar = "#" * done + "-" * (BAR_CHARACTERS - done)
+            line = f"[{bar}] {phase}, fault probability {watch.probability:.2f}{alert}"
+            click.echo(f"\r\033[K{line[:110]}", nl=False, err=True)
+            return
+        line = f"{phase}: {int(share * 5) * 20} %{alert}" if phase == "the machine runs" else phase
+        if line != self._said:
+            click.echo(line, err=True)
+            self._said = line
+
+    def end(self) -> None:
+        if self._terminal:
+            click.echo("\r\033[K", nl=False, err=True)
+
+
+def summary(outcome: Outcome, report: Path) -> dict[str, Any]:
+    """What demo.json holds."""
+    tally = outcome.tally
+    return {
+        "good": outcome.good,
+        "seed": outcome.seed,
+        "fault": outcome.fault,
+        "profile": outcome.profile,
+        "models": outcome.models,
+        "windows": outcome.windows,
+        "alerts": [{key: alert[key] for key in ("asset", "kind", "lead_time_s")} for alert in outcome.alerts],
+        "false_alerts": outcome.false_alerts,
+        "work_orders": [
+            {key: order[key] for key in ("id", "asset", "priority", "symptom", "likely_cause")}
+            for order in outcome.orders
+        ],
+        "telemetry": {
+            "produced": tally.produced,
+            "stored": tally.stored,
+            "acked": outcome.acked,
+            "duplicates": tally.duplicates,
+            "lost": tally.lost,
+        },
+        "latency_ms": outcome.latency_ms,
+        "rss_mb": outcome.rss_mb,
+        "start_s": round(outcome.start_s, 2),
+        "broker": outcome.broker,
+        "report": str(report),
+    }
+
+
+def text(outcome: Outcome, report: Path) -> list[str]:
+    """What a person reads."""
+    tally = outcome.tally
+    rows = [
+        ("fault of the rig", outcome.fault.replace("_", " ")),
+        ("damage began", "never" if outcome.onset_s is None else f"at {outcome.onset_s:.1f} s"),
+        *(("alert", _alert_text(alert)) for alert in outcome.alerts),
+        ("failure", "none" if outcome.failure_s is None else f"at {outcome.failure_s:.1f} s"),
+        ("false alerts", outcome.false_alerts),
+        ("answers: produced, at the hub", f"{tally.produced}, {tally.stored}"),
+        ("answers: lost, doubled", f"{tally.lost}, {tally.duplicates}"),
+        ("windows judged", outcome.windows),
+        ("reading to prediction", f"p50 {outcome.latency_ms['p50']} ms, p99 {outcome.latency_ms['p99']} ms"),
+        ("memory", ", ".join(f"{name} {value:.0f} MB" for name, value in outcome.rss_mb.items())),
+        ("agent ready after", f"{outcome.start_s:.1f} s"),
+        ("profile", outcome.profile),
+    ]
+    lines = table(["what", "result"], rows)
+    for order in outcome.orders:
+        lines += ["", *order_lines(order)]
+    verdict = "The main job is done." if outcome.good else "The main job was NOT done: see the table."
+    return [*lines, "", verdict, f"Report: {report}"]
+
+
+def _alert_text(alert: dict[str, Any]) -> str:
+    lead = "" if alert["lead_time_s"] is None else f", {alert['lead_time_s']:.1f} s before the failure"
+    return f"{alert['kind'].replace('_', ' ')} at {alert['rig_time_s']:.1f} s{lead}"
