@@ -302,10 +302,10 @@ async def test_a_bad_interpreter_is_an_error_with_a_remedy(root, make_pool):
 
 
 async def test_a_foreign_interpreter_serves_with_its_own_packages(root, make_pool):
-    """JetPack's TensorRT is for Python 3.10 only; MILLHAND_WORKER_PYTHON names one with NumPy, msgspec and pluggy."""
-    interpreter = os.environ.get("MILLHAND_WORKER_PYTHON")
+    """JetPack's TensorRT is for Python 3.10 only; FOREIGN_PYTHON names one with NumPy, msgspec and pluggy."""
+    interpreter = os.environ.get("FOREIGN_PYTHON")
     if not interpreter:
-        pytest.skip("MILLHAND_WORKER_PYTHON names no other interpreter")
+        pytest.skip("FOREIGN_PYTHON names no other interpreter")
     write_faulty(root, "faulty")
     pool = await make_pool(interpreter=interpreter)
     assert (await pool.infer("faulty", action(0)))[1] == 1
