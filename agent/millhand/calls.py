@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -44,6 +45,7 @@ class Calls:
             "prediction.list": self.prediction_list,
             "plugin.list": self.plugin_list,
             "readings.export": self.readings_export,
+            "store.export": self.store_export,
             "waveform.show": self.waveform_show,
             "hardware": self.hardware,
             "telemetry.status": self.telemetry_status,
@@ -127,6 +129,12 @@ class Calls:
         async for chunk in self._daemon.store.readings(asset, names or None, since, until):
             yield [(r.clock.source_ns, asset, r.name, _finite(r.value), r.unit, r.quality.name.lower()) for r in chunk]
 
+    async def store_export(self, path: str, since_ns: int | None = None, until_ns: int | None = None) -> dict[str, int]:
+        """Write everything into a new plain SQLite file at `path`; returns the rows a table."""
+        from millhand.store.export import export
+
+        return await export(self._daemon.store, Path(path), *_span(since_ns, until_ns))
+
     async def waveform_show(self, asset: str, name: str) -> dict[str, Any]:
         """The newest snapshot, its samples as numbers in `unit`."""
         waveform = await self._daemon.store.waveform(asset, name)
@@ -155,8 +163,10 @@ class Calls:
     async def telemetry_tail(self, count: int | None = None) -> AsyncIterator[Any]:
         store = self._daemon.store
         seen = {stream: await store.last(stream) for stream in STREAMS}
-        sent, version = 0, 0
+        sent, version, epoch = 0, 0, store.epoch
         while True:
+            if store.epoch != epoch:  # another file: its rows begin at 1
+                epoch, seen = store.epoch, dict.fromkeys(STREAMS, 0)
             for stream in STREAMS:
                 for row in await store.pending(stream, seen[stream], TAIL_ROWS):
                     seen[stream] = row.seq

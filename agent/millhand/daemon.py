@@ -11,7 +11,9 @@ import asyncio
 import contextlib
 import logging
 import signal
+import sys
 import time
+import uuid
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +27,12 @@ from millhand.hardware import Hardware, discover
 from millhand.logs import configure_logs
 from millhand.metrics import export_gauges
 from millhand.profiles import Match, load_profiles, match, profile_named
+from millhand.records import Alert, Batch, Severity
 from millhand.registry import Registry
 from millhand.serving.http import HttpProcess
 from millhand.serving.pool import ModelPool
 from millhand.serving.repository import Repository
-from millhand.store import Store
+from millhand.store import Step, Store
 from millhand.systemd import notify, notify_reloading, watchdog_interval_s
 
 if TYPE_CHECKING:
@@ -63,6 +66,7 @@ class Daemon:
         self.healthy_at = time.monotonic()
         self._control: ControlServer
         self._http: HttpProcess | None = None
+        self._set_aside_told = 0
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -73,6 +77,7 @@ class Daemon:
         self.hardware = await asyncio.to_thread(discover, config.node.hardware_root)
         self.match = self._match_profile()
         self.store = await Store.open(config.node.store_path, config.store)
+        await self._tell_set_aside()
         repository = Repository.from_settings(config.models, self._model_folders())
         self.pool = ModelPool(
             repository,
@@ -217,6 +222,7 @@ class Daemon:
                 async with asyncio.timeout(SELF_CHECK_DEADLINE_S):
                     status = await self.store.status()
                     export_gauges(self, status)
+                    await self._tell_set_aside()
                 self.healthy_at = time.monotonic()
                 notify("WATCHDOG=1")
             except TimeoutError:
@@ -224,6 +230,13 @@ class Daemon:
             except MillhandError as error:
                 log.error("self-check: %s", error.message)
             await asyncio.sleep(every_s)
+
+    async def _tell_set_aside(self) -> None:
+        """Raise an alert for each store file that was set aside as damaged: its readings need a person."""
+        for path in self.store.set_aside[self._set_aside_told :]:
+            log.error("the store's file was damaged and is set aside as %s", path)
+            await self.store.commit(Step("agent", Batch(), b"", alerts=(store_alert(path),)))
+            self._set_aside_told += 1
 
     async def _retry_plugins(self) -> None:
         delay_s = PLUGIN_RETRY_FIRST_S
@@ -234,7 +247,26 @@ class Daemon:
             delay_s = min(delay_s * 2, PLUGIN_RETRY_LAST_S)
 
 
+def store_alert(path: Path) -> Alert:
+    """The alert that names a store file which was set aside."""
+    now_ns = time.time_ns()
+    return Alert(
+        id=str(uuid.uuid5(uuid.NAMESPACE_URL, path.name)),
+        asset="agent",
+        model="",
+        rule="store",
+        kind="store_set_aside",
+        severity=Severity.WARNING,
+        message=f"The store's file was damaged and is set aside as {path}; a new one was begun.",
+        raised_ns=now_ns,
+        changed_ns=now_ns,
+        evidence={"file": str(path)},
+    )
+
+
 def run(config: Config, config_path: Path | None = None) -> None:
     """Run the agent until it is told to stop."""
+    # The store's thread must not wait 5 ms for a busy event loop: that alone would be half of a commit's budget.
+    sys.setswitchinterval(0.0005)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(Daemon(config, config_path).run_until_stopped())

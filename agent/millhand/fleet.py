@@ -148,7 +148,9 @@ class Fleet:
         return {extractor.name: extractor for extractor in [*builtin_extractors(), *brought]}
 
     def _writer(self) -> OrderWriter:
-        writers = {writer.name: writer for _, writer in self._registry.collect("millhand_order_writers")}
+        writers: dict[str, OrderWriter] = {
+            writer.name: writer for _, writer in self._registry.collect("millhand_order_writers")
+        }
         name = self._config.orders.writer
         if name not in writers:
             raise ConfigError(

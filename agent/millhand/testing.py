@@ -52,7 +52,7 @@ class Agent:
 
     def __init__(self, folder: Path, config: str, environment: dict[str, str] | None = None) -> None:
         self.folder = folder
-        self.run_dir = Path(tempfile.mkdtemp(prefix="mh-", dir="/tmp"))  # noqa: S108 - socket paths must be short
+        self.run_dir = Path(tempfile.mkdtemp(prefix="mh-", dir="/tmp"))
         self.config_path = folder / "millhand.toml"
         self.log_path = folder / "agent.log"
         self.environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", **(environment or {})}

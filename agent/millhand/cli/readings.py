@@ -17,18 +17,35 @@ COLUMNS = ("time", "asset", "name", "value", "unit", "quality")
 
 
 @click.command("readings")
-@click.argument("asset")
+@click.argument("asset", required=False)
 @click.option("--name", "names", multiple=True, help="Only this reading; may be given several times.")
 @click.option("--since", help="From this time on: ISO 8601, or `-15m`, `-2h`, `-3d` before now.")
 @click.option("--until", help="Up to this time, in the same forms.")
 @click.option("--output", "-o", "path", type=click.Path(path_type=Path), help="Write to this file. Default: stdout.")
+@click.option("--database", type=click.Path(path_type=Path), help="Write all assets into this new SQLite file instead.")
 @click.pass_obj
 def command(
-    output: Output, asset: str, names: tuple[str, ...], since: str | None, until: str | None, path: Path | None
+    output: Output,
+    asset: str | None,
+    names: tuple[str, ...],
+    since: str | None,
+    until: str | None,
+    path: Path | None,
+    database: Path | None,
 ) -> None:
-    """Export the stored readings of ASSET as CSV (JSON lines under --json)."""
+    """Export the stored readings of ASSET as CSV (JSON lines under --json).
+
+    With --database: readings, predictions, alerts, orders and minute rollups of all assets as a plain SQLite file.
+    """
     import json
 
+    if database is not None:
+        span = {"since_ns": time_ns(since), "until_ns": time_ns(until)}
+        rows = output.daemon(timeout_s=3600).call("store.export", path=str(database.absolute()), **span)
+        output.emit(rows, [f"{count:>10} {name}" for name, count in rows.items()])
+        return
+    if asset is None:
+        raise InputError("no asset is named", hint="millhand readings ASSET, or --database FILE for all assets")
     arguments = {"asset": asset, "names": list(names), "since_ns": time_ns(since), "until_ns": time_ns(until)}
     stream = output.daemon().stream("readings.export", **arguments)
     handle = path.open("w", newline="") if path else sys.stdout
