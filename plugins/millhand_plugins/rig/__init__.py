@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from millhand.hookspecs import AdapterKind, hookimpl
+from millhand.hookspecs import AdapterKind, FeatureExtractor, hookimpl
 from millhand_plugins.rig.adapter import RigKind
+from millhand_plugins.rig.extractor import RigExtractor
 
 
 @hookimpl
 def millhand_adapters(config: Any) -> Sequence[AdapterKind]:
     return [RigKind()]
+
+
+@hookimpl
+def millhand_extractors(config: Any) -> Sequence[FeatureExtractor]:
+    return [RigExtractor()]
+
+
+@hookimpl
+def millhand_models(config: Any) -> Sequence[Path]:
+    return [Path(__file__).parent / "models"]

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import msgspec
 import numpy as np
+from pydantic import AwareDatetime, BaseModel, Field, field_validator
+
 from millhand.clock import stamp
 from millhand.errors import AdapterError
 from millhand.hookspecs import Adapter
@@ -19,7 +21,6 @@ from millhand_plugins.rig.operation import END_MS
 from millhand_plugins.rig.registers import CHANNELS, OPEN_CIRCUIT, PROCESS, STATES
 from millhand_plugins.rig.simulator import SNAPSHOT_MS, Simulator
 from millhand_plugins.rig.vibration import SAMPLE_RATE_HZ
-from pydantic import AwareDatetime, BaseModel, Field, field_validator
 
 
 class RigOptions(StrictTable):

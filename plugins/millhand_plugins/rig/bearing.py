@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+
+from pydantic import Field, model_validator
+
+from millhand.validation import StrictTable
 
 
-@dataclass(frozen=True, slots=True)
-class BearingGeometry:
+class BearingGeometry(StrictTable):
     """A bearing with a still outer ring. The defaults are a deep-groove ball bearing 6205 (25 x 52 x 15 mm).
 
     The dimensions are those that the Case Western Reserve University bearing data center states for its 6205-2RS
     drive-end bearing (ball 0.3126 in, pitch 1.537 in, 9 balls).
     """
 
-    balls: int = 9
-    ball_diameter_mm: float = 7.94
-    pitch_diameter_mm: float = 39.04
-    contact_angle_deg: float = 0.0
+    balls: int = Field(default=9, ge=2)
+    """Rolling elements."""
+    ball_diameter_mm: float = Field(default=7.94, gt=0)
+    pitch_diameter_mm: float = Field(default=39.04, gt=0)
+    """Of the circle through the centres of the rolling elements."""
+    contact_angle_deg: float = Field(default=0.0, ge=0, lt=90)
 
-    @classmethod
-    def from_context(cls, context: Mapping[str, Any]) -> BearingGeometry:
-        """The geometry in the table `bearing` of an asset's context; what it leaves out keeps its default."""
-        return cls(**{key: context.get("bearing", {}).get(key, getattr(cls(), key)) for key in cls.__slots__})
+    @model_validator(mode="after")
+    def _fits(self) -> BearingGeometry:
+        if self.ball_diameter_mm >= self.pitch_diameter_mm:
+            raise ValueError("ball_diameter_mm must be smaller than pitch_diameter_mm")
+        return self
 
     @property
     def _ratio(self) -> float:
         return self.ball_diameter_mm / self.pitch_diameter_mm * math.cos(math.radians(self.contact_angle_deg))
 
     # Defect frequencies as multiples of the shaft frequency, for rolling without slip: R. B. Randall and J. Antoni,
-    # "Rolling element bearing diagnostics - a tutorial", Mech. Syst. Signal Process. 25 (2011), equations 1 to 4.
+    # "Rolling element bearing diagnostics - a tutorial", Mech. Syst. Signal Process. 25 (2011), section 2.
 
     @property
     def ftf(self) -> float:

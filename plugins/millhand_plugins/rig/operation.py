@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from millhand_plugins.rig.asset import DUTY, LIFE_MS, NOISE, Traits, random_stream
 from numpy.typing import NDArray
+
+from millhand_plugins.rig.asset import DUTY, LIFE_MS, NOISE, Traits, random_stream
 
 GRID_MS = 10
 TAIL_MS = 2_000
@@ -83,8 +84,8 @@ def operate(traits: Traits) -> Operation:
     speed = _drive(on, _steps(random, count, (0.82, 1.0), (3.0, 7.0)))
     valve = _lag(_steps(random, count, (0.55, 1.0), (2.0, 5.0)), 0.4) + _wander(random, count, 0.015)
     hydraulic = speed**2 * (0.45 + 0.55 * valve)
-    severity = _severity(traits, speed, hydraulic)
     turning = speed > 0.02
+    severity = _severity(traits, speed * turning, hydraulic)
     # Inertia of motor and pump adds torque while the speed rises.
     inertia = 0.4 * np.clip(np.gradient(speed, time_s), 0, None)
     torque = np.where(turning, hydraulic + EXTRA_TORQUE.get(traits.fault, 0.0) * severity * speed + inertia, 0.0)

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from millhand.records import AssetState
 from numpy.typing import NDArray
+
+from millhand.records import AssetState
 
 SEQUENCE, CLOCK, STATE = 0, 2, 11
 COUNTER, SNAPSHOT_TIME, SAMPLE_RATE, SCALE = 100, 102, 104, 106

@@ -14,8 +14,9 @@ import math
 import struct
 import time
 from collections.abc import Callable
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, cast
 
 from millhand_plugins.rig import registers
 from millhand_plugins.rig.operation import END_MS
@@ -36,15 +37,15 @@ class RigLog:
     """JSON lines: a header with the ground truth, each counted answer, each snapshot when first served, an end."""
 
     def __init__(self, path: Path | None, truth: dict[str, Any]) -> None:
-        self._file: TextIO | None = path.open("w", encoding="utf-8") if path is not None else None
+        # Unbuffered: a line that could not be written is not kept for later.
+        self._file: RawIOBase | None = path.open("wb", buffering=0) if path is not None else None
         self._newest_snapshot = -1
         self.write({"kind": "header", **truth, "started_ns": time.time_ns()})
 
     def write(self, line: dict[str, Any]) -> None:
         """Hand one line to the operating system. Raises OSError if it does not take it."""
         if self._file is not None:
-            self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
-            self._file.flush()
+            self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
 
     def snapshot(self, snapshot: Snapshot) -> None:
         """Log a snapshot the first time that it is served."""

@@ -12,12 +12,13 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from millhand_plugins.rig.asset import LIFE_MS, SNAPSHOT, Fault, draw_traits, random_stream
 from millhand_plugins.rig.bearing import BearingGeometry
 from millhand_plugins.rig.operation import END_MS, GRID_MS, measure, operate
 from millhand_plugins.rig.registers import PROCESS, encode
 from millhand_plugins.rig.vibration import SAMPLES, Vibration
-from numpy.typing import NDArray
 
 SNAPSHOT_MS = 500
 G_PER_COUNT = float(np.float32(32.0 / 32_768))

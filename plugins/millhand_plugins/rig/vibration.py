@@ -13,19 +13,20 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
+
 from millhand_plugins.rig.asset import SNAPSHOT, Traits, random_stream
 from millhand_plugins.rig.bearing import BearingGeometry
 from millhand_plugins.rig.operation import END_MS, GRID_MS, RATED_SLIP, Operation
-from numpy.typing import NDArray
 
 SAMPLES = 4096
 SAMPLE_RATE_HZ = 10_240.0
 GRAVITY_M_S2 = 9.80665
 
-IMBALANCE_MM_S = 9.5
+IMBALANCE_MM_S = 11.0
 """Velocity (RMS, rated speed) of the shaft's frequency at severity 1."""
-MISALIGNMENT_MM_S = 6.5
-LOOSENESS_MM_S = 11.0
+MISALIGNMENT_MM_S = 7.5
+LOOSENESS_MM_S = 14.0
 BEARING_G = 4.0
 """Strength of one impact of a defect of severity 1 under full load, before the resonances' gains."""
 LANDING_G = 0.7
@@ -122,9 +123,9 @@ class Vibration:
         traits, phases = self._traits, self._traits.phases
         turns = np.arange(np.floor(moment.turns[0]) - 1, np.ceil(moment.turns[-1]) + 2)
         strength = np.interp(moment.turns, turns, 1 + 0.15 * random.standard_normal(len(turns)))
-        motion = np.cos(moment.angle + phases[6]) + 0.55 * np.cos(0.5 * moment.angle + phases[7])
+        motion = np.cos(moment.angle + phases[6]) + 0.65 * np.cos(0.5 * moment.angle + phases[7])
         level_mm_s = (traits.residual_looseness_mm_s + LOOSENESS_MM_S * severity) * moment.speed
-        velocity_m_s = level_mm_s * strength * np.clip(motion, -0.9, 0.3) / 1000
+        velocity_m_s = level_mm_s * strength * np.clip(motion, -0.7, 0.25) / 1000
         wave = np.gradient(velocity_m_s, 1 / SAMPLE_RATE_HZ) / GRAVITY_M_S2
         signal = np.stack([wave, 0.45 * wave])
         if severity > 0:
