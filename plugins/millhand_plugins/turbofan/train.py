@@ -13,7 +13,6 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,20 +29,27 @@ FOLDS = 5
 HIDDEN = 128
 DROPOUT = 0.2
 BATCH = 2048
-EPOCHS = 30
+EPOCHS = 60
 LEARNING_RATE = 5e-3
 WEIGHT_DECAY = 1e-2
 UNLIKELY_WEIGHT = 0.15
 """A cycle outside the test sets' ranges of history and remaining life is drawn this often, compared with others."""
+LATE_WEIGHT = 0.25
+"""How often an engine is shown as if the agent had come to it late, with its first cycles unseen."""
+SENSOR_LOSS = 0.02
+"""Each sensor of each drawn sample is taken away with this probability, so that a dead one is survived."""
 NEW_CYCLES = 30
 """An engine counts as new for so many cycles: the fleet's levels are taken there."""
 OPSET, IR_VERSION = 17, 8
 
 
 class Samples:
-    """Every cycle of every training engine as one sample; arrays are aligned by row."""
+    """Every cycle of every training engine as one sample; arrays are aligned by row.
 
-    def __init__(self, engines: list[cmapss.Engine], constants: fleet.Fleet) -> None:
+    features: with the engine's whole history; late: with a random number of its first cycles unseen, [n, 86] each.
+    """
+
+    def __init__(self, engines: list[cmapss.Engine], constants: fleet.Fleet, seed: int) -> None:
         lives = np.array([len(engine.table) for engine in engines])
         self.engine = np.repeat(np.arange(len(engines)), lives)
         self.cycle = np.concatenate([np.arange(1, life + 1) for life in lives])
@@ -56,7 +62,8 @@ class Samples:
             & (self.rul <= longest)
             & (self.cycle >= cmapss.SHORTEST_HISTORY_CYCLES)
         )
-        self.features = np.stack([vector for engine in engines for vector in vectors(engine, constants)])
+        self.features = vectors(engines, constants, self.cycle)
+        self.late = vectors(engines, constants, np.random.default_rng(seed).integers(1, self.cycle + 1))
 
 
 def fit_fleet(engines: list[cmapss.Engine]) -> fleet.Fleet:
@@ -75,13 +82,19 @@ def fit_fleet(engines: list[cmapss.Engine]) -> fleet.Fleet:
     return fleet.Fleet(np.array(centres), np.array(level), np.array(spread))
 
 
-def vectors(engine: cmapss.Engine, constants: fleet.Fleet) -> Iterator[np.ndarray]:
-    """The model's input after each cycle, exactly as the running agent computes it."""
+def vectors(engines: list[cmapss.Engine], constants: fleet.Fleet, observed: np.ndarray) -> np.ndarray:
+    """The model's input after each cycle of each engine, exactly as the running agent computes it: [n, 86].
+
+    observed: [n], how many cycles up to this one the agent has seen.
+    """
     extract = extractor.TurbofanExtractor(constants).extract
-    for cycle in range(1, len(engine.table) + 1):
-        found = extract(engine.window(cycle, extractor.WINDOW_CYCLES))
+    cycles = [(engine, cycle) for engine in engines for cycle in range(1, len(engine.table) + 1)]
+    features = np.empty((len(cycles), extractor.FEATURE_COUNT), np.float32)
+    for row, ((engine, cycle), seen) in enumerate(zip(cycles, observed, strict=True)):
+        found = extract(engine.window(cycle, min(int(seen), extractor.WINDOW_CYCLES)))
         assert found is not None, f"{engine.subset} unit {engine.unit} cycle {cycle} cannot be judged"
-        yield found.tensors["features"]
+        features[row] = found.tensors["features"]
+    return features
 
 
 def split(engines: list[cmapss.Engine], seed: int) -> np.ndarray:
@@ -105,21 +118,31 @@ def build_net(inputs: int) -> nn.Sequential:
     )  # fmt: skip
 
 
-def train_net(features: np.ndarray, target: np.ndarray, weight: np.ndarray, epochs: int, seed: int) -> nn.Sequential:
-    """features: [n, 86] standardised; target: [n] in units of RUL_CAP; weight: how often a sample is drawn."""
+def train_net(
+    features: np.ndarray, target: np.ndarray, weight: np.ndarray, blank: np.ndarray, epochs: int, seed: int
+) -> nn.Sequential:
+    """Train one net with AdamW on one cycle of learning rates (Smith and Topin 2018).
+
+    features: [n, 86] standardised; target: [n] in units of RUL_CAP; weight: [n], how often a sample is drawn;
+    blank: [86], the standardised features of an engine without any sensor.
+    """
     import torch
 
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
-    steps = max(1, epochs * len(target) // BATCH)
+    steps = max(1, epochs * len(target) // (2 * BATCH))
     net = build_net(features.shape[1])
     optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps + 1, pct_start=0.1)
-    inputs, targets = torch.from_numpy(features), torch.from_numpy(target.astype(np.float32))
     edges = np.cumsum(weight) / weight.sum()
+    means, sensors = (features.shape[1] - 2) // len(fleet.SENSORS), len(fleet.SENSORS)
     for _ in range(steps):
-        drawn = torch.from_numpy(np.searchsorted(edges, generator.random(BATCH)).clip(max=len(target) - 1))
-        loss = torch.nn.functional.mse_loss(net(inputs[drawn])[:, 0], targets[drawn])
+        drawn = np.searchsorted(edges, generator.random(BATCH)).clip(max=len(target) - 1)
+        lost = np.tile(generator.random((BATCH, sensors)) < SENSOR_LOSS, means)
+        inputs = features[drawn]
+        inputs[:, :-2] = np.where(lost, blank[:-2], inputs[:, :-2])
+        answers = net(torch.from_numpy(inputs))[:, 0]
+        loss = torch.nn.functional.mse_loss(answers, torch.from_numpy(target[drawn]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -206,11 +229,11 @@ def validation(samples: Samples, answers: np.ndarray, seed: int) -> dict[str, An
     return figures
 
 
-def read_samples(data: Path) -> tuple[list[cmapss.Engine], fleet.Fleet, Samples]:
+def read_samples(data: Path, seed: int) -> tuple[list[cmapss.Engine], fleet.Fleet, Samples]:
     """Everything that training knows: the four train files of `data`, and nothing else."""
     engines = [engine for subset in cmapss.SUBSETS for engine in cmapss.read_engines(data, "train", subset)]
     constants = fit_fleet(engines)
-    return engines, constants, Samples(engines, constants)
+    return engines, constants, Samples(engines, constants, seed)
 
 
 def main() -> None:
@@ -227,19 +250,28 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     torch.use_deterministic_algorithms(True)
 
-    engines, constants, samples = read_samples(chosen.data)
+    engines, constants, samples = read_samples(chosen.data, chosen.seed)
     print(f"{len(engines)} engines, {len(samples.rul)} cycles, {time.monotonic() - begin:.0f} s", flush=True)
 
     mean, deviation = samples.features.mean(0), samples.features.std(0)
-    inputs = (samples.features - mean) / deviation
+    inputs, late = (samples.features - mean) / deviation, (samples.late - mean) / deviation
+    target = (samples.capped / RUL_CAP).astype(np.float32)
     weight = np.where(samples.likely, 1.0, UNLIKELY_WEIGHT)
     folds = split(engines, chosen.seed)
-    nets, answers = [], np.zeros(len(samples.rul))
+    nets, answers, late_answers = [], np.zeros(len(samples.rul)), np.zeros(len(samples.rul))
     for k in range(FOLDS):
         held_out = folds[samples.engine] == k
         seen = ~held_out
-        net = train_net(inputs[seen], samples.capped[seen] / RUL_CAP, weight[seen], chosen.epochs, chosen.seed + k)
+        net = train_net(
+            np.concatenate([inputs[seen], late[seen]]),
+            np.tile(target[seen], 2),
+            np.concatenate([weight[seen], weight[seen] * LATE_WEIGHT]),
+            -mean / deviation,
+            chosen.epochs,
+            chosen.seed + k,
+        )
         answers[held_out] = predict(net, inputs[held_out])
+        late_answers[held_out] = predict(net, late[held_out])
         rows = held_out & samples.likely
         rmse = np.sqrt(((answers[rows] - samples.capped[rows]) ** 2).mean())
         print(f"net {k + 1} of {FOLDS}: held-out RMSE {rmse:.2f}, {time.monotonic() - begin:.0f} s", flush=True)
@@ -264,6 +296,7 @@ def main() -> None:
         "name": "turbofan-rul",
         "seed": chosen.seed,
         "validation": validation(samples, answers, chosen.seed),
+        "validation_late": validation(samples, late_answers, chosen.seed),
         "train_s": round(time.monotonic() - begin),
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__},
     }

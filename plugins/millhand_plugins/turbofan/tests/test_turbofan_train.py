@@ -21,7 +21,7 @@ sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "op
 """
 LOAD = """
 from millhand_plugins.turbofan import train
-train.read_samples(Path(sys.argv[1]))
+train.read_samples(Path(sys.argv[1]), seed=1)
 """
 RUN = """
 script, data, out = sys.argv[1:]
