@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,13 @@ import numpy as np
 import pytest
 from pymodbus.client import ModbusTcpClient
 
+from millhand.pipeline.windows import WindowBuilder
+from millhand.serving.manifest import read_manifest
 from millhand.testing import wait_until
+from millhand_plugins.modbus.adapter import ModbusKind
+from millhand_plugins.modbus.options import ModbusOptions
+from millhand_plugins.rig import millhand_models
+from millhand_plugins.rig.extractor import RigExtractor
 from millhand_plugins.rig.operation import END_MS
 from millhand_plugins.rig.registers import CHANNELS, PROCESS
 from millhand_plugins.rig.server import RigLog, RigServer
@@ -221,3 +230,30 @@ def test_an_answer_that_cannot_be_logged_is_not_given():
         assert server.answer(1, struct.pack(">BHH", 4, 0, 12)) == bytes((0x84, 4))
         assert server.sequence == 0
         assert server.answer(1, struct.pack(">BHH", 4, 4, 8))[0] == 4
+
+
+async def test_the_modbus_adapter_gives_the_extractor_what_it_needs(start_rig):
+    """Rig process -> socket -> Modbus adapter -> windows -> extractor, with the shipped map and model.toml."""
+    rig = start_rig("--scale", "2", "--fault", "none", "--seed", "5")
+    table = tomllib.loads(files("millhand_plugins.rig").joinpath("modbus_map.toml").read_text())
+    options = ModbusOptions.model_validate(table["assets"]["options"] | {"port": rig.ready["port"]})
+    adapter = ModbusKind().create("skid", options)
+    (folder,) = millhand_models(None)
+    manifest = read_manifest(folder / "rig-fault")
+    assert manifest.window is not None
+    windows, extractor = WindowBuilder("skid", manifest.window), RigExtractor()
+    await adapter.open(None)
+    found = []
+    sequences = []
+    async with asyncio.timeout(30):
+        async for batch in adapter.batches():
+            sequences += [reading.value for reading in batch.readings if reading.name == "sequence"]
+            found += [features for window in windows.add(batch) if (features := extractor.extract(window))]
+            if len(found) >= 3:
+                break
+    await adapter.close()
+    assert sequences == list(range(1, len(sequences) + 1))
+    speed_hz = [features.evidence["shaft_hz"] for features in found]
+    operation = Simulator(5, "none").operation
+    turning = operation.speed[operation.state == 1] * Simulator(5, "none").traits.rated_speed_rpm / 60
+    assert all(turning.min() - 1 < hz < turning.max() + 1 for hz in speed_hz)
