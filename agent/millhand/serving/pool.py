@@ -218,8 +218,9 @@ class ModelPool:
         }
 
     def manifest(self, name: str) -> Manifest:
-        """The model.toml of a model in the repository. Raises ModelError for an unknown one."""
-        return self._repository.find(name).manifest
+        """The model.toml of a model in the repository, its `max_batch` within the profile's. Raises ModelError."""
+        folder = self._repository.find(name)
+        return folder.manifest.model_copy(update={"max_batch": self._max_batch(folder)})
 
     async def stats(self) -> dict[str, Any]:
         """`models`: counters of every loaded version (see LaneStats); `workers`: pid, restarts, in flight."""
