@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
-from millhand.pipeline.windows import Window
+from millhand.pipeline.windows import Window, WindowBuilder
+from millhand.records import Batch, Clock, Reading
+from millhand.serving.manifest import read_manifest
+from millhand_plugins.turbofan import cmapss, folds
 from millhand_plugins.turbofan.extractor import (
     FEATURE_COUNT,
     FIRST_CYCLES,
@@ -128,3 +131,24 @@ def test_evidence_names_what_drifted_most(fleet, extractor):
     assert found.evidence == {
         "s4_drift_sigma": 4.0, "s12_drift_sigma": -3.0, "s15_drift_sigma": 2.0, "observed_cycles": 50.0,
     }  # fmt: skip
+
+
+def test_windows_built_cycle_by_cycle_give_what_training_saw(fleet, extractor):
+    generator, cycles = np.random.default_rng(8), 300
+    table = np.zeros((cycles, len(cmapss.COLUMNS)))
+    table[:, 1] = np.arange(1, cycles + 1)
+    regimes = generator.integers(0, 6, cycles)
+    table[:, 2:5] = fleet.centres[regimes]
+    sensors = [cmapss.COLUMNS.index(name) for name in SENSORS]
+    table[:, sensors] = fleet.level[regimes] + generator.normal(size=(cycles, 14)) * fleet.spread[regimes]
+    engine_seen = cmapss.Engine("FD002", 1, table)
+    builder = WindowBuilder("engine", read_manifest(folds.MODEL_FOLDER).window)
+    built = []
+    for row in table:
+        clock = Clock(source_ns=int(row[1]) * HOUR_NS, receive_ns=0, monotonic_ns=0)
+        readings = (Reading(name, value, "1", clock) for name, value in zip(cmapss.COLUMNS, row, strict=True))
+        built += builder.add(Batch(tuple(readings)))
+    assert [window.end_ns for window in built] == [cycle * HOUR_NS for cycle in range(1, cycles + 1)]
+    for cycle, window in enumerate(built, start=1):
+        trained = extractor.extract(engine_seen.window(cycle, WINDOW_CYCLES)).tensors["features"]
+        np.testing.assert_array_equal(extractor.extract(window).tensors["features"], trained)
