@@ -62,7 +62,8 @@ def _kind(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
         kinds = [_kind(part, definitions) for part in schema["anyOf"] if part.get("type") != "null"]
         return " or ".join(dict.fromkeys(kinds))
     names = {"array": "list", "object": "table", "integer": "integer", "number": "number", "boolean": "true or false"}
-    return names.get(schema.get("type", ""), schema.get("type", "any"))
+    kind = str(schema.get("type", "any"))
+    return names.get(kind, kind)
 
 
 def _default(field: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from millhand.config import Config, load_config
 from millhand.errors import ConfigError
 

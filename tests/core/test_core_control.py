@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from millhand.control import ControlClient, ControlServer, check_socket_path
 from millhand.errors import ControlError, InputError
 

@@ -7,6 +7,7 @@ import json
 import logging
 
 import pytest
+
 from millhand.logs import JsonFormatter, RepeatLimit
 
 

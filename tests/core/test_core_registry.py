@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+
 from millhand import registry as registry_module
 from millhand.errors import PluginError
 from millhand.registry import Registry

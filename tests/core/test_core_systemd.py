@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
 from millhand.systemd import notify, watchdog_interval_s
 
 

@@ -57,6 +57,7 @@ class HubSide:
                 sequences=[
                     (time_ms * 1_000_000, int(value))
                     for time_ms, value in queries.readings(database, NODE, ASSET, "sequence")
+                    if value is not None  # BAD: the rig did not answer
                 ],
                 alerts=sorted(queries.alerts(database), key=lambda alert: int(alert["raised_ns"])),
                 orders=sorted(queries.orders(database), key=lambda order: int(order["created_ns"])),

@@ -19,7 +19,13 @@ SIGNALS = (
     ("current", "Motor current", "A"),
     ("speed", "Speed", "rpm"),
 )
-SPECTRUM_HZ = 500.0
+KINDS = {
+    "bearing_outer": "Outer-race bearing damage",
+    "bearing_inner": "Inner-race bearing damage",
+    "imbalance": "Imbalance",
+    "misalignment": "Misalignment",
+    "looseness": "Looseness",
+}
 
 
 def write_report(outcome: Outcome, path: Path) -> None:
@@ -157,4 +163,4 @@ def _telemetry(outcome: Outcome) -> list[tuple[str, str]]:
 
 
 def _words(kind: str) -> str:
-    return kind.replace("_", " ").capitalize()
+    return KINDS.get(kind, kind.replace("_", " ").capitalize())

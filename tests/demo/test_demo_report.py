@@ -1,0 +1,187 @@
+"""The demo's counting and its page, from made-up runs; the page also in headless Chromium."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from millhand.cli.demo import summary, text
+from millhand.demo.charts import Chart, Mark, Span, ticks
+from millhand.demo.report import write_report
+from millhand.demo.session import Outcome
+from millhand.demo.tally import RigLog, RigTime, Tally, count, read_rig_log
+
+EVIDENCE = {"facts": {"bpfo_hz": 105.0, "shaft_hz": 29.3}}
+
+
+def outcome(**changes: object) -> Outcome:
+    times = [i / 2 for i in range(70)]
+    samples = np.random.default_rng(1).normal(0, 0.1, 4096)
+    alert = {
+        "asset": "skid-1",
+        "kind": "bearing_outer",
+        "lead_time_s": 12.0,
+        "rig_time_s": 23.0,
+        "evidence": EVIDENCE,
+        "message": "m",
+    }
+    order = {
+        "id": "o" * 36,
+        "alert_id": "a" * 36,
+        "asset": "skid-1",
+        "symptom": "impacts <at> the outer race",
+        "likely_cause": "spalling",
+        "action": ["look", "listen"],
+        "priority": 2,
+        "writer": "deterministic",
+    }
+    made = Outcome(
+        seed=7,
+        fault="bearing_outer",
+        life_s=35.0,
+        onset_s=13.0,
+        failure_s=35.0,
+        profile="generic-cpu",
+        models=[{"name": "rig-fault", "versions": [1]}],
+        alerts=[alert],
+        orders=[order],
+        tally=Tally(produced=700, stored=700, lost=0, duplicates=0, strange=0),
+        acked=712,
+        windows=60,
+        latency_ms={"p50": 3.0, "p99": 9.0},
+        rss_mb={"daemon": 70.0, "worker": 60.0},
+        start_s=1.1,
+        broker="nats-server",
+        hardware=[("CPU", "a CPU")],
+        health=[(t, min(t / 35, 1.0)) for t in times],
+        velocity=[(t, 1.0 + t / 10) for t in times],
+        signals={"speed": [(t, 2900.0) for t in times]},
+        waveform={"samples": samples.tolist(), "sample_rate_hz": 12_800.0, "unit": "g", "name": "vibration_de"},
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def test_lost_and_doubled_are_set_differences() -> None:
+    assert count([1, 2, 3, 4], [1, 2, 2, 9]) == Tally(produced=4, stored=2, lost=2, duplicates=1, strange=1)
+
+
+def test_rig_log_and_time(tmp_path: Path) -> None:
+    lines = [
+        {"kind": "header", "onset_ms": 1000, "failure_ms": 3000},
+        {"kind": "served", "sequence": 1, "time_ms": 100},
+        {"kind": "snapshot", "counter": 1, "time_ms": 150, "valid": True},
+        {"kind": "served", "sequence": 2, "time_ms": 200},
+    ]
+    path = tmp_path / "rig.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    log = read_rig_log(path)
+    assert (log.served, log.onset_ms, log.failure_ms) == ({1: 100, 2: 200}, 1000, 3000)
+    rig_time = RigTime(log, [(5_000_000_000, 1), (5_100_000_000, 2)])
+    assert rig_time.of(5_050_000_000) == 150.0
+    assert rig_time.of(5_130_000_000) == 230.0
+
+
+def test_rig_time_needs_an_answer() -> None:
+    with pytest.raises(ValueError, match="no answer"):
+        RigTime(RigLog({}, {1: 5}), []).of(0)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 35), (-3, 2900), (1e-4, 3e-4), (0, 1e9)])
+def test_ticks_are_round_and_inside(low: float, high: float) -> None:
+    found = ticks(low, high, 5)
+    assert 2 <= len(found) <= 11
+    assert all(low - 1e-9 <= tick <= high * (1 + 1e-9) for tick in found)
+
+
+def test_chart_is_well_formed_and_escapes_labels() -> None:
+    chart = Chart(
+        "a <b>", [0, 1, float("nan")], [1, 2, 3], "x & y", "g", [Mark(0.5, "<m>", "alert")], [Span(0, 1, "s")]
+    )
+    svg = ElementTree.fromstring(chart.__html__())
+    assert svg.find("path") is not None
+    assert "NaN" not in chart.__html__()
+    assert "nan" not in chart.__html__()
+
+
+def test_empty_chart_is_still_drawn() -> None:
+    ElementTree.fromstring(Chart("nothing", [], [], "x", "y").__html__())
+
+
+def test_page_is_self_contained_and_tells_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "demo.html"
+    write_report(outcome(), path)
+    page = path.read_text()
+    assert "Outer-race bearing damage seen 12.0 s before the machine failed" in page
+    assert "impacts &lt;at&gt; the outer race" in page
+    assert not re.findall(r'(?:src|href)\s*=\s*"(?!data:)', page), "nothing is loaded from elsewhere"
+    assert page.count("<svg") >= 4
+    assert "1BPFO" in page
+
+
+def test_healthy_page_has_no_alert_and_no_spectrum(tmp_path: Path) -> None:
+    path = tmp_path / "demo.html"
+    healthy = outcome(fault="none", onset_s=None, failure_s=None, alerts=[], orders=[], waveform=None)
+    assert healthy.good
+    write_report(healthy, path)
+    assert "A healthy life: nothing to report" in path.read_text()
+    assert "The spectrum that proves it" not in path.read_text()
+
+
+def test_a_run_is_good_only_if_the_main_job_was_done() -> None:
+    assert outcome().good
+    assert not outcome(alerts=[]).good
+    assert not outcome(tally=Tally(10, 9, 1, 0, 0)).good
+    assert not outcome(tally=Tally(10, 10, 0, 2, 0)).good
+    early = {**outcome().alerts[0], "rig_time_s": 5.0, "lead_time_s": 30.0}
+    assert not outcome(alerts=[early]).good, "an alert before the damage is a false one"
+    assert not outcome(fault="none", onset_s=None, failure_s=None).good
+
+
+def test_summary_holds_what_others_read(tmp_path: Path) -> None:
+    facts = summary(outcome(), tmp_path / "demo.html")
+    assert set(facts) >= {
+        "profile", "models", "windows", "alerts", "false_alerts", "work_orders", "telemetry", "latency_ms", "rss_mb",
+        "start_s", "broker", "report",
+    }  # fmt: skip
+    assert facts["alerts"] == [{"asset": "skid-1", "kind": "bearing_outer", "lead_time_s": 12.0}]
+    assert set(facts["telemetry"]) == {"produced", "stored", "acked", "duplicates", "lost"}
+    json.dumps(facts)
+    assert all(len(line) <= 80 for line in text(outcome(), Path("demo.html")))
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed (apt-get install chromium)")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_page_fits_the_screen_in_chromium(tmp_path: Path, width: int) -> None:
+    path = tmp_path / "demo.html"
+    write_report(outcome(), path)
+    probe = "<script>document.title = document.documentElement.scrollWidth + '/' + innerWidth</script></body>"
+    path.write_text(path.read_text().replace("</body>", probe))
+    frame = tmp_path / "frame.html"  # headless windows are at least 500 pixels wide; a frame can be a phone's width
+    frame.write_text(
+        f'<iframe id="page" src="demo.html" width="{width}" height="900"></iframe><script>'
+        "document.getElementById('page').onload = event => "
+        "{ document.body.append(event.target.contentDocument.title) }</script>"
+    )
+    flags = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", "--allow-file-access-from-files",
+    ]  # fmt: skip
+    run = subprocess.run(
+        ["chromium", *flags, f"--user-data-dir={tmp_path}/profile", "--dump-dom", frame.as_uri()],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    found = re.search(r"(\d+)/(\d+)", run.stdout.split("</iframe>")[1])
+    assert found is not None, run.stdout
+    scroll, inner = int(found[1]), int(found[2])
+    assert scroll <= inner, f"{width} pixels: the page is {scroll} wide in {inner}"

@@ -1,0 +1,58 @@
+"""The demo itself: real broker, hub, rig and agent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from millhand.testing import wait_until
+
+# Twice as fast as `make demo`: the whole life in 18 s.
+SCALE = "2"
+
+
+def start(folder: Path, fault: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "millhand", "demo", "--fault", fault, "--scale", SCALE, "-o", str(folder)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    )
+
+
+@pytest.mark.parametrize("fault", ["bearing_outer", "none"])
+def test_the_main_job_is_done(tmp_path: Path, fault: str) -> None:
+    demo = start(tmp_path, fault)
+    output, errors = demo.communicate(timeout=100)
+    assert demo.returncode == 0, output + errors
+    facts = json.loads((tmp_path / "demo.json").read_text())
+    assert facts["telemetry"]["lost"] == facts["telemetry"]["duplicates"] == facts["false_alerts"] == 0
+    assert facts["telemetry"]["produced"] == facts["telemetry"]["stored"] > 100
+    assert facts["windows"] > 10
+    if fault == "none":
+        assert facts["alerts"] == facts["work_orders"] == []
+    else:
+        assert facts["alerts"][0]["kind"] == fault
+        assert facts["alerts"][0]["lead_time_s"] > 0
+        assert len(facts["work_orders"]) == len(facts["alerts"])
+    assert (tmp_path / "demo.html").exists()
+    assert f"Report: {tmp_path / 'demo.html'}" in output.replace("\n", "")
+
+
+def test_ctrl_c_ends_every_process(tmp_path: Path) -> None:
+    demo = start(tmp_path, "imbalance")
+    process = psutil.Process(demo.pid)
+    rig_log = tmp_path / ".demo" / "rig.jsonl"
+    wait_until(lambda: rig_log.exists() and '"served"' in rig_log.read_text(), "the first answer of the rig", 30)
+    family = process.children(recursive=True)
+    assert len(family) >= 5, "broker, hub, rig, agent, worker"
+    demo.send_signal(signal.SIGINT)
+    demo.communicate(timeout=60)
+    assert demo.returncode == 130
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
