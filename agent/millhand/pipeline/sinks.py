@@ -7,7 +7,7 @@ import logging
 import random
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from millhand.errors import MillhandError, SinkError
 
@@ -28,11 +28,21 @@ class SinkStore(Protocol):
 
     changed: Changes
 
+    @property
+    def epoch(self) -> str: ...
+
     async def sink_cursor(self, name: str) -> int: ...
 
     async def records_after(self, cursor: int, limit: int = 100) -> Sequence[tuple[int, Alert | WorkOrder]]: ...
 
     async def advance_sink(self, name: str, cursor: int) -> None: ...
+
+
+@runtime_checkable
+class GivesUp(Protocol):
+    """A sink that passes over records which its other side refuses for good, and counts them."""
+
+    given_up: int
 
 
 class SinkRunner:
@@ -55,15 +65,20 @@ class SinkRunner:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
-        with suppress(TimeoutError, MillhandError):
+        try:
             async with asyncio.timeout(CLOSE_DEADLINE_S):
                 await self._sink.close()
+        except Exception as error:
+            log.warning("sink %s did not close: %s", self._sink.name, error or "it took too long")
 
     def status(self) -> dict[str, Any]:
+        """`given_up`: records that the sink itself counts as refused for good, in an attribute of that name."""
         return {
             "name": self._sink.name,
             "delivered": self._delivered,
             "failures": self._failures,
+            "given_up": self._sink.given_up if isinstance(self._sink, GivesUp) else 0,
+            "given_up": getattr(self._sink, "given_up", 0),
             "error": self._error.message if self._error else "",
             "hint": self._error.hint if self._error else "",
         }
@@ -71,32 +86,38 @@ class SinkRunner:
     async def _run(self) -> None:
         delay_s = BACKOFF_FIRST_S
         while True:
-            seen = self._store.changed.count
+            seen, delivered = self._store.changed.count, self._delivered
             try:
-                if await self._deliver_some():
-                    delay_s = BACKOFF_FIRST_S
-                    continue
+                if not await self._deliver_some():
+                    await self._store.changed.after(seen)
+                delay_s = BACKOFF_FIRST_S
+                continue
             except MillhandError as error:
                 self._fail(error)
             except Exception as error:
                 log.exception("sink %s failed", self._sink.name)
-                self._fail(SinkError(f"the sink failed: {type(error).__name__}: {error}"))
-            else:
-                self._error = None
-                await self._store.changed.after(seen)
-                continue
+                self._fail(
+                    SinkError(
+                        f"the sink failed: {type(error).__name__}: {error}", hint="report this to the plugin's author"
+                    )
+                )
+            if self._delivered > delivered:
+                delay_s = BACKOFF_FIRST_S
             await asyncio.sleep(delay_s * random.uniform(0.8, 1.2))  # noqa: S311 - jitter, not a secret
             delay_s = min(delay_s * 2, BACKOFF_LAST_S)
 
     async def _deliver_some(self) -> bool:
         """Deliver what waits, up to a page of it; return whether there was any."""
-        name = self._sink.name
+        name, epoch = self._sink.name, self._store.epoch
         cursor = await self._store.sink_cursor(name)
         records = await self._store.records_after(cursor, RECORDS_AT_ONCE)
         for position, record in records:
             await self._sink.deliver(record)
-            await self._store.advance_sink(name, position)
             self._delivered += 1
+            self._error = None
+            if self._store.epoch != epoch:
+                return True  # The positions are those of a file that was set aside meanwhile.
+            await self._store.advance_sink(name, position)
         return bool(records)
 
     def _fail(self, error: MillhandError) -> None:

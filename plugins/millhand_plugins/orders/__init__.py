@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from millhand.hookspecs import OrderWriter, hookimpl
 from millhand.validation import StrictTable
@@ -21,7 +20,7 @@ def millhand_config() -> type[OrdersConfig]:
 
 
 @hookimpl
-def millhand_order_writers(config: Any) -> Sequence[OrderWriter]:
+def millhand_order_writers(config: OrdersConfig) -> Sequence[OrderWriter]:
     from millhand_plugins.orders.writer import DeterministicWriter, read_knowledge
 
     return [DeterministicWriter(read_knowledge(config.knowledge))]

@@ -1,13 +1,15 @@
 """Writes a work order from an alert and a table of what is known about its kind.
 
-Every number in the text comes from the alert's evidence; nothing is invented. The order's id is derived from the
-alert's, so that one alert has one order however often it is written.
+Every number that is filled into the texts stands in the order's evidence; nothing is invented. The order's id is
+derived from the alert's, so that one alert has one order however often it is written.
 """
 
 from __future__ import annotations
 
+import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,11 @@ class Kind(StrictTable):
     """What a plant knows about one kind of fault."""
 
     symptom: str
-    """Text; {asset} and the names of the alert's facts in braces are filled in."""
+    """Text; {asset} and {message}, the alert's own text, are filled in."""
     likely_cause: str
     action: tuple[str, ...] = Field(min_length=1)
     facts: tuple[str, ...] = ()
-    """Facts that the symptom quotes, by name, if the alert's evidence has them."""
+    """Facts that the symptom quotes, if the alert's evidence has them: names, or patterns with `*`."""
 
 
 class Knowledge(StrictTable):
@@ -66,16 +68,27 @@ class DeterministicWriter:
             action=(*kind.action, *_repeat_step(alert, repeats)),
             priority=_priority(alert, repeats),
             created_ns=alert.raised_ns,
-            evidence=dict(alert.evidence),
+            evidence={**alert.evidence, "earlier_alerts": repeats},
             writer=self.name,
         )
 
 
 def _symptom(kind: Kind, alert: Alert) -> str:
-    facts: Mapping[str, Any] = alert.evidence.get("facts", {})
-    quoted = [f"{_words(name)} {_number(facts[name])}{_unit(name)}" for name in kind.facts if name in facts]
     text = kind.symptom.replace("{asset}", alert.asset).replace("{message}", alert.message)
+    quoted = [_quote(name, value) for name, value in _facts(kind, alert)]
     return f"{text} Measured: {', '.join(quoted)}." if quoted else text
+
+
+def _facts(kind: Kind, alert: Alert) -> Iterator[tuple[str, float]]:
+    """The facts to quote, in the table's order; a fact that is not a finite number is left out."""
+    facts: Mapping[str, Any] = alert.evidence.get("facts", {})
+    told = set()
+    for pattern in kind.facts:
+        for name, value in facts.items():
+            if fnmatchcase(name, pattern) and name not in told and isinstance(value, float | int):
+                told.add(name)
+                if math.isfinite(value):
+                    yield name, value
 
 
 def _priority(alert: Alert, repeats: int) -> int:
@@ -94,17 +107,13 @@ def _repeat_step(alert: Alert, repeats: int) -> list[str]:
 
 
 # The unit is the last part of a fact's name; see millhand.hookspecs.Features.evidence.
-UNITS = {"mm_s": " mm/s", "g": " g", "hz": " Hz", "cel": " Cel", "rpm": " rpm", "sigma": " sigma", "cycles": " cycles"}
+UNITS = {"mm_s": "mm/s", "g": "g", "hz": "Hz", "cel": "Cel", "rpm": "rpm", "sigma": "sigma", "cycles": "cycles"}
 
 
-def _unit(name: str) -> str:
-    return next((text for ending, text in UNITS.items() if name.endswith("_" + ending)), "")
-
-
-def _words(name: str) -> str:
-    ending = next((ending for ending in UNITS if name.endswith("_" + ending)), "")
-    return name.removesuffix("_" + ending).replace("_", " ") if ending else name.replace("_", " ")
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}"
+def _quote(name: str, value: float) -> str:
+    """`velocity_rms_mm_s`, 4.237 -> "velocity rms 4.24 mm/s"."""
+    number = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    unit = next((unit for unit in UNITS if name.endswith("_" + unit)), None)
+    if unit is None:
+        return f"{name.replace('_', ' ')} {number}"
+    return f"{name.removesuffix('_' + unit).replace('_', ' ')} {number} {UNITS[unit]}"

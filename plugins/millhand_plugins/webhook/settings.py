@@ -23,9 +23,9 @@ class WebhookConfig(StrictTable):
     records: tuple[Literal["alert", "order"], ...] = ("alert", "order")
     """What to send."""
     timeout_s: float = Field(default=10.0, gt=0, le=300)
-    """Give up on one request after so long; the record is sent again later."""
+    """Give up on one whole request after so long; the record is sent again later."""
     refusals_cap: int = Field(default=5, ge=1)
-    """A record that the other side refuses (4xx) so many times is given up, counted and logged."""
+    """A record that the other side cannot take (400, 409, 410, 413, 415, 422) is given up after so many offers."""
     ca_file: Path | None = None
     """Certificates to trust instead of the system's."""
 
@@ -33,6 +33,7 @@ class WebhookConfig(StrictTable):
     @classmethod
     def _absolute(cls, value: str) -> str:
         parts = urlsplit(value)
+        _ = parts.port  # raises ValueError for a port that is none
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("must be an absolute http:// or https:// address")
         if parts.username or parts.password:
@@ -58,6 +59,11 @@ class WebhookConfig(StrictTable):
                 raise ConfigError(
                     f"[plugins.webhook] secret_file = '{self.secret_file}' cannot be read: {error.strerror}",
                     hint="create it, readable for the agent's user alone",
+                ) from error
+            except UnicodeDecodeError as error:
+                raise ConfigError(
+                    f"[plugins.webhook] secret_file = '{self.secret_file}' is not UTF-8 text",
+                    hint="put a random text there, for example of 'openssl rand -hex 32'",
                 ) from error
             place = f"file '{self.secret_file}'"
         if not text.strip():

@@ -1,7 +1,8 @@
 """POSTs one record a request, signed; only a 2xx answer counts as delivered.
 
 Signature: `X-Millhand-Signature: t=<unix seconds>,v1=<hex>`, the HMAC-SHA256 (RFC 2104) of `<t>.<body>` under the
-shared secret. `Idempotency-Key` is the record's id and state, so that the other side can drop a repetition.
+shared secret. `Idempotency-Key` is the same whenever the same change of a record is sent again, so that the other side
+can drop a repetition.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ import hashlib
 import hmac
 import http.client
 import logging
+import socket
 import ssl
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 import msgspec
@@ -24,8 +28,9 @@ from millhand_plugins.webhook.settings import WebhookConfig
 
 log = logging.getLogger("millhand.webhook")
 
-AGAIN = frozenset({408, 425, 429})
-"""4xx answers that ask to come again later."""
+CANNOT_BE_TAKEN = frozenset({400, 409, 410, 413, 415, 422})
+"""Answers that blame the record itself. Every other refusal (a wrong secret, a moved address, too many requests) is
+mended on one side or the other, and no record may be lost over it."""
 
 
 def sign(secret: bytes, body: bytes, unix_s: int) -> str:
@@ -51,16 +56,17 @@ class WebhookSink:
         kind = "alert" if isinstance(record, Alert) else "order"
         if kind not in self._config.records:
             return
-        key = f"{record.id}-{record.state}"
+        key = _idempotency_key(record)
         body = msgspec.json.encode({"type": kind, "record": record})
-        status = await asyncio.to_thread(self._post, kind, key, body)
+        status = await self._request(body, self._headers(kind, key, body))
         if 200 <= status < 300:
             self._refusals.pop(key, None)
-            return
-        if 400 <= status < 500 and status not in AGAIN:
+        elif status in CANNOT_BE_TAKEN:
             self._refuse(key, status)
-            return
-        raise SinkError(f"'{self._config.url}' answered {status}", hint="see the other side's log")
+        elif 300 <= status < 400:
+            raise SinkError(f"'{self._config.url}' redirects ({status})", hint="set url to the final address")
+        else:
+            raise SinkError(f"'{self._config.url}' answered {status}", hint=_hint(status))
 
     async def close(self) -> None:
         """Nothing stays open between two requests."""
@@ -70,42 +76,81 @@ class WebhookSink:
         self._refusals[key] = self._refusals.get(key, 0) + 1
         if self._refusals[key] < self._config.refusals_cap:
             raise SinkError(
-                f"'{self._config.url}' refused record {key} with {status}",
-                hint="check the secret and what the other side expects",
+                f"'{self._config.url}' refused record {key} with {status}", hint="see what the other side expects"
             )
         del self._refusals[key]
         self.given_up += 1
-        log.error("record %s was refused %d times and is given up", key, self._config.refusals_cap)
+        log.error("record %s was refused %d times (%d) and is given up", key, self._config.refusals_cap, status)
 
-    def _post(self, kind: str, key: str, body: bytes) -> int:
-        """One request, in a thread; redirects are not followed. Raises SinkError."""
-        parts = urlsplit(self._config.url)
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        headers = {
+    def _headers(self, kind: str, key: str, body: bytes) -> dict[str, str]:
+        return {
             "Content-Type": "application/json",
             "User-Agent": f"millhand/{__version__}",
             "Idempotency-Key": key,
             "X-Millhand-Event": kind,
             "X-Millhand-Signature": sign(self._secret, body, int(time.time())),
         }
-        connection = self._connection()
+
+    async def _request(self, body: bytes, headers: Mapping[str, str]) -> int:
+        """POST `body`; the answer's status. The whole request has `timeout_s`, not each of its reads. Raises SinkError.
+
+        A socket blocks in a thread; shutting it down ends that thread when the time is over or the sink is stopped.
+        """
         try:
-            connection.request("POST", target, body, headers)
-            response = connection.getresponse()
-            response.read(65_536)
-            return response.status
+            connection = self._connection()
+        except OSError as error:
+            raise SinkError(
+                f"ca_file = '{self._config.ca_file}' cannot be used: {error}", hint="give PEM certificates"
+            ) from error
+        try:
+            async with asyncio.timeout(self._config.timeout_s):
+                return await asyncio.to_thread(_post, connection, self._target, body, headers)
+        except TimeoutError as error:
+            raise SinkError(
+                f"'{self._config.url}' did not answer within {self._config.timeout_s:g} s",
+                hint="is the other side overloaded? the record waits",
+            ) from error
         except (OSError, http.client.HTTPException) as error:
             raise SinkError(
-                f"'{self._config.url}' cannot be reached: {error or type(error).__name__}",
+                f"'{self._config.url}' cannot be reached: {str(error) or type(error).__name__}",
                 hint="check address, network and certificate; the record waits",
             ) from error
         finally:
-            connection.close()
+            if connection.sock is not None:
+                with suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
+
+    @property
+    def _target(self) -> str:
+        parts = urlsplit(self._config.url)
+        return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
     def _connection(self) -> http.client.HTTPConnection:
-        parts = urlsplit(self._config.url)
+        parts, timeout_s = urlsplit(self._config.url), self._config.timeout_s
         assert parts.hostname is not None
         if parts.scheme == "http":
-            return http.client.HTTPConnection(parts.hostname, parts.port, timeout=self._config.timeout_s)
+            return http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout_s)
         context = ssl.create_default_context(cafile=self._config.ca_file)
-        return http.client.HTTPSConnection(parts.hostname, parts.port, timeout=self._config.timeout_s, context=context)
+        return http.client.HTTPSConnection(parts.hostname, parts.port, timeout=timeout_s, context=context)
+
+
+def _post(connection: http.client.HTTPConnection, target: str, body: bytes, headers: Mapping[str, str]) -> int:
+    """One request, in a thread. Redirects are not followed; of the answer only the status is read."""
+    try:
+        connection.request("POST", target, body, headers)
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def _idempotency_key(record: Alert | WorkOrder) -> str:
+    changed_ns = record.changed_ns if isinstance(record, Alert) else record.created_ns
+    return f"{record.id}-{record.state}-{changed_ns}"
+
+
+def _hint(status: int) -> str:
+    if status in (401, 403):
+        return "does the other side know the same secret, and is its clock right? the record waits"
+    if status in (404, 405):
+        return "check the path of url; the record waits"
+    return "see the other side's log; the record waits"
