@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -13,11 +14,16 @@ from typing import Any
 
 from millhand.errors import StoreError
 from millhand.store.rows import STREAMS
-from millhand_hub.edge import Delivery, EdgeNode
+from millhand_hub.edge import Birth, Death, Delivery, Event
 from millhand_hub.held import Held
 
 DAY_MS = 86_400_000
 PRUNE_ROWS = 20_000
+FREED_PAGES_AT_ONCE = 2_000
+BUSY_TIMEOUT_S = 10.0
+
+StreamKey = tuple[int, str, str]
+"""(node id, epoch, stream)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,87 +43,123 @@ class Database:
         """Open or create. Raises StoreError naming path and remedy."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._connection = sqlite3.connect(
+                path, check_same_thread=False, isolation_level=None, timeout=BUSY_TIMEOUT_S
+            )
+            self._connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # works only before the first table
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")
             self._connection.executescript((files("millhand_hub") / "schema.sql").read_text(encoding="utf-8"))
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"the hub's database '{path}' cannot be opened: {error}", hint="check data_dir") from error
         self._node_ids: dict[tuple[str, str], int] = {}
-        self._held: dict[tuple[int, str, str], Held] = {}
+        self._held: dict[StreamKey, Held] = {}
+        self._unsaved: set[StreamKey] = set()
         self.duplicates = 0
 
     def close(self) -> None:
         self._connection.close()
 
-    def commit(
-        self, deliveries: Sequence[tuple[EdgeNode, Delivery]], nodes: Iterable[EdgeNode]
-    ) -> list[Acknowledgement]:
-        """Store everything in one transaction; return what may be acknowledged then. Raises StoreError."""
-        try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            for node in nodes:
-                self._store_node(node)
-            touched = {}
-            for node, delivery in deliveries:
-                self._store(node, delivery)
-                touched[node.group, node.node, delivery.epoch] = node
-            self._connection.execute("COMMIT")
-        except sqlite3.Error as error:
-            self._held.clear()  # what memory says may not have been stored
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
-            raise StoreError(f"the hub could not commit: {error}", hint="free disk space", retriable=True) from error
+    def commit(self, events: Sequence[Event]) -> list[Acknowledgement]:
+        """Store everything in one transaction, in order; return what may be acknowledged then. Raises StoreError."""
+        touched: dict[tuple[str, str, str], None] = {}
+        with self._transaction():
+            for event in events:
+                if isinstance(event, Birth):
+                    self._store_birth(event)
+                elif isinstance(event, Death):
+                    self._set_online(self._node_id(event.group, event.node), False)
+                else:
+                    self._store_delivery(event)
+                if not isinstance(event, Death):
+                    touched[event.group, event.node, event.epoch] = None
+            self._save_held()
+            now_ms = _now_ms()
+            self._connection.executemany(
+                "UPDATE nodes SET seen_ms = ? WHERE id = ?",
+                {(now_ms, self._node_id(event.group, event.node)) for event in events},
+            )
         return [self._acknowledgement(group, name, epoch) for group, name, epoch in touched]
 
-    def acknowledgement(self, node: EdgeNode) -> Acknowledgement:
-        """What the hub holds of the node's living epoch."""
-        return self._acknowledgement(node.group, node.node, node.epoch)
+    def forget_online(self) -> list[tuple[str, str]]:
+        """Who is online is not known any more; return (group, node) of every known node. Raises StoreError."""
+        with self._transaction():
+            self._connection.execute("UPDATE nodes SET online = 0")
+            return self._connection.execute('SELECT "group", node FROM nodes ORDER BY 1, 2').fetchall()
 
-    def prune(self, keep_days: int) -> int:
-        """Delete some of the readings and predictions older than `keep_days`; return how many."""
-        limit_ms = int(time.time() * 1000) - keep_days * DAY_MS
-        deleted = 0
-        for table in ("readings", "predictions"):
-            cursor = self._connection.execute(
-                f"DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM {table} WHERE time_ms < ? LIMIT ?)",  # noqa: S608
-                (limit_ms, PRUNE_ROWS),
-            )
-            deleted += cursor.rowcount
-        return deleted
+    def prune(self, keep_days: int) -> bool:
+        """Delete some readings and predictions older than `keep_days`; return whether all are gone. Raises StoreError.
+
+        A pass is bounded, so that rows do not wait for it; the file gives the space back.
+        """
+        limit_ms, most = _now_ms() - keep_days * DAY_MS, 0
+        with self._transaction():
+            for table in ("readings", "predictions"):
+                cursor = self._connection.execute(
+                    f"DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM {table} WHERE time_ms < ? LIMIT ?)",  # noqa: S608
+                    (limit_ms, PRUNE_ROWS),
+                )
+                most = max(most, cursor.rowcount)
+        if most:
+            self._connection.executescript(f"PRAGMA incremental_vacuum({FREED_PAGES_AT_ONCE})")
+        return most < PRUNE_ROWS
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All or nothing. What memory says of the file is forgotten where it fails. Raises StoreError."""
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException as error:
+            self._held.clear()
+            self._unsaved.clear()
+            self._node_ids.clear()
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            if not isinstance(error, sqlite3.Error):
+                raise
+            raise StoreError(
+                f"the hub could not commit: {error}",
+                hint="free disk space and look at data_dir; nodes keep their rows",
+                retriable=True,
+            ) from error
 
     # ---- writing ----------------------------------------------------------------------------------------------------
 
-    def _store_node(self, node: EdgeNode) -> None:
+    def _store_birth(self, birth: Birth) -> None:
         self._connection.execute(
-            'INSERT INTO nodes ("group", node, online, version, born_ms, seen_ms) VALUES (?, ?, ?, ?, ?, ?)'
-            ' ON CONFLICT ("group", node) DO UPDATE SET online = excluded.online, version = excluded.version,'
-            " born_ms = excluded.born_ms, seen_ms = excluded.seen_ms",
-            (node.group, node.node, node.online, node.version, node.born_ms, int(time.time() * 1000)),
+            'INSERT INTO nodes ("group", node, online, version, born_ms) VALUES (?, ?, 1, ?, ?)'
+            ' ON CONFLICT ("group", node) DO UPDATE SET online = 1, version = excluded.version,'
+            " born_ms = excluded.born_ms",
+            (birth.group, birth.node, birth.version, birth.born_ms),
         )
-        node_id = self._node_id(node.group, node.node)
-        for stream, base in node.base.items():
-            held = self._held_of(node_id, node.epoch, stream, base)
+        node_id = self._node_id(birth.group, birth.node)
+        for stream, base in birth.base.items():
+            key = (node_id, birth.epoch, stream)
+            held = self._held_of(key, base)
             if base > held.upto:  # an earlier hub had them; they will not come again
                 held.add(1, base)
-                self._store_held(node_id, node.epoch, stream, held)
+                self._unsaved.add(key)
 
-    def _store(self, node: EdgeNode, delivery: Delivery) -> None:
-        node_id = self._node_id(node.group, node.node)
+    def _set_online(self, node_id: int, online: bool) -> None:
+        self._connection.execute("UPDATE nodes SET online = ? WHERE id = ?", (online, node_id))
+
+    def _store_delivery(self, delivery: Delivery) -> None:
         gap = delivery.gap
-        first, last = (gap["first"], gap["last"]) if gap else (delivery.seq, delivery.seq)
-        stream = gap["stream"] if gap else delivery.stream
-        held = self._held_of(node_id, delivery.epoch, stream, node.base.get(stream, 0))
+        stream = gap.stream if gap else delivery.stream
+        first, last = (gap.first, gap.last) if gap else (delivery.seq, delivery.seq)
+        key = (self._node_id(delivery.group, delivery.node), delivery.epoch, stream)
+        held = self._held_of(key)
         if held.has(first, last):
             self.duplicates += 1
             return
         held.add(first, last)
-        self._store_held(node_id, delivery.epoch, stream, held)
+        self._unsaved.add(key)
         if gap:
-            mark = (node_id, delivery.epoch, stream, first, last, gap["reason"])
-            self._connection.execute("INSERT INTO gaps VALUES (?, ?, ?, ?, ?, ?)", mark)
-        self._store_bulk(node_id, delivery)
-        self._store_alerts(node_id, delivery)
+            self._connection.execute("INSERT INTO gaps VALUES (?, ?, ?, ?, ?, ?)", (*key, first, last, gap.reason))
+        self._store_bulk(key[0], delivery)
+        self._store_alerts(key[0], delivery)
 
     def _store_bulk(self, node_id: int, delivery: Delivery) -> None:
         mark = (delivery.epoch, delivery.seq)
@@ -137,26 +179,27 @@ class Database:
         )
 
     def _store_alerts(self, node_id: int, delivery: Delivery) -> None:
-        alert, order = delivery.alert, delivery.order
-        if alert is not None:
-            keys = ("asset", "kind", "severity", "state", "raised_ns", "changed_ns")
+        """An alert is as it was changed last, in whatever order its rows come."""
+        if delivery.alert is not None:
+            alert = delivery.alert
             self._connection.execute(
-                "INSERT INTO alerts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET"
+                "INSERT INTO alerts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id, node_id) DO UPDATE SET"
                 " state = excluded.state, changed_ns = excluded.changed_ns, record = excluded.record"
                 " WHERE excluded.changed_ns >= changed_ns",
-                (alert["id"], node_id, *(alert[key] for key in keys), json.dumps(alert)),
+                (alert.id, node_id, *alert.columns, alert.text),
             )
-        if order is not None:
-            columns = ("asset", "priority", "created_ns")
+        if delivery.order is not None:
+            order = delivery.order
             self._connection.execute(
-                "INSERT INTO orders VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET record = excluded.record",
-                (order["id"], node_id, *(order[column] for column in columns), json.dumps(order)),
+                "INSERT INTO orders VALUES (?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT (id, node_id) DO UPDATE SET record = excluded.record",
+                (order.id, node_id, *order.columns, order.text),
             )
 
     # ---- what is held -----------------------------------------------------------------------------------------------
 
-    def _held_of(self, node_id: int, epoch: str, stream: str, base: int) -> Held:
-        key = (node_id, epoch, stream)
+    def _held_of(self, key: StreamKey, base: int = 0) -> Held:
+        """What is held of a stream. One that the file does not know begins behind `base`."""
         if key not in self._held:
             row = self._connection.execute(
                 "SELECT held FROM streams WHERE node_id = ? AND epoch = ? AND stream = ?", key
@@ -169,15 +212,17 @@ class Database:
             self._held[key] = Held(base if row is None else row[0], dict(spans))
         return self._held[key]
 
-    def _store_held(self, node_id: int, epoch: str, stream: str, held: Held) -> None:
-        key = (node_id, epoch, stream)
-        self._connection.execute(
-            "UPDATE streams SET held = ? WHERE node_id = ? AND epoch = ? AND stream = ?", (held.upto, *key)
-        )
-        self._connection.execute("DELETE FROM ahead WHERE node_id = ? AND epoch = ? AND stream = ?", key)
-        self._connection.executemany(
-            "INSERT INTO ahead VALUES (?, ?, ?, ?, ?)", [(*key, first, last) for first, last in held.ahead.items()]
-        )
+    def _save_held(self) -> None:
+        for key in self._unsaved:
+            held = self._held[key]
+            self._connection.execute(
+                "UPDATE streams SET held = ? WHERE node_id = ? AND epoch = ? AND stream = ?", (held.upto, *key)
+            )
+            self._connection.execute("DELETE FROM ahead WHERE node_id = ? AND epoch = ? AND stream = ?", key)
+            self._connection.executemany(
+                "INSERT INTO ahead VALUES (?, ?, ?, ?, ?)", [(*key, first, last) for first, last in held.ahead.items()]
+            )
+        self._unsaved.clear()
 
     def _acknowledgement(self, group: str, node: str, epoch: str) -> Acknowledgement:
         node_id = self._node_id(group, node)
@@ -190,3 +235,7 @@ class Database:
             row: Any = self._connection.execute('SELECT id FROM nodes WHERE "group" = ? AND node = ?', key).fetchone()
             self._node_ids[key] = row[0]
         return self._node_ids[key]
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

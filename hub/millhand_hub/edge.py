@@ -1,4 +1,4 @@
-"""What the hub knows of one living edge node: its birth, its aliases, its seq; and what a data message says."""
+"""What the hub knows of one edge node between two births (its aliases, its seq), and what its messages say."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from millhand.telemetry.definitions import (
     BDSEQ,
     EPOCH,
     GAP,
+    NODE,
     ORDER,
+    PREDICTION,
+    READING,
     VERSION,
     acknowledgement,
     identity,
@@ -21,7 +24,28 @@ from millhand.telemetry.definitions import (
 from millhand.telemetry.payloads import Message, Metric, Value
 
 IDENTITIES = {identity(stream): stream for stream in STREAMS}
-PREDICTION = "Prediction/"
+# The largest integer that SQLite holds.
+LARGEST = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Birth:
+    """A node is there. `base`: what it says a hub acknowledged already, by stream."""
+
+    group: str
+    node: str
+    epoch: str
+    version: str
+    born_ms: int
+    base: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """A node is gone."""
+
+    group: str
+    node: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,25 +69,47 @@ class PredictionRow:
     values: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Record:
+    """An alert or a work order: the columns that the hub sorts by, and the whole as JSON text."""
+
+    id: str
+    columns: tuple[str | int, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class GapRow:
+    stream: str
+    first: int
+    last: int
+    reason: str
+
+
 @dataclass(slots=True)
 class Delivery:
     """One outbox row as it arrived: its identity, and what it holds."""
 
+    group: str
+    node: str
     epoch: str
     stream: str
     seq: int
     readings: list[ReadingRow] = field(default_factory=list)
     predictions: list[PredictionRow] = field(default_factory=list)
-    alert: dict[str, Any] | None = None
-    order: dict[str, Any] | None = None
-    gap: dict[str, Any] | None = None
+    alert: Record | None = None
+    order: Record | None = None
+    gap: GapRow | None = None
+
+
+Event = Birth | Death | Delivery
 
 
 class NeedsBirth(TelemetryError):
     """Data came that the last birth does not explain: the node is asked for a new one."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Name:
     device: str
     name: str
@@ -71,33 +117,32 @@ class _Name:
 
 
 class EdgeNode:
-    """One node between two births. Raises NeedsBirth wherever the hub may have missed something."""
+    """One node. Raises NeedsBirth wherever the hub may have missed something."""
 
     def __init__(self, group: str, node: str) -> None:
         self.group = group
         self.node = node
-        self.online = False
-        self.epoch = ""
-        self.version = ""
-        self.bdseq: int | None = None
-        self.born_ms = 0
-        self.base: dict[str, int] = {}
-        """What the node says an earlier hub acknowledged, by stream."""
+        self.is_foreign = False
+        """Another vendor's node on the same broker: no business of ours."""
+        self._online = False
+        self._epoch = ""
+        self._bdseq: int | None = None
         self._seq = -1
         self._aliases: dict[int, _Name] = {}
 
-    def birth(self, message: Message) -> None:
-        """NBIRTH: forget the last one. Raises TelemetryError where a metric that must be there is missing."""
+    def birth(self, message: Message) -> Birth | None:
+        """NBIRTH: forget the last one. None for a foreign node."""
         epoch, bdseq = message.named(EPOCH), message.named(BDSEQ)
+        self.is_foreign = not isinstance(epoch, str) or not isinstance(bdseq, int)
         if not isinstance(epoch, str) or not isinstance(bdseq, int):
-            raise TelemetryError(f"NBIRTH of {self.group}/{self.node} is not millhand's: no {EPOCH} or {BDSEQ}")
-        self.online, self.epoch, self.bdseq, self.born_ms = True, epoch, bdseq, message.time_ms
-        self.version = str(message.named(VERSION) or "")
-        named = {stream: message.named(acknowledgement(stream)) for stream in STREAMS}
-        self.base = {stream: value for stream, value in named.items() if isinstance(value, int)}
-        self._seq = message.seq if message.seq is not None else 0
+            return None
+        self._online, self._epoch, self._bdseq = True, epoch, bdseq
+        self._seq = message.seq or 0
         self._aliases = {}
-        self._learn("", message)
+        self._learn(NODE, message)
+        named = {stream: message.named(acknowledgement(stream)) for stream in STREAMS}
+        base: dict[str, int] = {s: value for s, value in named.items() if isinstance(value, int) and value <= LARGEST}
+        return Birth(self.group, self.node, epoch, str(message.named(VERSION) or ""), message.time_ms, base)
 
     def device_birth(self, device: str, message: Message) -> None:
         self._follow(message)
@@ -106,30 +151,31 @@ class EdgeNode:
     def device_death(self, message: Message) -> None:
         self._follow(message)
 
-    def death(self, message: Message) -> bool:
-        """NDEATH; one whose bdSeq is not the living birth's comes late and is ignored. Returns whether it counts."""
-        if message.named(BDSEQ) != self.bdseq:
-            return False
-        self.online = False
-        return True
+    def death(self, message: Message) -> Death | None:
+        """NDEATH; None where its bdSeq is not the living birth's: a broker may deliver it after the next NBIRTH."""
+        if not self._online or message.named(BDSEQ) != self._bdseq:
+            return None
+        self._online = False
+        return Death(self.group, self.node)
 
     def data(self, device: str, message: Message) -> Delivery:
-        """NDATA or DDATA: one outbox row."""
+        """NDATA or DDATA: one outbox row. Raises TelemetryError where it holds no row of ours."""
         self._follow(message)
         named = [(self._resolve(metric), metric) for metric in message.metrics]
-        marks = [(IDENTITIES[name.name], metric) for name, metric in named if name.name in IDENTITIES]
-        if len(marks) != 1 or not isinstance(marks[0][1].value, int):
+        marks = [(IDENTITIES[name.name], metric.value) for name, metric in named if name.name in IDENTITIES]
+        if len(marks) != 1:
             raise TelemetryError(f"data of {self.group}/{self.node}/{device} carries no identity", retriable=False)
-        delivery = Delivery(self.epoch, marks[0][0], marks[0][1].value)
-        predictions: dict[tuple[str, int], PredictionRow] = {}
+        stream, seq = marks[0]
+        if not isinstance(seq, int) or not 0 < seq <= LARGEST:
+            raise TelemetryError(f"data of {self.group}/{self.node}/{device}: its seq is {seq}", retriable=False)
+        delivery = Delivery(self.group, self.node, self._epoch, stream, seq)
         for name, metric in named:
-            _sort_in(delivery, predictions, name, metric)
-        delivery.predictions = list(predictions.values())
+            _sort_in(delivery, name, metric)
         return delivery
 
     def _follow(self, message: Message) -> None:
         """seq rises by one over all messages of the node (tck-id-payloads-sequence-num-incrementing)."""
-        if not self.online:
+        if not self._online:
             raise NeedsBirth(f"{self.group}/{self.node} speaks without a birth")
         expected = (self._seq + 1) % 256
         if message.seq != expected:
@@ -148,29 +194,75 @@ class EdgeNode:
         return name
 
 
-def _sort_in(
-    delivery: Delivery, predictions: dict[tuple[str, int], PredictionRow], name: _Name, metric: Metric
-) -> None:
+def _sort_in(delivery: Delivery, name: _Name, metric: Metric) -> None:
     if name.name in IDENTITIES:
         return
     if name.name.startswith(PREDICTION):
-        model, _, key = name.name.removeprefix(PREDICTION).rpartition("/")
-        row = predictions.setdefault((model, metric.time_ms), PredictionRow(name.device, model, metric.time_ms))
-        if key == "version" and isinstance(metric.value, int):
-            row.version = metric.value
-        elif key == "kind":
-            row.kind = str(metric.value)
-        elif isinstance(metric.value, float | int):
-            row.values[key] = float(metric.value)
-    elif name.name == ALERT and delivery.stream == "alert":
-        delivery.alert = json.loads(str(metric.value))
-    elif name.name == ORDER and delivery.stream == "alert":
-        delivery.order = json.loads(str(metric.value))
-    elif name.name == GAP and not name.device:
-        delivery.gap = json.loads(str(metric.value))
+        _add_prediction(delivery, name, metric)
+    elif name.name == ALERT:
+        delivery.alert = _record(metric.value, ("asset", "kind", "severity", "state"), ("raised_ns", "changed_ns"))
+    elif name.name == ORDER:
+        delivery.order = _record(metric.value, ("asset",), ("priority", "created_ns"))
+    elif name.name == GAP:
+        delivery.gap = _gap(metric.value)
     else:
-        delivery.readings.append(
-            ReadingRow(
-                name.device, name.name, metric.time_ms, metric.value, name.unit, int(metric.quality), metric.historical
-            )
-        )
+        reading, value = name.name.removeprefix(READING), metric.value
+        if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+            value = float(value)
+        row = ReadingRow(name.device, reading, metric.time_ms, value, name.unit, int(metric.quality), metric.historical)
+        delivery.readings.append(row)
+
+
+def _add_prediction(delivery: Delivery, name: _Name, metric: Metric) -> None:
+    """The version is each prediction's first metric; a model's name holds no slash."""
+    model, _, key = name.name.removeprefix(PREDICTION).partition("/")
+    if key == "version" and isinstance(metric.value, int):
+        delivery.predictions.append(PredictionRow(name.device, model, metric.time_ms, metric.value))
+        return
+    row = next((found for found in reversed(delivery.predictions) if found.model == model), None)
+    if row is None:
+        raise TelemetryError(f"a prediction of '{model}' without its version", retriable=False)
+    if key == "kind":
+        row.kind = str(metric.value)
+    elif isinstance(metric.value, float | int):
+        row.values[key] = float(metric.value)
+
+
+def _record(value: Value, words: tuple[str, ...], numbers: tuple[str, ...]) -> Record:
+    """Read a record as far as the hub must: a newer node may say more. Raises TelemetryError for what is none."""
+    found = _object(value)
+    columns: tuple[str | int, ...] = (
+        *(str(found.get(key, "")) for key in words),
+        *(_integer(found.get(key, 0)) for key in numbers),
+    )
+    return Record(str(found.get("id", "")), columns, str(value))
+
+
+def _gap(value: Value) -> GapRow:
+    found = _object(value)
+    gap = GapRow(
+        str(found.get("stream")),
+        _integer(found.get("first")),
+        _integer(found.get("last")),
+        str(found.get("reason", "")),
+    )
+    if gap.stream not in STREAMS or not 0 < gap.first <= gap.last:
+        raise TelemetryError(f"{value!r:.200} is no gap", retriable=False)
+    return gap
+
+
+def _object(value: Value) -> dict[str, Any]:
+    try:
+        found = json.loads(str(value))
+        json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate could not be stored
+    except (ValueError, RecursionError) as error:
+        raise TelemetryError(f"{value!r:.200} is no record", retriable=False) from error
+    if not isinstance(found, dict):
+        raise TelemetryError(f"{value!r:.200} is no record", retriable=False)
+    return found
+
+
+def _integer(value: Any) -> int:
+    if not isinstance(value, int) or not -LARGEST <= value <= LARGEST:
+        raise TelemetryError(f"{value!r:.200} is no whole number of 64 bits", retriable=False)
+    return value

@@ -31,15 +31,21 @@ def opened(path: Path) -> Iterator[Database]:
 
 def nodes(database: Database) -> list[dict[str, Any]]:
     """Every node, with what the hub holds of it."""
+    # The recursion hops from asset to asset in the index; count(DISTINCT asset) would read every reading.
     sql = """
         SELECT n."group", n.node, n.online, n.version, n.born_ms, n.seen_ms,
-          (SELECT count(DISTINCT asset) FROM readings r WHERE r.node_id = n.id) AS assets,
+          (WITH RECURSIVE hop (asset) AS (
+             SELECT min(asset) FROM readings WHERE node_id = n.id
+             UNION ALL
+             SELECT (SELECT min(asset) FROM readings WHERE node_id = n.id AND asset > hop.asset) FROM hop
+             WHERE hop.asset IS NOT NULL
+           ) SELECT count(asset) FROM hop) AS assets,
           (SELECT coalesce(sum(held - first + 1), 0) FROM streams s WHERE s.node_id = n.id) AS rows,
           (SELECT count(*) FROM alerts a WHERE a.node_id = n.id AND a.state = 'open') AS open_alerts,
           (SELECT coalesce(sum(last - first + 1), 0) FROM gaps g WHERE g.node_id = n.id) AS rows_dropped
         FROM nodes n ORDER BY n."group", n.node
     """
-    return list(database.query(sql))
+    return [{**row, "online": bool(row["online"])} for row in database.query(sql)]
 
 
 def alerts(database: Database, state: str | None = None, limit: int = 50) -> list[dict[str, Any]]:

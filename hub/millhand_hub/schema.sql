@@ -60,7 +60,7 @@ CREATE INDEX IF NOT EXISTS predictions_by_model ON predictions (node_id, asset, 
 CREATE INDEX IF NOT EXISTS predictions_by_time ON predictions (time_ms);
 
 CREATE TABLE IF NOT EXISTS alerts (
-  id TEXT PRIMARY KEY,
+  id TEXT NOT NULL,
   node_id INTEGER NOT NULL,
   asset TEXT NOT NULL,
   kind TEXT NOT NULL,
@@ -68,16 +68,18 @@ CREATE TABLE IF NOT EXISTS alerts (
   state TEXT NOT NULL,
   raised_ns INTEGER NOT NULL,
   changed_ns INTEGER NOT NULL,
-  record TEXT NOT NULL
+  record TEXT NOT NULL,
+  PRIMARY KEY (id, node_id)
 ) WITHOUT ROWID;
 
 CREATE TABLE IF NOT EXISTS orders (
-  id TEXT PRIMARY KEY,
+  id TEXT NOT NULL,
   node_id INTEGER NOT NULL,
   asset TEXT NOT NULL,
   priority INTEGER NOT NULL,
   created_ns INTEGER NOT NULL,
-  record TEXT NOT NULL
+  record TEXT NOT NULL,
+  PRIMARY KEY (id, node_id)
 ) WITHOUT ROWID;
 
 CREATE TABLE IF NOT EXISTS gaps (

@@ -65,7 +65,7 @@ def nodes(ctx: click.Context, hub_config: Path | None) -> None:
         )
         for n in found
     ]
-    heads = ["group", "node", "online", "last change", "assets", "rows", "open alerts"]
+    heads = ["group", "node", "online", "last seen", "assets", "rows", "open alerts"]
     output.emit(found, table(heads, rows) if rows else ["No node has reported yet."])
 
 

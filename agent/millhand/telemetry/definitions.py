@@ -1,7 +1,8 @@
 """What the node has been born with: each metric's alias, datatype and unit; and how a row becomes metrics.
 
 Aliases are unique over the node and its devices (tck-id-payloads-alias-uniqueness) and stay for the process's life. A
-metric keeps its datatype, except that a whole number becomes a double when a fraction comes: that takes a new birth.
+metric's datatype only widens (Boolean, whole number, double, text), so that every value can be told: that takes a new
+birth.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 import msgspec
 
 from millhand.records import Alert, Quality, WorkOrder
-from millhand.store.rows import Bulk, Gap, MetricSpec, Row
-from millhand.telemetry.payloads import Metric, Type, Value, as_type, type_of
+from millhand.store.rows import STREAMS, Bulk, Gap, MetricSpec, Row
+from millhand.telemetry.payloads import Metric, Type, Value, as_type, type_of, widest
 
 NODE = ""
 """The device name that stands for the node itself."""
@@ -24,6 +25,10 @@ EPOCH = "Identity/epoch"
 ACK_EPOCH = "Hub/epoch"
 VERSION = "Properties/millhand version"
 ALERT, ORDER, GAP = "Alert", "Order", "Gap"
+PREDICTION, READING = "Prediction/", "Reading/"
+
+OWN_NAMES = frozenset({BDSEQ, ALERT, ORDER, GAP})
+OWN_PREFIXES = (PREDICTION, READING, "Identity/", "Hub/", "Properties/", "Node Control/", "Device Control/")
 
 
 def identity(stream: str) -> str:
@@ -34,6 +39,11 @@ def identity(stream: str) -> str:
 def acknowledgement(stream: str) -> str:
     """The metric by which the hub acknowledges `stream`."""
     return f"Hub/ack/{stream}"
+
+
+def reading_metric(name: str) -> str:
+    """The metric of a reading: its name, after `Reading/` where millhand itself uses that name."""
+    return READING + name if name in OWN_NAMES or name.startswith(OWN_PREFIXES) else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,23 +80,35 @@ class Definitions:
 
     def learn(self, spec: MetricSpec) -> None:
         """Take in what the store knows of a metric."""
-        self.take(spec.asset, Point(spec.name, spec.value, spec.unit, spec.time_ns // 1_000_000))
+        self.take(spec.asset, Point(reading_metric(spec.name), spec.value, spec.unit, spec.time_ns // 1_000_000))
 
     def take(self, device: str, point: Point) -> bool:
         """Remember the newest value; return whether the device must be born anew for it."""
-        metrics = self._devices.setdefault(device, {})
+        metrics = self._device(device)
         known = metrics.get(point.name)
         if known is None:
-            self._aliases += 1
-            kind = type_of(point.value)
-            metrics[point.name] = Definition(self._aliases, kind, point.unit, point.value, point.time_ms)
+            metrics[point.name] = self._define(type_of(point.value), point)
             return True
-        grew = known.type is Type.INT64 and isinstance(point.value, float)
-        if grew:
-            known.type = Type.DOUBLE
+        kind = known.type if point.value is None else widest(known.type, type_of(point.value), known.value is None)
+        changed = (kind, point.unit) != (known.type, known.unit)
+        known.type, known.unit = kind, point.unit
         if point.time_ms >= known.time_ms and point.value is not None:
             known.value, known.time_ms = point.value, point.time_ms
-        return grew
+        return changed
+
+    def _device(self, device: str) -> dict[str, Definition]:
+        """The metrics of a device. A new one is born with those that every device may need, so it is born once."""
+        if device not in self._devices:
+            metrics = self._devices[device] = {}
+            for stream in STREAMS:
+                metrics[identity(stream)] = self._define(Type.INT64, Point(identity(stream), None, "1", 0))
+            for name in (GAP,) if device == NODE else (ALERT, ORDER):
+                metrics[name] = self._define(Type.STRING, Point(name, None, "", 0))
+        return self._devices[device]
+
+    def _define(self, kind: Type, point: Point) -> Definition:
+        self._aliases += 1
+        return Definition(self._aliases, kind, point.unit, point.value, point.time_ms)
 
     def data(self, device: str, point: Point, historical: bool) -> Metric:
         """The metric of a data message: alias and value alone."""
@@ -104,7 +126,7 @@ class Definitions:
         """Every metric of the device with name, alias, datatype, unit and newest value."""
         return [
             Metric(name, as_type(d.value, d.type), d.type, d.time_ms or now_ms, d.alias, d.unit)
-            for name, d in self._devices.get(device, {}).items()
+            for name, d in self._device(device).items()
         ]
 
 
@@ -130,9 +152,10 @@ def device_of(row: Row) -> str:
 
 def _bulk(record: Bulk) -> Iterator[Point]:
     for reading in record.readings:
-        yield Point(reading.name, reading.value, reading.unit, reading.clock.source_ns // 1_000_000, reading.quality)
+        name, time_ms = reading_metric(reading.name), reading.clock.source_ns // 1_000_000
+        yield Point(name, reading.value, reading.unit, time_ms, reading.quality)
     for prediction in record.predictions:
-        base, time_ms = f"Prediction/{prediction.model}/", prediction.window_end_ns // 1_000_000
+        base, time_ms = f"{PREDICTION}{prediction.model}/", prediction.window_end_ns // 1_000_000
         yield Point(base + "version", prediction.version, "1", time_ms)
         if prediction.kind:
             yield Point(base + "kind", prediction.kind, "", time_ms)

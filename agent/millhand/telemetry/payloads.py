@@ -6,12 +6,12 @@ alias alone. Times are Unix milliseconds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
 from google.protobuf.message import DecodeError
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from millhand.errors import TelemetryError
 from millhand.records import Quality
@@ -19,8 +19,7 @@ from millhand.telemetry.wire import Payload
 
 Value = float | int | bool | str | None
 
-NAMES_BYTES_CAP = 1024
-EARLIEST_MS = 0
+NAME_LENGTH_CAP = 1024
 LATEST_MS = 253_402_300_799_000  # the year 9999
 
 
@@ -43,6 +42,13 @@ class Type(IntEnum):
     TEXT = 14
     UUID = 15
 
+
+WIDENING = (Type.BOOLEAN, Type.INT64, Type.DOUBLE, Type.STRING)
+"""The datatypes that our values have, each able to carry those before it."""
+
+HIGHEST_TYPE = 34
+FIRST_FOREIGN_FIELD = 17
+"""From here on a metric's fields are data sets, templates and extensions, which we skip."""
 
 SIGNED_BITS = {Type.INT8: 8, Type.INT16: 16, Type.INT32: 32, Type.INT64: 64}
 
@@ -148,28 +154,37 @@ def decode(data: bytes) -> Message:
     """Decode a payload. Raises TelemetryError for bytes that are no Sparkplug payload, however well they parse.
 
     Protobuf accepts many foreign bytes; so a payload must carry what the specification demands: a plausible timestamp
-    or seq, metrics with a name or an alias and a plausible time, nothing else unknown.
+    or metrics, each with a name or an alias, a plausible time and a known datatype, and nothing else.
     """
     payload = Payload()
     try:
         payload.ParseFromString(data)
     except (DecodeError, UnicodeDecodeError, ValueError) as error:
-        raise TelemetryError("the payload is no Sparkplug B payload: it is no protobuf", retriable=False) from error
-    if data and not (payload.HasField("timestamp") or payload.metrics):
-        raise TelemetryError("the payload is no Sparkplug B payload: no timestamp, no metrics", retriable=False)
-    if payload.HasField("timestamp") and not EARLIEST_MS <= payload.timestamp <= LATEST_MS:
-        raise TelemetryError(f"the payload's timestamp {payload.timestamp} is no time", retriable=False)
+        raise _refusal("it is no protobuf") from error
+    if not payload.HasField("timestamp") and not payload.metrics:
+        raise _refusal("no timestamp, no metrics")
+    if len(UnknownFieldSet(payload)):
+        raise _refusal("fields that the specification does not know")
+    if payload.HasField("timestamp") and payload.timestamp > LATEST_MS:
+        raise _refusal(f"timestamp {payload.timestamp} is no time")
     if payload.HasField("seq") and payload.seq > 255:
-        raise TelemetryError(f"the payload's seq {payload.seq} is above 255", retriable=False)
+        raise _refusal(f"seq {payload.seq} is above 255")
     metrics = tuple(_metric(entry) for entry in payload.metrics)
     return Message(payload.timestamp, payload.seq if payload.HasField("seq") else None, metrics)
 
 
+def _refusal(why: str) -> TelemetryError:
+    return TelemetryError(f"the payload is no Sparkplug B payload: {why}", retriable=False)
+
+
 def _metric(entry: Payload.Metric) -> Metric:
     if not entry.name and not entry.HasField("alias"):
-        raise TelemetryError("the payload is no Sparkplug B payload: a metric without name and alias", retriable=False)
-    if len(entry.name) > NAMES_BYTES_CAP or entry.timestamp > LATEST_MS:
-        raise TelemetryError("the payload is no Sparkplug B payload: a metric out of bounds", retriable=False)
+        raise _refusal("a metric without name and alias")
+    if len(entry.name) > NAME_LENGTH_CAP or entry.timestamp > LATEST_MS or entry.datatype > HIGHEST_TYPE:
+        raise _refusal("a metric out of bounds")
+    unknown = UnknownFieldSet(entry)
+    if any(unknown[index].field_number < FIRST_FOREIGN_FIELD for index in range(len(unknown))):
+        raise _refusal("a metric with a field of the wrong type")
     unit, quality = "", Quality.GOOD
     for key, item in zip(entry.properties.keys, entry.properties.values, strict=False):
         if key == "engUnit":
@@ -205,14 +220,13 @@ def to_signed(value: int, bits: int) -> int:
     return value - (1 << bits) if value >> (bits - 1) else value
 
 
-def as_type(value: Value, kind: int) -> Value:
-    """`value` as the datatype `kind` can carry it, for a metric that was born with another type; None if it cannot."""
-    if value is None or isinstance(value, str) == (kind == Type.STRING):
-        return value
-    if kind == Type.STRING:
-        return str(value)
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
+def widest(known: Type, new: Type, undecided: bool) -> Type:
+    """The datatype that carries values of both. `undecided`: no value came yet, so the new one decides alone."""
+    if undecided:
+        return new
+    return max(known, new, key=WIDENING.index)
+
+
+def as_type(value: Value, kind: Type) -> Value:
+    """`value` as a metric of datatype `kind` carries it; `kind` is as wide as the value's own, or wider."""
+    return str(value) if kind is Type.STRING and value is not None else value

@@ -8,41 +8,29 @@ acknowledgements stay away for `ack_timeout_s` (doubled while they stay away, so
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import random
 import time
 from contextlib import suppress
 from typing import Any, Protocol
 
-from millhand import __version__
 from millhand.errors import MillhandError, TelemetryError
 from millhand.store.changes import Changes
 from millhand.store.rows import STREAMS, MetricSpec, Row, Stream
-from millhand.telemetry.definitions import (
-    ACK_EPOCH,
-    BDSEQ,
-    EPOCH,
-    NODE,
-    REBIRTH,
-    VERSION,
-    Definitions,
-    Point,
-    acknowledgement,
-    device_of,
-    identity,
-    points_of,
-)
-from millhand.telemetry.payloads import Metric, Type, decode, encode
-from millhand.telemetry.session import Arrival, Session, Will
+from millhand.telemetry.definitions import ACK_EPOCH, REBIRTH, acknowledgement
+from millhand.telemetry.flight import Flight
+from millhand.telemetry.hosts import Hosts
+from millhand.telemetry.payloads import decode
+from millhand.telemetry.session import Arrival, Session
 from millhand.telemetry.settings import TelemetrySettings
-from millhand.telemetry.topics import Topic, state_topic
+from millhand.telemetry.topics import state_topic
+from millhand.telemetry.voice import Voice
 
 log = logging.getLogger("millhand.telemetry")
 
 ROWS_AT_ONCE = 200
-ACK_TIMEOUT_GROWTH_CAP = 16
 REBIRTH_PAUSE_S = 1.0
+GOODBYE_DEADLINE_S = 2.0
 
 
 class Outbox(Protocol):
@@ -74,49 +62,36 @@ class Publisher:
     """One node's way to its hub. Never blocks the pipeline: it only reads what the store holds."""
 
     def __init__(self, settings: TelemetrySettings, group: str, node: str, store: Outbox) -> None:
+        """group, node: Sparkplug ids, safe in a topic."""
         self._settings = settings
-        self._group = group
-        self._node = node
+        self._client_id = f"{group}/{node}"
         self._store = store
-        self._definitions = Definitions()
-        self._dead: set[str] = set()
-        self._born: set[str] = set()
-        self._seq = 0
-        self._bdseq = 0
-        self._epoch = ""
-        self._sent: dict[Stream, int] = {}
-        self._acked: dict[Stream, int] = {}
-        self._live_from: dict[Stream, int] = {}
-        """Rows up to here were there before the birth: they are historical."""
-        self._ack_due_s = 0.0
-        self._ack_timeout_s = settings.ack_timeout_s
-        self._hosts: dict[str, tuple[bool, int]] = {}
+        self._voice = Voice(group, node)
+        self._flight = Flight(settings.in_flight_rows, settings.ack_timeout_s)
+        self._hosts = Hosts()
         self._session: Session | None = None
         self._wake = asyncio.Event()
         self._rebirth_asked = False
-        self._last_rebirth_s = 0.0
+        self._last_birth_s = 0.0
         self._task: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
         self._error: MillhandError | None = None
-        self._counts = {"sessions": 0, "sent": 0, "resent": 0, "acknowledgements": 0, "rebirths": 0}
+        self._counts = {"sessions": 0, "sent": 0, "resent": 0, "acknowledgements": 0, "births": 0}
 
     async def start(self) -> None:
         """Begin in the background; a broker that is away shows in `status`."""
         self._task = asyncio.create_task(self._run(), name="publisher")
 
     async def stop(self) -> None:
-        """Say NDEATH and disconnect."""
+        """Say NDEATH and disconnect. Takes up to `connect_timeout_s` where a broker is just being tried."""
         self._stopping.set()
         self._wake.set()
         if self._task is not None:
             await self._task
 
     def set_asset_alive(self, asset: str, alive: bool) -> None:
-        """An asset began to speak (DBIRTH) or fell silent (DDEATH)."""
-        if alive:
-            self._dead.discard(asset)
-        else:
-            self._dead.add(asset)
+        """An asset began to speak (DBIRTH) or fell silent (DDEATH). Assets count as alive until told otherwise."""
+        self._voice.set_alive(asset, alive)
         self._wake.set()
 
     async def status(self) -> dict[str, Any]:
@@ -141,10 +116,9 @@ class Publisher:
         delay_s = self._settings.backoff_first_s
         turn = 0
         while not self._stopping.is_set():
-            url = self._settings.brokers[turn % len(self._settings.brokers)]
             sessions_before = self._counts["sessions"]
             try:
-                await self._serve(url)
+                await self._serve(self._settings.brokers[turn % len(self._settings.brokers)])
             except MillhandError as error:
                 self._error = error
                 log.warning("%s", error.message)
@@ -154,167 +128,127 @@ class Publisher:
             turn += 1
             if self._counts["sessions"] > sessions_before:
                 delay_s = self._settings.backoff_first_s
-            if not self._stopping.is_set():
-                await self._pause(delay_s * random.uniform(0.8, 1.2))  # noqa: S311 - jitter, not a secret
-                delay_s = min(delay_s * 2, self._settings.backoff_last_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(delay_s * random.uniform(0.8, 1.2)):  # noqa: S311 - jitter, not a secret
+                    await self._stopping.wait()
+            delay_s = min(delay_s * 2, self._settings.backoff_last_s)
 
     async def _serve(self, url: str) -> None:
         """One session from CONNECT to its end. Returns when told to stop, raises TelemetryError otherwise."""
-        self._bdseq = await self._store.next_bdseq()  # committed before CONNECT
-        will = Will(self._topic("NDEATH"), encode([self._bdseq_metric()], time_ms=_now_ms(), seq=None))
-        session = Session(url, self._settings, f"{self._group}-{self._node}", will)
+        will = self._voice.begin(await self._store.next_bdseq())  # committed before CONNECT
+        session = Session(url, self._settings, self._client_id, will, self._wake.set)
         await session.connect()
-        listener: asyncio.Task[None] | None = None
+        self._hosts = Hosts()
         try:
-            session.subscribe([self._topic("NCMD"), state_topic("+")])
-            self._hosts.clear()
-            listener = asyncio.create_task(self._listen(session), name="publisher arrivals")
-            await self._wait_for_host(session)
+            await session.subscribe([self._voice.topic("NCMD"), state_topic("+")])
+            if not await self._wait_for_host(session):
+                return
             await self._birth(session)
             self._session, self._error = session, None
             self._counts["sessions"] += 1
             log.info("connected to %s", url)
-            await self._work(session, listener)
+            await self._work(session)
         finally:
-            self._session = None
-            if listener is not None:
-                listener.cancel()
-                with suppress(asyncio.CancelledError, MillhandError):
-                    await listener
-            await self._say_goodbye(session)
+            was_born, self._session = self._session is not None, None
+            await self._say_goodbye(session, was_born)
 
-    async def _work(self, session: Session, listener: asyncio.Task[None]) -> None:
-        """Send what is there; then wait for rows, commands, acknowledgements or the end."""
+    async def _work(self, session: Session) -> None:
+        """Hear what came in, send what is there; then wait for rows, commands, acknowledgements or the end."""
         while not self._stopping.is_set():
             self._wake.clear()
-            if session.closed.is_set():
-                raise TelemetryError(
-                    f"the connection to '{session.url}' broke: {session.reason}", hint="it is opened again"
-                )
-            if listener.done():
-                listener.result()
-            if self._store.epoch != self._epoch or self._rebirth_due():
+            session.check()
+            await self._hear(session)
+            if self._store.epoch != self._flight.epoch or self._rebirth_due():
                 await self._birth(session)
-            await self._report_deaths(session)
-            self._resend_if_overdue()
+            if self._flight.is_overdue:
+                self._flight.grow_patience()
+                self._error = TelemetryError(
+                    "the hub does not acknowledge; rows are sent again",
+                    hint="is a millhand hub connected to this broker?",
+                )
+                self._counts["resent"] += self._flight.rewind()
+            self._voice.report_deaths(session, drained=False)
             seen = self._store.changed.count
             if not await self._send_some(session):
-                await self._wait(session, listener, seen)
+                self._voice.report_deaths(session, drained=all(self._flight.room(stream) > 0 for stream in STREAMS))
+                await self._wait(seen)
 
-    async def _wait(self, session: Session, listener: asyncio.Task[None], seen: int) -> None:
+    async def _wait(self, seen: int) -> None:
         """Until there may be something to do."""
+        dues = [self._flight.patience_s]
+        if self._rebirth_asked:
+            dues.append(self._last_birth_s + REBIRTH_PAUSE_S - time.monotonic())
+        timeout_s = min((due for due in dues if due is not None), default=None)
         waits = [
             asyncio.create_task(self._store.changed.after(seen)),
             asyncio.create_task(self._wake.wait()),
-            asyncio.create_task(session.closed.wait()),
         ]
         try:
-            await asyncio.wait({*waits, listener}, timeout=self._patience_s(), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in waits:
                 task.cancel()
 
-    def _patience_s(self) -> float | None:
-        now = time.monotonic()
-        dues = [self._ack_due_s - now] if self._awaiting_ack() else []
-        if self._rebirth_asked:
-            dues.append(self._last_rebirth_s + REBIRTH_PAUSE_S - now)
-        return max(0.01, min(dues)) if dues else None
-
-    async def _say_goodbye(self, session: Session) -> None:
+    async def _say_goodbye(self, session: Session, was_born: bool) -> None:
         """NDEATH first, then DISCONNECT (tck-id-payloads-ndeath-will-message-publisher-disconnect-mqtt311, -mqtt50)."""
-        if not session.closed.is_set() and self._settings.protocol != "5":
+        if was_born and self._settings.protocol != "5":
             with suppress(TelemetryError, TimeoutError):
-                async with asyncio.timeout(2.0):
-                    death = encode([self._bdseq_metric()], time_ms=_now_ms(), seq=None)
-                    await session.written(session.publish(self._topic("NDEATH"), death, qos=1))
-        await session.close(with_will=True)
+                async with asyncio.timeout(GOODBYE_DEADLINE_S):
+                    await session.written(self._voice.say_death(session))
+        await session.close(with_will=was_born)
 
-    async def _wait_for_host(self, session: Session) -> None:
-        """Wait for the primary host's STATE (tck-id-message-flow-edge-node-birth-publish-phid-wait)."""
-        host = self._settings.primary_host
-        while host and not self._hosts.get(host, (False, 0))[0]:
-            if session.closed.is_set():
-                raise TelemetryError(f"the connection to '{session.url}' broke: {session.reason}")
-            if self._stopping.is_set():
-                return
-            self._error = TelemetryError(
+    async def _wait_for_host(self, session: Session) -> bool:
+        """Wait for the primary host's STATE (tck-id-message-flow-edge-node-birth-publish-phid-wait).
+
+        Returns False when told to stop. Where there are several brokers, one on which the host is offline is left for
+        the next one (tck-id-operational-behavior-primary-application-state-with-multiple-servers-walk).
+        """
+        host, several = self._settings.primary_host, len(self._settings.brokers) > 1
+        give_up_s = time.monotonic() + self._settings.connect_timeout_s
+        while host:
+            self._wake.clear()
+            session.check()
+            await self._hear(session)
+            online = self._hosts.is_online(host)
+            if online or self._stopping.is_set():
+                break
+            self._error = HostOffline(
                 f"primary host '{host}' is offline on '{session.url}'", hint="readings wait in the store meanwhile"
             )
-            self._wake.clear()
-            await self._wait_awake(session)
-
-    async def _wait_awake(self, session: Session) -> None:
-        waits = [asyncio.create_task(self._wake.wait()), asyncio.create_task(session.closed.wait())]
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for task in waits:
-            task.cancel()
-
-    # ---- births -----------------------------------------------------------------------------------------------------
+            left_s = give_up_s - time.monotonic()
+            if several and (online is False or left_s <= 0):
+                raise self._error
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left_s if several else None):
+                    await self._wake.wait()
+        return not self._stopping.is_set()
 
     async def _birth(self, session: Session) -> None:
-        """NBIRTH, then a DBIRTH for each living asset, before any data; the same bdSeq within a session."""
-        self._rebirth_asked, self._last_rebirth_s = False, time.monotonic()
-        self._epoch = self._store.epoch
-        for spec in await self._store.metric_specs():
-            self._definitions.learn(spec)
-        for stream in STREAMS:
-            self._acked[stream] = self._sent[stream] = await self._store.acked(stream)
-            self._live_from[stream] = await self._store.last(stream)
-            self._definitions.take(NODE, Point(identity(stream), self._sent[stream], "1", _now_ms()))
-        self._definitions.take(NODE, Point("Gap", "", "", 0))
-        self._seq = 0
-        now_ms = _now_ms()
-        metrics = [
-            self._bdseq_metric(),
-            Metric(REBIRTH, False, Type.BOOLEAN, now_ms),
-            Metric(EPOCH, self._epoch, Type.STRING, now_ms),
-            Metric(ACK_EPOCH, self._epoch, Type.STRING, now_ms),
-            *(Metric(acknowledgement(s), self._acked[s], Type.UINT64, now_ms) for s in STREAMS),
-            Metric(VERSION, __version__, Type.STRING, now_ms),
-            *self._definitions.birth(NODE, now_ms),
-        ]
-        session.publish(self._topic("NBIRTH"), encode(metrics, time_ms=now_ms, seq=0))
-        self._born = set()
-        for device in self._definitions.devices():
-            if device not in self._dead:
-                self._birth_device(session, device)
-        self._restart_ack_clock()
-        self._counts["rebirths"] += 1
-
-    def _birth_device(self, session: Session, device: str) -> None:
-        now_ms = _now_ms()
-        metrics = self._definitions.birth(device, now_ms)
-        session.publish(self._topic("DBIRTH", device), encode(metrics, time_ms=now_ms, seq=self._next_seq()))
-        self._born.add(device)
-
-    async def _report_deaths(self, session: Session) -> None:
-        for device in sorted(self._born & self._dead):
-            payload = encode([], time_ms=_now_ms(), seq=self._next_seq())
-            session.publish(self._topic("DDEATH", device), payload)
-            self._born.discard(device)
+        self._rebirth_asked, self._last_birth_s = False, time.monotonic()
+        epoch, specs = self._store.epoch, await self._store.metric_specs()
+        acked = {stream: await self._store.acked(stream) for stream in STREAMS}
+        last = {stream: await self._store.last(stream) for stream in STREAMS}
+        if self._store.epoch != epoch:
+            return await self._birth(session)  # another file came in between
+        self._flight.begin(epoch, acked, last)
+        self._voice.give_birth(session, epoch, acked, specs)
+        self._counts["births"] += 1
+        return None
 
     def _rebirth_due(self) -> bool:
-        """A host that asks again and again gets one rebirth a second."""
-        return self._rebirth_asked and time.monotonic() - self._last_rebirth_s >= REBIRTH_PAUSE_S
-
-    def _next_seq(self) -> int:
-        self._seq = (self._seq + 1) % 256
-        return self._seq
-
-    def _bdseq_metric(self) -> Metric:
-        return Metric(BDSEQ, self._bdseq, Type.INT64, _now_ms())
+        """A host that asks again and again gets one birth a second."""
+        return self._rebirth_asked and time.monotonic() - self._last_birth_s >= REBIRTH_PAUSE_S
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 
     async def _send_some(self, session: Session) -> bool:
         """Send a page of rows, alerts before bulk; return whether there was one."""
         for stream in STREAMS:
-            room = self._acked[stream] + self._settings.in_flight_rows - self._sent[stream]
+            room = self._flight.room(stream)
             if room <= 0:
                 continue
-            rows = await self._store.pending(stream, self._sent[stream], min(room, ROWS_AT_ONCE))
-            if self._store.epoch != self._epoch or any(row.epoch != self._epoch for row in rows):
+            rows = await self._store.pending(stream, self._flight.sent[stream], min(room, ROWS_AT_ONCE))
+            if any(row.epoch != self._flight.epoch for row in rows):
                 return True  # another file: its rows need a birth first
             if rows:
                 await self._send(session, stream, rows)
@@ -322,59 +256,23 @@ class Publisher:
         return False
 
     async def _send(self, session: Session, stream: Stream, rows: list[Row]) -> None:
-        was_awaiting = self._awaiting_ack()
         for row in rows:
-            info = self._send_row(session, row)
-            self._sent[stream] = row.record().last if row.kind == "gap" else row.seq  # type: ignore[union-attr]
+            info = self._voice.say(session, row, historical=self._flight.is_historical(row))
+            self._flight.send(stream, row.seq)
         self._counts["sent"] += len(rows)
-        await session.written(info)
-        if not was_awaiting:
-            self._restart_ack_clock()
         if self._settings.delivery == "session":
-            self._acked[stream] = self._sent[stream]
-            await self._store.acknowledge(stream, self._sent[stream], self._epoch)
-
-    def _send_row(self, session: Session, row: Row) -> Any:
-        device, points = device_of(row), list(points_of(row))
-        changed = [self._definitions.take(device, point) for point in points]
-        if device != NODE and (any(changed) or device not in self._born):
-            self._birth_device(session, device)
-        historical = row.seq <= self._live_from[row.stream]  # type: ignore[index]
-        metrics = [self._definitions.data(device, point, historical) for point in points]
-        kind = "NDATA" if device == NODE else "DDATA"
-        payload = encode(metrics, time_ms=_now_ms(), seq=self._next_seq())
-        return session.publish(self._topic(kind, device), payload)
-
-    def _awaiting_ack(self) -> bool:
-        return any(self._sent[stream] > self._acked[stream] for stream in STREAMS)
-
-    def _restart_ack_clock(self) -> None:
-        self._ack_due_s = time.monotonic() + self._ack_timeout_s
-
-    def _resend_if_overdue(self) -> None:
-        if self._settings.delivery == "session" or not self._awaiting_ack() or time.monotonic() < self._ack_due_s:
-            return
-        cap_s = self._settings.ack_timeout_s * ACK_TIMEOUT_GROWTH_CAP
-        self._ack_timeout_s = min(self._ack_timeout_s * 2, cap_s)
-        self._error = TelemetryError(
-            "the hub does not acknowledge; rows are sent again", hint="is a millhand hub connected to this broker?"
-        )
-        self._send_again()
-
-    def _send_again(self) -> None:
-        """Go back to what the hub has; what was sent since counts as historical."""
-        for stream in STREAMS:
-            self._counts["resent"] += self._sent[stream] - self._acked[stream]
-            self._live_from[stream] = max(self._live_from[stream], self._sent[stream])
-            self._sent[stream] = self._acked[stream]
-        self._restart_ack_clock()
+            await session.confirmed()
+            await self._store.acknowledge(stream, rows[-1].seq, self._flight.epoch)
+            self._flight.acknowledge(stream, rows[-1].seq)
+        else:
+            await session.written(info)  # no more in paho's queue than a page
 
     # ---- what comes in ----------------------------------------------------------------------------------------------
 
-    async def _listen(self, session: Session) -> None:
-        """Handle arrivals. Raises HostOffline where the primary host says so."""
-        while True:
-            arrival = await session.arrivals.get()
+    async def _hear(self, session: Session) -> None:
+        """Take what came in. Raises HostOffline where the primary host says so."""
+        while session.arrivals:
+            arrival = session.arrivals.popleft()
             try:
                 if arrival.topic.startswith(state_topic("")):
                     self._hear_state(arrival)
@@ -384,52 +282,29 @@ class Publisher:
                 raise
             except MillhandError as error:
                 log.warning("a message on %s was not understood: %s", arrival.topic, error.message)
-            self._wake.set()
 
     def _hear_state(self, arrival: Arrival) -> None:
-        """A stale STATE is ignored by its timestamp (tck-id-operational-behavior-edge-node-termination-host-*)."""
-        host = arrival.topic.removeprefix(state_topic(""))
-        try:
-            state = json.loads(arrival.payload)
-            online, timestamp = bool(state["online"]), int(state["timestamp"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise TelemetryError(f"STATE of host '{host}' is not valid: {error}", retriable=False) from error
-        was_online, newest = self._hosts.get(host, (False, -1))
-        if timestamp < newest:
+        """The primary host's end ends the session; a host that comes may have missed what is in flight."""
+        heard = self._hosts.hear(arrival)
+        if heard is None:
             return
-        self._hosts[host] = (online, timestamp)
-        if host == self._settings.primary_host and was_online and not online:
+        host, online = heard
+        if host == self._settings.primary_host and not online and self._session is not None:
             raise HostOffline(f"primary host '{host}' went offline", hint="readings wait in the store meanwhile")
-        if online and self._sent and not arrival.retained:
-            self._ack_timeout_s = self._settings.ack_timeout_s
-            self._send_again()
+        if online and not arrival.retained:
+            self._flight.reset_patience()
+            self._counts["resent"] += self._flight.rewind()
 
     async def _hear_command(self, arrival: Arrival) -> None:
         message = decode(arrival.payload)
-        if message.named(REBIRTH):
+        if message.named(REBIRTH) is True:
             self._rebirth_asked = True
-        epoch = message.named(ACK_EPOCH)
-        if epoch != self._epoch:
+        if message.named(ACK_EPOCH) != self._flight.epoch:
             return
         for stream in STREAMS:
             upto = message.named(acknowledgement(stream))
-            if isinstance(upto, int) and stream in self._acked and upto > self._acked[stream]:
-                await self._store.acknowledge(stream, upto, str(epoch))
-                self._acked[stream] = await self._store.acked(stream)
-                self._sent[stream] = max(self._sent[stream], self._acked[stream])
+            if isinstance(upto, int) and upto > self._flight.acked[stream]:
+                await self._store.acknowledge(stream, upto, self._flight.epoch)
+                self._flight.acknowledge(stream, await self._store.acked(stream))
                 self._counts["acknowledgements"] += 1
-                self._ack_timeout_s = self._settings.ack_timeout_s
-                self._restart_ack_clock()
                 self._error = None
-
-    def _topic(self, kind: str, device: str = "") -> str:
-        return str(Topic(self._group, kind, self._node, device))
-
-    async def _pause(self, seconds: float) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._stopping.wait()
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -23,8 +23,8 @@ class TelemetrySettings(StrictTable):
     protocol: Literal["3.1.1", "5"] = "3.1.1"
     """MQTT version."""
     delivery: Literal["acknowledged", "session"] = "acknowledged"
-    """acknowledged: millhand's hub acknowledges what it stored; session: a host that never acknowledges is trusted
-    while its STATE says online (rows in flight when a connection breaks may be lost)."""
+    """acknowledged: millhand's hub acknowledges what it stored; session: for a host that never acknowledges, rows count
+    as delivered once the broker has them while `primary_host` is online."""
     primary_host: str = ""
     """Sparkplug host id to wait for (`spBv1.0/STATE/<id>`); empty publishes without waiting."""
     username: str = ""
@@ -73,6 +73,8 @@ class TelemetrySettings(StrictTable):
     def _complete(self) -> TelemetrySettings:
         if self.enabled and not self.brokers:
             raise ValueError("telemetry is enabled but brokers is empty; name one, such as mqtt://broker:1883")
+        if self.delivery == "session" and not self.primary_host:
+            raise ValueError("delivery 'session' trusts the primary host's STATE; name it in primary_host")
         if sum(map(bool, (self.password, self.password_env, self.password_file))) > 1:
             raise ValueError("give the password by one of password, password_env and password_file")
         if bool(self.cert_file) != bool(self.key_file):

@@ -1,0 +1,87 @@
+"""The rows on their way: per stream how far they were sent, how far the hub has them, and when to send them again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from millhand.store.rows import STREAMS, Row, Stream
+
+ACK_TIMEOUT_GROWTH_CAP = 16
+
+
+class Flight:
+    """Counters of the living epoch. What lies between `acked` and `sent` is in flight."""
+
+    def __init__(self, rows_cap: int, ack_timeout_s: float) -> None:
+        """rows_cap: how far a stream may run ahead of its acknowledgement."""
+        self.epoch = ""
+        self.sent: dict[Stream, int] = dict.fromkeys(STREAMS, 0)
+        self.acked: dict[Stream, int] = dict.fromkeys(STREAMS, 0)
+        self._rows_cap = rows_cap
+        self._told: dict[Stream, int] = dict.fromkeys(STREAMS, 0)
+        """Rows up to here were there before the birth, or were sent before: they are historical."""
+        self._first_timeout_s = self._timeout_s = ack_timeout_s
+        self._due_s = 0.0
+
+    def begin(self, epoch: str, acked: Mapping[Stream, int], last: Mapping[Stream, int]) -> None:
+        """A birth: go on behind what the hub has; what is there already is historical."""
+        self.epoch = epoch
+        self.acked, self.sent, self._told = dict(acked), dict(acked), dict(last)
+        self._restart_clock()
+
+    def room(self, stream: Stream) -> int:
+        """How many more rows may be sent now."""
+        return self.acked[stream] + self._rows_cap - self.sent[stream]
+
+    def is_historical(self, row: Row) -> bool:
+        return row.seq <= self._told[row.stream]  # type: ignore[index]
+
+    def send(self, stream: Stream, seq: int) -> None:
+        """Everything up to `seq` is sent."""
+        if not self.is_awaiting:
+            self._restart_clock()
+        self.sent[stream] = seq
+
+    def acknowledge(self, stream: Stream, upto: int) -> None:
+        """The hub has everything up to `upto`."""
+        self.acked[stream] = upto
+        self.sent[stream] = max(self.sent[stream], upto)
+        self._timeout_s = self._first_timeout_s
+        self._restart_clock()
+
+    def rewind(self) -> int:
+        """Go back to what the hub has; what was sent since is historical. Returns how many rows will go again."""
+        again = sum(self.sent[stream] - self.acked[stream] for stream in STREAMS)
+        for stream in STREAMS:
+            self._told[stream] = max(self._told[stream], self.sent[stream])
+            self.sent[stream] = self.acked[stream]
+        self._restart_clock()
+        return again
+
+    # ---- the clock of the acknowledgement ---------------------------------------------------------------------------
+
+    @property
+    def is_awaiting(self) -> bool:
+        return any(self.sent[stream] > self.acked[stream] for stream in STREAMS)
+
+    @property
+    def patience_s(self) -> float | None:
+        """How long an acknowledgement may still stay away; None when none is awaited."""
+        return self._due_s - time.monotonic() if self.is_awaiting else None
+
+    @property
+    def is_overdue(self) -> bool:
+        patience_s = self.patience_s
+        return patience_s is not None and patience_s <= 0
+
+    def grow_patience(self) -> None:
+        """The hub is deaf: wait twice as long the next time, so that it costs little."""
+        self._timeout_s = min(self._timeout_s * 2, self._first_timeout_s * ACK_TIMEOUT_GROWTH_CAP)
+
+    def reset_patience(self) -> None:
+        """The hub is back."""
+        self._timeout_s = self._first_timeout_s
+
+    def _restart_clock(self) -> None:
+        self._due_s = time.monotonic() + self._timeout_s
