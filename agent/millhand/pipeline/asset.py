@@ -8,13 +8,13 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from millhand.errors import MillhandError, ModelError, StoreError
+from millhand.errors import ConfigError, DeadlineError, MillhandError, ModelError, PluginError, StoreError, suggestion
 from millhand.pipeline.judgement import judge
 from millhand.pipeline.rules import RuleEngine, RuleState
 from millhand.pipeline.windows import Snapshot, Window, WindowBuilder
@@ -31,6 +31,8 @@ log = logging.getLogger("millhand.pipeline")
 # A live machine goes on while we wait; a recording does not, so its predictions are worth waiting for.
 LIVE_PATIENCE_S = 2.0
 REPLAY_PATIENCE_S = 120.0
+# A model that let a live machine wait in vain is only knocked at until it answers again: polls must not fall behind.
+KNOCK_S = 0.1
 RETRY_FIRST_S, RETRY_LAST_S = 0.05, 1.0
 LATENCIES_KEPT = 4096
 
@@ -71,6 +73,18 @@ class Counters(msgspec.Struct):
     """Windows that an extractor could not judge: the machine stands still, a snapshot is unusable."""
     extractor_errors: int = 0
     alerts: int = 0
+    orders_failed: int = 0
+    """Alerts whose order writer failed; the alert itself is kept."""
+
+
+class Latency(NamedTuple):
+    """How long one prediction took."""
+
+    window_end_ns: int
+    committed_ns: int
+    """Monotonic time of its commit."""
+    latency_ms: float
+    """From the arrival of the window's closing reading to the commit."""
 
 
 @dataclass(slots=True)
@@ -81,6 +95,8 @@ class _Judge:
     extractor: FeatureExtractor
     windows: WindowBuilder
     rules: RuleEngine
+    silent: bool = False
+    """Its model left the last question unanswered."""
 
 
 class AssetPipeline:
@@ -96,18 +112,41 @@ class AssetPipeline:
         writer: OrderWriter,
         history: int = 20,
     ) -> None:
-        """Raises ConfigError where rules and models do not fit together."""
+        """Raises ConfigError where rules and models do not fit together, ModelError for a model without a window."""
         self.asset = settings.name
         self.settings = settings
         self.counters = Counters()
-        self.last_error: MillhandError | None = None
-        self.latencies_ms: deque[float] = deque(maxlen=LATENCIES_KEPT)
-        """Arrival of a window's closing reading to its committed prediction, newest last."""
+        self.latencies: deque[Latency] = deque(maxlen=LATENCIES_KEPT)
+        """Of the last predictions, newest last."""
         self._infer = infer
         self._store = store
         self._writer = writer
         self._history = history
-        self._judges = {
+        self._models = list(models)
+        self._errors: dict[str, MillhandError] = {}
+        """Part -> what ails it now."""
+        self._check_overrides()
+        self._judges = self._new_judges()
+
+    @property
+    def last_error(self) -> MillhandError | None:
+        """What ails the asset now, None where all is well."""
+        return next(reversed(self._errors.values()), None)
+
+    def _check_overrides(self) -> None:
+        """A rule that no model has is a slip of the pen, unless its model is missing."""
+        known = {rule.name for manifest, _ in self._models for rule in manifest.rules}
+        complete = {manifest.name for manifest, _ in self._models} == set(self.settings.models)
+        for name in self.settings.rules.keys() - known if complete else ():
+            raise ConfigError(
+                f"asset '{self.asset}': rules.{name} changes a rule that its models do not have"
+                f"{suggestion(name, known)}",
+                hint=f"its models' rules are {', '.join(sorted(known)) or 'none'}",
+            )
+
+    def _new_judges(self) -> dict[str, _Judge]:
+        settings = self.settings
+        return {
             manifest.name: _Judge(
                 manifest,
                 extractor,
@@ -119,12 +158,13 @@ class AssetPipeline:
                 ),
                 RuleEngine(settings.name, manifest, settings.rules),
             )
-            for manifest, extractor in models
+            for manifest, extractor in self._models
         }
 
     async def restore(self) -> bytes | None:
-        """Load the committed windows and rules; return the adapter's cursor."""
+        """Go back to the committed windows and rules; return the adapter's cursor. Raises StoreError."""
         cursor, state = await self._store.resume(self.asset)
+        self._judges = self._new_judges()
         if state:
             try:
                 kept = msgspec.msgpack.decode(state, type=dict[str, ModelState])
@@ -145,16 +185,16 @@ class AssetPipeline:
         the store until it fits.
         """
         arrived = time.monotonic()
-        patience_s = LIVE_PATIENCE_S if batch.cursor is None else REPLAY_PATIENCE_S
+        live = batch.cursor is None
         predictions: list[Prediction] = []
         alerts: list[Alert] = []
         for judge_ in self._judges.values():
             windows = judge_.windows.add(batch)
-            made = await self._predict(judge_, windows, patience_s, arrived) if windows else []
+            made = await self._predict(judge_, windows, live, arrived) if windows else []
             predictions += made
             for prediction in made:
                 alerts += judge_.rules.judge(prediction)
-        orders = [await self._order(alert) for alert in alerts if alert.state is AlertState.OPEN]
+        orders = [order for alert in alerts if alert.state is AlertState.OPEN for order in await self._orders(alert)]
         step = Step(self.asset, batch, self._dump(), tuple(predictions), tuple(alerts), tuple(orders))
         await self._commit(step)
         self._count(batch, predictions, alerts, arrived)
@@ -164,9 +204,10 @@ class AssetPipeline:
         while True:
             try:
                 await self._store.commit(step)
+                self._errors.pop("store", None)
                 return
             except StoreError as error:
-                self.last_error = error
+                self._errors["store"] = error
                 if not error.retriable:
                     raise
                 log.error("asset %s: the store took nothing: %s", self.asset, error.message)
@@ -178,7 +219,9 @@ class AssetPipeline:
         self.counters.readings += len(batch.readings)
         self.counters.predictions += len(predictions)
         self.counters.alerts += sum(alert.state is AlertState.OPEN for alert in alerts)
-        self.latencies_ms.extend([(time.monotonic() - arrived) * 1000] * len(predictions))
+        now_ns = time.monotonic_ns()
+        latency_ms = now_ns / 1e6 - arrived * 1e3
+        self.latencies.extend(Latency(found.window_end_ns, now_ns, latency_ms) for found in predictions)
 
     def _dump(self) -> bytes:
         states = {name: ModelState(j.windows.dump(), j.rules.dump()) for name, j in self._judges.items()}
@@ -186,16 +229,14 @@ class AssetPipeline:
 
     # ---- windows into predictions -----------------------------------------------------------------------------------
 
-    async def _predict(
-        self, judge_: _Judge, windows: Sequence[Window], patience_s: float, arrived: float
-    ) -> list[Prediction]:
+    async def _predict(self, judge_: _Judge, windows: Sequence[Window], live: bool, arrived: float) -> list[Prediction]:
         features = [(window, self._extract(judge_, window)) for window in windows]
         ready = [(window, found) for window, found in features if found is not None]
         predictions: list[Prediction] = []
         size = judge_.manifest.max_batch
         for first in range(0, len(ready), size):
             part = ready[first : first + size]
-            answer = await self._ask(judge_.manifest, [found for _, found in part], patience_s)
+            answer = await self._ask(judge_, [found for _, found in part], live)
             if answer is None:
                 self.counters.predictions_failed += len(part)
                 continue
@@ -219,43 +260,77 @@ class AssetPipeline:
         return predictions
 
     def _extract(self, judge_: _Judge, window: Window) -> Features | None:
+        name = judge_.extractor.name
         try:
             found = judge_.extractor.extract(window)
         except Exception as error:
             self.counters.extractor_errors += 1
-            log.exception("asset %s: extractor %s failed", self.asset, judge_.extractor.name)
-            self.last_error = ModelError(
-                f"extractor '{judge_.extractor.name}' failed: {type(error).__name__}: {error}",
-                hint="report this to the plugin's author",
-            )
+            self._blame(f"extractor '{name}'", error)
             return None
+        self._errors.pop(f"extractor '{name}'", None)
         if found is None:
             self.counters.windows_skipped += 1
         return found
 
     async def _ask(
-        self, manifest: Manifest, features: Sequence[Features], patience_s: float
+        self, judge_: _Judge, features: Sequence[Features], live: bool
     ) -> tuple[Sequence[tuple[dict[str, float], str, float]], int] | None:
         """Ask the model for all windows at once, again while the error is retriable and patience lasts."""
-        names = features[0].tensors.keys()
-        tensors = {name: np.stack([found.tensors[name] for found in features]) for name in names}
+        part = f"model '{judge_.manifest.name}'"
+        patience_s = (KNOCK_S if judge_.silent else LIVE_PATIENCE_S) if live else REPLAY_PATIENCE_S
         deadline = time.monotonic() + patience_s
         delay_s = RETRY_FIRST_S
         while True:
             try:
-                outputs, version = await self._infer(manifest.name, tensors)
-                return judge(manifest, outputs, len(features)), version
+                answer = await self._ask_once(judge_.manifest, features, deadline - time.monotonic())
+                judge_.silent = False
+                self._errors.pop(part, None)
+                return answer
             except MillhandError as error:
-                self.last_error = error
+                self._errors[part] = error
                 if not error.retriable or time.monotonic() + delay_s > deadline:
-                    log.error("asset %s: model %s gave no answer: %s", self.asset, manifest.name, error.message)
+                    judge_.silent = error.retriable
+                    log.error("asset %s: %s gave no answer: %s", self.asset, part, error.message)
                     return None
+            except Exception as error:
+                self._blame(part, error)
+                return None
             await asyncio.sleep(delay_s)
             delay_s = min(delay_s * 2, RETRY_LAST_S)
 
-    async def _order(self, alert: Alert) -> WorkOrder:
-        history = await self._store.alerts(asset=self.asset, limit=self._history) if self._history else []
-        return self._writer.write(alert, [earlier for earlier in history if earlier.id != alert.id])
+    async def _ask_once(
+        self, manifest: Manifest, features: Sequence[Features], patience_s: float
+    ) -> tuple[Sequence[tuple[dict[str, float], str, float]], int]:
+        tensors = {name: np.stack([found.tensors[name] for found in features]) for name in features[0].tensors}
+        try:
+            async with asyncio.timeout(patience_s):
+                outputs, version = await self._infer(manifest.name, tensors)
+        except TimeoutError as error:
+            raise DeadlineError(f"model '{manifest.name}' did not answer within {patience_s:.3g} s") from error
+        return judge(manifest, outputs, len(features)), version
+
+    async def _orders(self, alert: Alert) -> list[WorkOrder]:
+        """The alert's work order; none where the writer fails, for an alert must not be lost with it."""
+        part = f"order writer '{self._writer.name}'"
+        try:
+            history = await self._store.alerts(asset=self.asset, limit=self._history) if self._history else []
+            order = self._writer.write(alert, [earlier for earlier in history if earlier.id != alert.id])
+        except Exception as error:
+            self.counters.orders_failed += 1
+            self._blame(part, error)
+            return []
+        self._errors.pop(part, None)
+        return [order]
+
+    def _blame(self, part: str, error: Exception) -> None:
+        """Keep the error of a plugin's part in mind and say it, with its traceback unless it was raised on purpose."""
+        if isinstance(error, MillhandError):
+            log.error("asset %s: %s: %s", self.asset, part, error.message)
+            self._errors[part] = error
+            return
+        log.error("asset %s: %s failed", self.asset, part, exc_info=error)
+        message = f"{part} failed: {type(error).__name__}: {error}"
+        self._errors[part] = PluginError(message, hint="report this to the plugin's author")
 
     def window_counters(self) -> dict[str, dict[str, int]]:
         """What each model's windows left out."""

@@ -2,7 +2,8 @@
 
 A rule counts how many of its last `of` judged windows lie beyond the raise limit; `raise_after` of them, the newest
 among them, raise the alert. `clear_after` windows in a row beyond the clear limit end it. In asset states that the
-rule does not name it neither counts nor forgets. An alert keeps the kind it was raised with until it is cleared.
+rule does not name it neither counts nor forgets. An alert keeps the kind it was raised with until it is cleared; a
+rule has one open alert at most.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from millhand.pipeline.judgement import FAULT, fault_kind, output_spec
 from millhand.pipeline.settings import RuleOverride
 from millhand.records import Alert, AlertState, Prediction
 from millhand.serving.manifest import Manifest, OutputSpec, RuleSpec
+from millhand.validation import validate
 
 # Alert ids are UUIDs of version 5 (RFC 9562) in this namespace, so that a replay raises the same alert.
 NAMESPACE = uuid.UUID("6f1cf9d2-58a4-5b8e-9c0f-7f0f3f6a2d11")
@@ -45,11 +47,15 @@ class RuleEngine:
     """The rules of one model on one asset."""
 
     def __init__(self, asset: str, manifest: Manifest, overrides: Mapping[str, RuleOverride] | None = None) -> None:
-        """Raises ConfigError for an override or a rule that names what is not there."""
+        """`overrides`: rule name -> the owner's changes; names of other models' rules are passed over.
+
+        Raises ConfigError for a rule that cannot work, as shipped or as changed.
+        """
         self._asset = asset
-        self._manifest = manifest
         self._spec = output_spec(manifest)
-        self._rules = [rule for rule in _overridden(manifest, overrides or {}) if self._checked(rule)]
+        self._rules = list(_overridden(asset, manifest, overrides or {}))
+        for rule in self._rules:
+            _check(rule, self._spec, f"model '{manifest.name}': rule '{rule.name}'")
         self._states = {rule.name: RuleState() for rule in self._rules}
 
     def judge(self, prediction: Prediction) -> list[Alert]:
@@ -111,10 +117,7 @@ class RuleEngine:
             "kinds": dict(kinds),
             "facts": dict(prediction.evidence),
         }
-        text = rule.message or "{asset}: {kind}, {value} {unit}"
-        message = text.format(
-            asset=self._asset, kind=kind.replace("_", " "), value=f"{value:.3g}", unit=self._spec.unit
-        )
+        message = _message(rule, self._asset, kind, value, self._spec.unit)
         name = f"{self._asset}\0{prediction.model}\0{rule.name}\0{raised_ns}"
         return Alert(
             id=str(uuid.uuid5(NAMESPACE, name)),
@@ -123,35 +126,54 @@ class RuleEngine:
             rule=rule.name,
             kind=kind,
             severity=rule.severity,
-            message=message.strip(),
+            message=message,
             raised_ns=raised_ns,
             changed_ns=raised_ns,
             evidence=evidence,
         )
 
-    def _checked(self, rule: RuleSpec) -> bool:
-        known = _value_names(self._spec)
-        if rule.value not in known:
-            raise ConfigError(
-                f"model '{self._manifest.name}': rule '{rule.name}': value = '{rule.value}' is not among its outputs"
-                f"{suggestion(rule.value, known)}",
-                hint=f"write one of {', '.join(known)}",
-            )
-        return True
 
-
-def _value_names(spec: OutputSpec) -> list[str]:
-    return [FAULT, *spec.labels] if spec.task == "classification" else [spec.value]
-
-
-def _overridden(manifest: Manifest, overrides: Mapping[str, RuleOverride]) -> Iterable[RuleSpec]:
+def _overridden(asset: str, manifest: Manifest, overrides: Mapping[str, RuleOverride]) -> Iterable[RuleSpec]:
     for rule in manifest.rules:
         override = overrides.get(rule.name)
         if override is None:
             yield rule
         elif override.enabled:
             changes = override.model_dump(exclude={"enabled"}, exclude_none=True)
-            yield RuleSpec.model_validate({**rule.model_dump(), **changes})
+            source = f"asset '{asset}': rules.{rule.name}"
+            yield validate(RuleSpec, {**rule.model_dump(exclude_none=True), **changes}, source)
+
+
+def _check(rule: RuleSpec, spec: OutputSpec, source: str) -> None:
+    known = [FAULT, *spec.labels] if spec.task == "classification" else [spec.value]
+    if rule.value not in known:
+        raise ConfigError(
+            f"{source}: value = '{rule.value}' is not among the model's outputs{suggestion(rule.value, known)}",
+            hint=f"write one of {', '.join(known)}",
+        )
+    above, below = rule.raise_above, rule.raise_below
+    if above is not None and rule.clear_below is not None and rule.clear_below > above:
+        raise ConfigError(
+            f"{source}: clear_below = {rule.clear_below:g} lies above raise_above = {above:g}",
+            hint="an alert must not clear where it is raised: lower clear_below",
+        )
+    if below is not None and rule.clear_above is not None and rule.clear_above < below:
+        raise ConfigError(
+            f"{source}: clear_above = {rule.clear_above:g} lies below raise_below = {below:g}",
+            hint="an alert must not clear where it is raised: raise clear_above",
+        )
+    try:
+        _message(rule, "", "", 0.0, "")
+    except (LookupError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{source}: message = '{rule.message}' cannot be filled in: {error!r}",
+            hint="use {asset}, {kind}, {value} and {unit} only; write {{ for a brace",
+        ) from error
+
+
+def _message(rule: RuleSpec, asset: str, kind: str, value: float, unit: str) -> str:
+    text = rule.message or "{asset}: {kind}, {value} {unit}"
+    return text.format(asset=asset, kind=kind.replace("_", " "), value=f"{value:.3g}", unit=unit).strip()
 
 
 def _beyond_raise(rule: RuleSpec, value: float) -> bool:

@@ -21,6 +21,9 @@ log = logging.getLogger("millhand.pipeline")
 
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 0.2, 30.0
 STOP_GRACE_S = 1.0
+"""At a stop, a batch that is on its way is waited for so long."""
+STOP_DEADLINE_S = 8.0
+"""A step that cannot end (a full disk, a model that does not answer) is cut off after so long; it was not committed."""
 CLOSE_DEADLINE_S = 5.0
 
 Alive = Callable[[str, bool], None]
@@ -54,13 +57,19 @@ class AssetRunner:
     async def stop(self) -> None:
         """Finish the step in hand, then close the adapter."""
         self._stopping.set()
-        if self._task is not None:
-            await self._task
+        if self._task is None:
+            return
+        _, late = await asyncio.wait({self._task}, timeout=STOP_DEADLINE_S)
+        if late:
+            log.error("asset %s: its step in hand did not end; it is cut off, uncommitted", self.asset)
+            self._task.cancel()
+            await asyncio.wait({self._task})
+            self._state = "stopped"
 
     def status(self) -> dict[str, Any]:
         """What CLI, page and metrics show."""
         error = self._error or self.pipeline.last_error
-        latencies = sorted(self.pipeline.latencies_ms)
+        latencies = sorted(latency.latency_ms for latency in self.pipeline.latencies)
         return {
             "asset": self.asset,
             "state": self._state,
@@ -85,13 +94,9 @@ class AssetRunner:
             except MillhandError as error:
                 self._fail(error)
             except Exception as error:
-                log.exception("asset %s: its adapter failed", self.asset)
-                self._fail(
-                    AdapterError(
-                        f"the adapter failed: {type(error).__name__}: {error}",
-                        hint="report this to the plugin's author",
-                    )
-                )
+                log.exception("asset %s failed", self.asset)
+                message = f"reading the asset failed: {type(error).__name__}: {error}"
+                self._fail(AdapterError(message, hint="report this to the author of the adapter's plugin"))
             if self.pipeline.counters.batches > batches_before:
                 delay_s = BACKOFF_FIRST_S
             await self._pause(delay_s * random.uniform(0.8, 1.2))  # noqa: S311 - jitter, not a secret
@@ -106,7 +111,7 @@ class AssetRunner:
             await self._adapter.open(cursor)
             await self._take_batches(self._adapter.batches())
         finally:
-            with suppress(TimeoutError, MillhandError):
+            with suppress(Exception):
                 async with asyncio.timeout(CLOSE_DEADLINE_S):
                     await self._adapter.close()
 
@@ -114,7 +119,7 @@ class AssetRunner:
         stop = asyncio.create_task(self._stopping.wait())
         upcoming: asyncio.Task[Batch] | None = None
         try:
-            while True:
+            while not self._stopping.is_set():
                 upcoming = asyncio.ensure_future(anext(batches))
                 batch = await self._next(upcoming, stop)
                 if batch is None:
@@ -135,7 +140,7 @@ class AssetRunner:
                     await close()
 
     async def _next(self, upcoming: asyncio.Task[Batch], stop: asyncio.Task[bool]) -> Batch | None:
-        """The next batch; None when told to stop. A batch that is on its way is still taken, for a short while."""
+        """The next batch; None where none comes soon after a stop. One that is on its way is still taken."""
         while not upcoming.done():
             done, _ = await asyncio.wait(
                 {upcoming, stop}, timeout=self.pipeline.settings.silence_s, return_when=asyncio.FIRST_COMPLETED
@@ -145,8 +150,6 @@ class AssetRunner:
             if stop in done:
                 done, _ = await asyncio.wait({upcoming}, timeout=STOP_GRACE_S)
                 return upcoming.result() if done else None
-        if self._stopping.is_set():
-            return None
         return upcoming.result()
 
     async def _step(self, batch: Batch) -> None:

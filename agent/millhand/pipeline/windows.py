@@ -4,14 +4,16 @@ Rules, which docs/pipeline.md states for people:
 
 - A step is all readings of one source time. A step closes when the newest source time lies `lateness_s` behind it;
   without lateness at the end of the batch that brought it. A closed step never changes.
-- Readings older than the newest closed step are late: dropped and counted. The same name at the same time again is a
-  duplicate: the first finite value wins.
-- Source time that goes back by more than CLOCK_RESET_S (and the lateness) is a reset of the asset's clock: the window
-  begins anew. A hole longer than `max_gap_s` does the same.
-- An unsynced source is placed on the node's monotonic clock of one boot; a new boot begins the window anew. The wall
-  clock is never used.
-- BAD and STALE values, non-finite ones and those outside the asset's limits are NaN.
+- A reading of a closed step's time or older is late: dropped and counted. The same name at the same time again is a
+  duplicate, counted too: the first usable value wins.
+- Source time that goes back by more than CLOCK_RESET_S beyond the lateness is a reset of the asset's clock: the window
+  begins anew. A hole longer than `max_gap_s` does the same, by time also one longer than `length`.
+- An unsynced source is placed on the node's monotonic clock of one boot; a new boot, and a source that becomes synced
+  or unsynced, begin the window anew. The wall clock is never used.
+- BAD and STALE values, text, non-finite numbers and those outside the asset's limits are NaN.
 - With waveforms, a window is due once for each complete fresh set of GOOD snapshots and ends with the newest of them.
+  A snapshot that is not newer than the last one used is old. Those of a set that is not complete yet are part of the
+  state.
 """
 
 from __future__ import annotations
@@ -67,15 +69,18 @@ class WindowCounters(msgspec.Struct):
 class Snapshot(msgspec.Struct, array_like=True):
     """A builder's whole state between two batches."""
 
+    names: tuple[str, ...]
+    """The signals and waveforms that it is of."""
     times_ns: bytes
     values: bytes
-    open_steps: dict[int, list[float]]
+    begin_ns: int | None
+    open_steps: dict[int, list[float | None]]
     newest_ns: int | None
-    steps_since: float
+    steps_since: int
     last_end_ns: int | None
     state: str
-    boot_id: str
-    fresh: dict[str, Waveform]
+    timeline: str
+    fresh: dict[str, tuple[int, Waveform]]
     used_ns: dict[str, int]
     counters: WindowCounters
 
@@ -96,17 +101,20 @@ class WindowBuilder:
         self._limits = dict(limits or {})
         self._rows = {name: row for row, name in enumerate(spec.signals)}
         self._wanted_waveforms = frozenset(spec.waveforms)
-        self._lateness_ns = int(spec.lateness_s * 1e9)
-        self._reset_ns = self._lateness_ns + int(CLOCK_RESET_S * 1e9)
-        self._max_gap_ns = spec.max_gap_s * 1e9
+        self._lateness_ns = round(spec.lateness_s * 1e9)
+        self._reset_ns = self._lateness_ns + round(CLOCK_RESET_S * 1e9)
+        self._max_gap_ns = min(spec.max_gap_s, spec.length if spec.by == "time" else math.inf) * 1e9
         self._past = _Past(len(spec.signals))
-        self._open: dict[int, list[float]] = {}
+        self._begin_ns: int | None = None
+        """When the history that the window may look at began; `length` later it is whole."""
+        self._open: dict[int, list[float | None]] = {}
+        """Source time -> a value a signal, NaN where it is not usable, None where it has not come."""
         self._newest_ns: int | None = None
-        self._steps_since = 0.0
+        self._steps_since = 0
         self._last_end_ns: int | None = None
         self._state = AssetState.UNKNOWN
-        self._boot_id = ""
-        self._fresh: dict[str, Waveform] = {}
+        self._timeline = ""
+        self._fresh: dict[str, tuple[int, Waveform]] = {}
         self._used_ns: dict[str, int] = {}
         self.counters = WindowCounters()
 
@@ -118,13 +126,13 @@ class WindowBuilder:
             row = self._rows.get(reading.name)
             if row is not None:
                 self._place(reading, row)
-        for waveform in batch.waveforms:
-            if waveform.name in self._wanted_waveforms and waveform.quality is Quality.GOOD:
-                self._fresh[waveform.name] = waveform
         windows = self._close_steps()
         if self._wanted_waveforms:
-            window = self._waveform_window()
-            return [] if window is None else [window]
+            windows += self._waveform_windows()
+        for waveform in batch.waveforms:
+            if waveform.name in self._wanted_waveforms and waveform.quality is Quality.GOOD:
+                self._place_waveform(waveform)
+                windows += self._waveform_windows()
         return windows
 
     # ---- readings into steps ----------------------------------------------------------------------------------------
@@ -136,57 +144,65 @@ class WindowBuilder:
             self._begin_anew()
         last_ns = self._past.last_ns
         if last_ns is not None and time_ns <= last_ns:
-            if time_ns == last_ns:
+            if self._past.knows(time_ns, row):
                 self.counters.duplicates += 1
             else:
                 self.counters.late += 1
             return
-        value = self._value_of(reading)
-        step = self._open.get(time_ns)
-        if step is None:
-            step = self._open[time_ns] = [float("nan")] * len(self._rows)
-            step.append(0.0)  # a bit for each signal that was seen, to tell a duplicate from a first value
-        seen = int(step[-1])
-        if seen & (1 << row):
+        step = self._open.setdefault(time_ns, [None] * len(self._rows))
+        known = step[row]
+        if known is not None:
             self.counters.duplicates += 1
-            if not math.isnan(step[row]):
-                return
-        step[row] = value
-        step[-1] = float(seen | (1 << row))
+        if known is None or math.isnan(known):
+            step[row] = self._value_of(reading)
         if self._newest_ns is None or time_ns > self._newest_ns:
             self._newest_ns = time_ns
 
+    def _place_waveform(self, waveform: Waveform) -> None:
+        time_ns = self._time_of(waveform.clock)
+        used_ns = self._used_ns.get(waveform.name)
+        if used_ns is not None and time_ns < used_ns - self._reset_ns:
+            self.counters.clock_resets += 1
+            self._begin_anew()
+        elif used_ns is not None and time_ns <= used_ns:
+            self.counters.duplicates += 1
+            return
+        self._fresh[waveform.name] = (time_ns, waveform)
+
     def _time_of(self, clock: Clock) -> int:
-        if clock.synced:
-            return clock.source_ns
-        if clock.boot_id != self._boot_id:
-            if self._boot_id:
+        timeline = "source" if clock.synced else f"boot {clock.boot_id}"
+        if timeline != self._timeline:
+            if self._timeline:
                 self.counters.gaps += 1
                 self._begin_anew()
-            self._boot_id = clock.boot_id
-        return clock.monotonic_ns
+            self._timeline = timeline
+        return clock.source_ns if clock.synced else clock.monotonic_ns
 
     def _value_of(self, reading: Reading) -> float:
         value = reading.value
         if reading.quality is not Quality.GOOD or value is None or isinstance(value, str):
-            return float("nan")
-        number = float(value)
-        low, high = self._limits.get(reading.name, (float("-inf"), float("inf")))
-        if math.isnan(number):
-            return number
-        if math.isinf(number) or not low <= number <= high:
+            return math.nan
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        low, high = self._limits.get(reading.name, (-math.inf, math.inf))
+        if math.isinf(number) or number < low or number > high:
             self.counters.implausible += 1
-            return float("nan")
+            return math.nan
         return number
 
     def _begin_anew(self) -> None:
-        self._past.clear()
+        self._forget_past()
         self._open.clear()
         self._newest_ns = None
-        self._steps_since = 0.0
-        self._last_end_ns = None
         self._fresh.clear()
         self._used_ns.clear()
+
+    def _forget_past(self) -> None:
+        self._past.clear()
+        self._begin_ns = None
+        self._steps_since, self._last_end_ns = 0, None
 
     # ---- steps into windows -----------------------------------------------------------------------------------------
 
@@ -196,57 +212,66 @@ class WindowBuilder:
         limit_ns = self._newest_ns - self._lateness_ns
         windows = []
         for time_ns in sorted(time_ns for time_ns in self._open if time_ns <= limit_ns):
-            step = self._open.pop(time_ns)
-            last_ns = self._past.last_ns
-            if last_ns is not None and time_ns - last_ns > self._max_gap_ns:
-                self.counters.gaps += 1
-                self._past.clear()
-                self._steps_since, self._last_end_ns = 0.0, None
-            self._past.append(time_ns, step[:-1])
-            self._trim()
+            self._close(time_ns, self._open.pop(time_ns))
             if not self._wanted_waveforms and self._due(time_ns):
                 windows.append(self._window(time_ns))
         return windows
 
-    def _trim(self) -> None:
+    def _close(self, time_ns: int, step: list[float | None]) -> None:
+        self._end_after_gap(time_ns)
+        self._past.append(time_ns, [math.nan if value is None else value for value in step])
+        self._steps_since += 1
+        if self._begin_ns is None:
+            self._begin_ns = time_ns
         if self._spec.by == "count":
             self._past.keep_last(int(self._spec.length))
-        elif self._past.last_ns is not None:
-            self._past.keep_since(self._past.last_ns - int(self._spec.length * 1e9))
+        else:
+            self._past.keep_since(time_ns - round(self._spec.length * 1e9))
+
+    def _end_after_gap(self, time_ns: int) -> None:
+        """Begin anew where nothing came for too long before `time_ns`."""
+        last_ns = self._past.last_ns
+        if last_ns is not None and time_ns - last_ns > self._max_gap_ns:
+            self.counters.gaps += 1
+            self._forget_past()
+
+    def _history(self) -> float:
+        """How much history there is, in the unit of the window's length."""
+        if self._spec.by == "count":
+            return len(self._past)
+        if self._begin_ns is None or self._past.last_ns is None:
+            return 0.0
+        return (self._past.last_ns - self._begin_ns) / 1e9
 
     def _long_enough(self) -> bool:
-        """Whether the past has `min_length`."""
-        wanted = self._spec.min_length or self._spec.length
-        if self._spec.by == "count":
-            return len(self._past) >= wanted
-        return self._past.span_ns >= int(wanted * 1e9) or (wanted == 0 and len(self._past) > 0)
+        return not self._rows or self._history() >= (self._spec.min_length or self._spec.length)
 
     def _due(self, time_ns: int) -> bool:
         """Whether a window ends at this step: `step` steps or seconds after the last one, if the past suffices."""
-        if self._spec.by == "count":
-            self._steps_since += 1
-            if self._last_end_ns is not None and self._steps_since < self._spec.step:
+        if self._last_end_ns is not None:
+            by_count = self._spec.by == "count"
+            since = self._steps_since if by_count else (time_ns - self._last_end_ns) / 1e9
+            if since < self._spec.step:
                 return False
-        elif self._last_end_ns is not None and time_ns - self._last_end_ns < int(self._spec.step * 1e9):
-            return False
         return self._long_enough()
 
-    def _waveform_window(self) -> Window | None:
-        if self._fresh.keys() != self._wanted_waveforms or not self._long_enough():
-            return None
-        times = {name: self._time_of(waveform.clock) for name, waveform in self._fresh.items()}
-        if any(times[name] <= self._used_ns.get(name, times[name] - 1) for name in times):
-            return None
-        self._used_ns = times
-        window = self._window(max(times.values()), dict(self._fresh))
+    def _waveform_windows(self) -> list[Window]:
+        """The window of a complete set of snapshots, if the past suffices."""
+        if self._fresh.keys() != self._wanted_waveforms:
+            return []
+        times_ns = {name: time_ns for name, (time_ns, _) in self._fresh.items()}
+        end_ns = max(times_ns.values())
+        self._end_after_gap(end_ns)
+        if not self._long_enough():
+            return []
+        window = self._window(end_ns, {name: waveform for name, (_, waveform) in self._fresh.items()})
+        self._used_ns = times_ns
         self._fresh.clear()
-        return window
+        return [window]
 
     def _window(self, end_ns: int, waveforms: Mapping[str, Waveform] | None = None) -> Window:
-        self._steps_since, self._last_end_ns = 0.0, end_ns
+        self._steps_since, self._last_end_ns = 0, end_ns
         times_ns, values = self._past.copy()
-        full = self._spec.length if self._spec.by == "count" else int(self._spec.length * 1e9)
-        length = len(times_ns) if self._spec.by == "count" else self._past.span_ns
         return Window(
             asset=self._asset,
             start_ns=int(times_ns[0]) if len(times_ns) else end_ns,
@@ -255,44 +280,47 @@ class WindowBuilder:
             signals={name: values[row] for name, row in self._rows.items()},
             waveforms=waveforms or {},
             state=self._state,
-            complete=length >= full,
+            complete=not self._rows or self._history() >= self._spec.length,
             context=self._context,
         )
 
     # ---- state ------------------------------------------------------------------------------------------------------
 
     def dump(self) -> Snapshot:
-        """The whole state; a builder that loads it goes on exactly as this one would."""
+        """The whole state, to be encoded before the next `add`; a builder that loads it goes on exactly as this one."""
         times_ns, values = self._past.copy()
         return Snapshot(
-            times_ns.tobytes(),
-            values.tobytes(),
-            dict(self._open),
-            self._newest_ns,
-            self._steps_since,
-            self._last_end_ns,
-            self._state.value,
-            self._boot_id,
-            dict(self._fresh),
-            dict(self._used_ns),
-            self.counters,
+            names=(*self._spec.signals, *self._spec.waveforms),
+            times_ns=times_ns.tobytes(),
+            values=values.tobytes(),
+            begin_ns=self._begin_ns,
+            open_steps=self._open,
+            newest_ns=self._newest_ns,
+            steps_since=self._steps_since,
+            last_end_ns=self._last_end_ns,
+            state=self._state.value,
+            timeline=self._timeline,
+            fresh=self._fresh,
+            used_ns=self._used_ns,
+            counters=self.counters,
         )
 
     def load(self, snapshot: Snapshot) -> None:
         """Go on from `snapshot`. One of other signals (the model changed) is ignored: the window begins anew."""
+        if snapshot.names != (*self._spec.signals, *self._spec.waveforms):
+            return
         times_ns = np.frombuffer(snapshot.times_ns, np.int64)
         values = np.frombuffer(snapshot.values, np.float64)
-        if len(values) != len(times_ns) * len(self._rows):
-            return
         self._past.fill(times_ns, values.reshape(len(self._rows), len(times_ns)))
-        self._open = {int(time_ns): list(step) for time_ns, step in snapshot.open_steps.items()}
+        self._begin_ns = snapshot.begin_ns
+        self._open = snapshot.open_steps
         self._newest_ns = snapshot.newest_ns
         self._steps_since = snapshot.steps_since
         self._last_end_ns = snapshot.last_end_ns
         self._state = AssetState(snapshot.state)
-        self._boot_id = snapshot.boot_id
-        self._fresh = dict(snapshot.fresh)
-        self._used_ns = dict(snapshot.used_ns)
+        self._timeline = snapshot.timeline
+        self._fresh = snapshot.fresh
+        self._used_ns = snapshot.used_ns
         self.counters = snapshot.counters
 
 
@@ -311,9 +339,12 @@ class _Past:
     def last_ns(self) -> int | None:
         return int(self._times_ns[self._end - 1]) if len(self) else None
 
-    @property
-    def span_ns(self) -> int:
-        return int(self._times_ns[self._end - 1] - self._times_ns[self._start]) if len(self) else 0
+    def knows(self, time_ns: int, row: int) -> bool:
+        """Whether the step of that time holds a usable value in `row`."""
+        held = self._times_ns[self._start : self._end]
+        place = int(np.searchsorted(held, time_ns))
+        found = place < len(held) and held[place] == time_ns
+        return bool(found and not np.isnan(self._values[row, self._start + place]))
 
     def append(self, time_ns: int, values: list[float]) -> None:
         if self._end == len(self._times_ns):
