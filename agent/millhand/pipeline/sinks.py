@@ -72,13 +72,11 @@ class SinkRunner:
             log.warning("sink %s did not close: %s", self._sink.name, error or "it took too long")
 
     def status(self) -> dict[str, Any]:
-        """`given_up`: records that the sink itself counts as refused for good, in an attribute of that name."""
         return {
             "name": self._sink.name,
             "delivered": self._delivered,
             "failures": self._failures,
             "given_up": self._sink.given_up if isinstance(self._sink, GivesUp) else 0,
-            "given_up": getattr(self._sink, "given_up", 0),
             "error": self._error.message if self._error else "",
             "hint": self._error.hint if self._error else "",
         }
