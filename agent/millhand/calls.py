@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from millhand.control import Handler
     from millhand.daemon import Daemon
     from millhand.hardware import Hardware
+    from millhand.pipeline.asset import Latency
 
 ID_SEARCH_LIMIT = 10_000
 TAIL_ROWS = 256
@@ -38,6 +39,7 @@ class Calls:
             "reload": self.reload,
             "metrics": self.metrics,
             "asset.list": self.asset_list,
+            "asset.latencies": self.asset_latencies,
             "alert.list": self.alert_list,
             "alert.ack": self.alert_ack,
             "order.list": self.order_list,
@@ -85,6 +87,10 @@ class Calls:
 
     async def asset_list(self) -> list[dict[str, Any]]:
         return self._daemon.fleet.statuses()
+
+    async def asset_latencies(self, asset: str) -> list[Latency]:
+        """(window end, monotonic time of the commit, latency in ms) of the asset's last predictions."""
+        return self._daemon.fleet.latencies(asset)
 
     async def alert_list(
         self, state: str | None = None, asset: str | None = None, limit: int = 50

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from millhand.assets import adapter_kinds, create_adapter
-from millhand.errors import ConfigError, MillhandError, suggestion
+from millhand.errors import ConfigError, InputError, MillhandError, suggestion
 from millhand.pipeline.asset import AssetPipeline
 from millhand.pipeline.features import builtin_extractors
 from millhand.pipeline.runner import AssetRunner
@@ -17,6 +17,7 @@ from millhand.pipeline.sinks import SinkRunner
 if TYPE_CHECKING:
     from millhand.config import Config
     from millhand.hookspecs import FeatureExtractor, OrderWriter
+    from millhand.pipeline.asset import Latency
     from millhand.pipeline.settings import AssetSettings
     from millhand.registry import Registry
     from millhand.serving.manifest import Manifest
@@ -83,6 +84,14 @@ class Fleet:
         if error is not None and not status["error"]:
             status |= {"error": error.message, "hint": error.hint}
         return status
+
+    def latencies(self, asset: str) -> list[Latency]:
+        """How long the asset's last predictions took. Raises InputError for an asset that does not run."""
+        if asset not in self._runners:
+            raise InputError(
+                f"no asset '{asset}' runs{suggestion(asset, self._runners)}", hint="'millhand' lists the assets"
+            )
+        return list(self._runners[asset].pipeline.latencies)
 
     def sink_statuses(self) -> list[dict[str, Any]]:
         return [sink.status() for sink in self._sinks]
