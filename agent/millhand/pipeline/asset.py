@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from millhand.errors import ConfigError, DeadlineError, MillhandError, ModelError, PluginError, StoreError, suggestion
-from millhand.pipeline.judgement import judge
+from millhand.pipeline.features import FeatureSet
+from millhand.pipeline.judgement import Answer, judge
 from millhand.pipeline.rules import RuleEngine, RuleState
 from millhand.pipeline.windows import Snapshot, Window, WindowBuilder
 from millhand.records import Alert, AlertState, Batch, Prediction, WorkOrder
@@ -23,7 +24,7 @@ from millhand.serving.manifest import Manifest
 from millhand.store.rows import Step
 
 if TYPE_CHECKING:
-    from millhand.hookspecs import FeatureExtractor, Features, OrderWriter
+    from millhand.hookspecs import FeatureExtractor, OrderWriter
     from millhand.pipeline.settings import AssetSettings
 
 log = logging.getLogger("millhand.pipeline")
@@ -241,7 +242,11 @@ class AssetPipeline:
                 self.counters.predictions_failed += len(part)
                 continue
             answers, version = answer
-            for (window, found), (values, kind, confidence) in zip(part, answers, strict=True):
+            for (window, found), read in zip(part, answers, strict=True):
+                if read is None:
+                    self.counters.predictions_failed += 1
+                    continue
+                values, kind, confidence = read
                 predictions.append(
                     Prediction(
                         asset=self.asset,
@@ -259,10 +264,13 @@ class AssetPipeline:
                 )
         return predictions
 
-    def _extract(self, judge_: _Judge, window: Window) -> Features | None:
+    def _extract(self, judge_: _Judge, window: Window) -> FeatureSet | None:
+        """The window's features, with plain numbers as evidence, which every store and sink can write."""
         name = judge_.extractor.name
         try:
             found = judge_.extractor.extract(window)
+            if found is not None:
+                evidence = {key: float(value) for key, value in found.evidence.items()}
         except Exception as error:
             self.counters.extractor_errors += 1
             self._blame(f"extractor '{name}'", error)
@@ -270,11 +278,12 @@ class AssetPipeline:
         self._errors.pop(f"extractor '{name}'", None)
         if found is None:
             self.counters.windows_skipped += 1
-        return found
+            return None
+        return FeatureSet(found.tensors, evidence)
 
     async def _ask(
-        self, judge_: _Judge, features: Sequence[Features], live: bool
-    ) -> tuple[Sequence[tuple[dict[str, float], str, float]], int] | None:
+        self, judge_: _Judge, features: Sequence[FeatureSet], live: bool
+    ) -> tuple[Sequence[Answer | None], int] | None:
         """Ask the model for all windows at once, again while the error is retriable and patience lasts."""
         part = f"model '{judge_.manifest.name}'"
         patience_s = (KNOCK_S if judge_.silent else LIVE_PATIENCE_S) if live else REPLAY_PATIENCE_S
@@ -299,8 +308,8 @@ class AssetPipeline:
             delay_s = min(delay_s * 2, RETRY_LAST_S)
 
     async def _ask_once(
-        self, manifest: Manifest, features: Sequence[Features], patience_s: float
-    ) -> tuple[Sequence[tuple[dict[str, float], str, float]], int]:
+        self, manifest: Manifest, features: Sequence[FeatureSet], patience_s: float
+    ) -> tuple[Sequence[Answer | None], int]:
         tensors = {name: np.stack([found.tensors[name] for found in features]) for name in features[0].tensors}
         try:
             async with asyncio.timeout(patience_s):

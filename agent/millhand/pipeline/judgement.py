@@ -13,6 +13,9 @@ from millhand.serving.manifest import Manifest, OutputSpec
 
 FAULT = "fault"
 
+Answer = tuple[dict[str, float], str, float]
+"""Named values, the chosen kind ("" for a regression), its confidence."""
+
 
 def output_spec(manifest: Manifest) -> OutputSpec:
     """The model's [prediction]. Raises ModelError where it has none."""
@@ -21,14 +24,12 @@ def output_spec(manifest: Manifest) -> OutputSpec:
     return manifest.prediction
 
 
-def judge(
-    manifest: Manifest, outputs: Mapping[str, NDArray[Any]], rows: int
-) -> Sequence[tuple[dict[str, float], str, float]]:
-    """Read `rows` answers: (values, kind, confidence) each.
+def judge(manifest: Manifest, outputs: Mapping[str, NDArray[Any]], rows: int) -> Sequence[Answer | None]:
+    """Read `rows` answers; None for one that holds a number that is not finite, and so says nothing.
 
     outputs: output name -> [rows, ...]. classification: [rows, labels], probabilities or logits; values hold each
     label's probability and `fault` = 1 - healthy. regression: [rows] or [rows, 1]; the value is scaled and clipped.
-    Raises ModelError for a missing output, a wrong shape, or numbers that are not finite.
+    Raises ModelError for a missing output, a wrong shape, or where no row is finite.
     """
     spec = output_spec(manifest)
     tensor = outputs.get(spec.output)
@@ -44,15 +45,18 @@ def judge(
             hint="mend [prediction] in model.toml, or the model",
         )
     values = np.asarray(tensor, np.float64).reshape(rows, width)
-    if not np.isfinite(values).all():
+    finite: NDArray[np.bool_] = np.asarray(np.isfinite(values).all(axis=1))
+    if rows and not finite.any():
         raise ModelError(
-            f"model '{manifest.name}': output '{spec.output}' holds a number that is not finite",
+            f"model '{manifest.name}': output '{spec.output}' holds numbers that are not finite",
             hint="the model is damaged, or its input is far from what it was trained on",
         )
-    return _classes(spec, values) if spec.task == "classification" else _numbers(spec, values[:, 0])
+    read = _classes(spec, values[finite]) if spec.task == "classification" else _numbers(spec, values[finite, 0])
+    answers = iter(read)
+    return [next(answers) if usable else None for usable in finite]
 
 
-def _classes(spec: OutputSpec, values: NDArray[np.float64]) -> list[tuple[dict[str, float], str, float]]:
+def _classes(spec: OutputSpec, values: NDArray[np.float64]) -> list[Answer]:
     if spec.softmax:
         powers = np.exp(values - values.max(axis=1, keepdims=True))
         values = powers / powers.sum(axis=1, keepdims=True)
@@ -66,7 +70,7 @@ def _classes(spec: OutputSpec, values: NDArray[np.float64]) -> list[tuple[dict[s
     return answers
 
 
-def _numbers(spec: OutputSpec, values: NDArray[np.float64]) -> list[tuple[dict[str, float], str, float]]:
+def _numbers(spec: OutputSpec, values: NDArray[np.float64]) -> list[Answer]:
     clipped = np.clip(values * spec.scale, spec.low, spec.high)
     return [({spec.value: value}, "", 1.0) for value in clipped.tolist()]
 

@@ -6,9 +6,9 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -27,6 +27,7 @@ STOP_DEADLINE_S = 8.0
 CLOSE_DEADLINE_S = 5.0
 
 Alive = Callable[[str, bool], None]
+Result = TypeVar("Result")
 
 
 def _ignore(_: str, __: bool) -> None:
@@ -99,58 +100,78 @@ class AssetRunner:
                 self._fail(AdapterError(message, hint="report this to the author of the adapter's plugin"))
             if self.pipeline.counters.batches > batches_before:
                 delay_s = BACKOFF_FIRST_S
+            if self._error is not None and not self._error.retriable:
+                delay_s = BACKOFF_LAST_S
             await self._pause(delay_s * random.uniform(0.8, 1.2))  # noqa: S311 - jitter, not a secret
             delay_s = min(delay_s * 2, BACKOFF_LAST_S)
-        if self._stopping.is_set():
-            self._state = "stopped"
+        self._state = "stopped" if self._stopping.is_set() else "ended"
+        if self._alive:
+            self._tell_alive(False)
 
     async def _read(self) -> None:
         """Open, take every batch, close. Returns at the end of the source or when told to stop."""
         cursor = await self.pipeline.restore()
         try:
-            await self._adapter.open(cursor)
-            await self._take_batches(self._adapter.batches())
+            async with self._stop_watch() as stop:
+                await self._wait(self._adapter.open(cursor), stop)
+                await self._take_batches(self._adapter.batches(), stop)
+        except _StopError:
+            log.debug("asset %s: told to stop while nothing came", self.asset)
         finally:
-            with suppress(Exception):
+            try:
                 async with asyncio.timeout(CLOSE_DEADLINE_S):
                     await self._adapter.close()
+            except Exception as error:
+                log.warning("asset %s: its adapter did not close: %s", self.asset, error or "it took too long")
 
-    async def _take_batches(self, batches: AsyncIterator[Batch]) -> None:
-        stop = asyncio.create_task(self._stopping.wait())
-        upcoming: asyncio.Task[Batch] | None = None
+    async def _take_batches(self, batches: AsyncIterator[Batch], stop: asyncio.Task[bool]) -> None:
         try:
             while not self._stopping.is_set():
-                upcoming = asyncio.ensure_future(anext(batches))
-                batch = await self._next(upcoming, stop)
+                batch = await self._wait(anext(batches, None), stop)
                 if batch is None:
+                    log.info("asset %s: its source has ended", self.asset)
                     return
                 await self._step(batch)
-        except StopAsyncIteration:
-            self._state = "ended"
-            log.info("asset %s: its source has ended", self.asset)
         finally:
-            stop.cancel()
-            if upcoming is not None and not upcoming.done():
-                upcoming.cancel()
-                with suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
-                    await upcoming
             close = getattr(batches, "aclose", None)
             if close is not None:
                 with suppress(Exception):
-                    await close()
+                    async with asyncio.timeout(CLOSE_DEADLINE_S):
+                        await close()
 
-    async def _next(self, upcoming: asyncio.Task[Batch], stop: asyncio.Task[bool]) -> Batch | None:
-        """The next batch; None where none comes soon after a stop. One that is on its way is still taken."""
-        while not upcoming.done():
-            done, _ = await asyncio.wait(
-                {upcoming, stop}, timeout=self.pipeline.settings.silence_s, return_when=asyncio.FIRST_COMPLETED
-            )
-            if not done:
-                self._fall_silent()
-            if stop in done:
-                done, _ = await asyncio.wait({upcoming}, timeout=STOP_GRACE_S)
-                return upcoming.result() if done else None
-        return upcoming.result()
+    @asynccontextmanager
+    async def _stop_watch(self) -> AsyncIterator[asyncio.Task[bool]]:
+        """A task that ends when the runner is told to stop."""
+        stop = asyncio.create_task(self._stopping.wait())
+        try:
+            yield stop
+        finally:
+            stop.cancel()
+
+    async def _wait(self, work: Awaitable[Result], stop: asyncio.Task[bool]) -> Result:
+        """Wait for the adapter; say so where it is silent. Raises _StopError soon after a stop where nothing came.
+
+        The work gets a task of its own: an adapter that cancels itself or exits must not take the runner with it.
+        """
+        task = asyncio.ensure_future(_contained(work))
+        try:
+            while not task.done():
+                done, _ = await asyncio.wait(
+                    {task, stop}, timeout=self.pipeline.settings.silence_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                if not done:
+                    self._fall_silent()
+                elif task not in done:
+                    done, _ = await asyncio.wait({task}, timeout=STOP_GRACE_S)
+                    if not done:
+                        raise _StopError
+            if task.cancelled():
+                raise AdapterError("the adapter cancelled itself", hint="report this to the author of its plugin")
+            return task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task}, timeout=CLOSE_DEADLINE_S)
 
     async def _step(self, batch: Batch) -> None:
         await self.pipeline.step(batch)
@@ -179,12 +200,29 @@ class AssetRunner:
     def _tell_alive(self, alive: bool) -> None:
         if self._alive is not alive:
             self._alive = alive
-            self._on_alive(self.asset, alive)
+            try:
+                self._on_alive(self.asset, alive)
+            except Exception:
+                log.exception("asset %s: nobody could be told that it is %s", self.asset, "alive" if alive else "dead")
 
     async def _pause(self, seconds: float) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
+
+
+class _StopError(Exception):
+    """The runner was told to stop, and nothing was on its way."""
+
+
+async def _contained(work: Awaitable[Result]) -> Result:
+    """Make an ordinary error of what would end the whole agent (`sys.exit` in an adapter)."""
+    try:
+        return await work
+    except SystemExit as error:
+        raise AdapterError(
+            f"the adapter tried to end the agent: {error!r}", hint="report this to the author of its plugin"
+        ) from error
 
 
 def _rank(ranked: list[float], percent: int) -> float | None:

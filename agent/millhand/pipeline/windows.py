@@ -6,8 +6,9 @@ Rules, which docs/pipeline.md states for people:
   without lateness at the end of the batch that brought it. A closed step never changes.
 - A reading of a closed step's time or older is late: dropped and counted. The same name at the same time again is a
   duplicate, counted too: the first usable value wins.
-- Source time that goes back by more than CLOCK_RESET_S beyond the lateness is a reset of the asset's clock: the window
-  begins anew. A hole longer than `max_gap_s` does the same, by time also one longer than `length`.
+- Source time that goes back by more than CLOCK_RESET_S beyond the lateness is a reset of the asset's clock: the steps
+  before it are judged, then the window begins anew. A hole longer than `max_gap_s` does the same, by time also one
+  longer than `length`.
 - An unsynced source is placed on the node's monotonic clock of one boot; a new boot, and a source that becomes synced
   or unsynced, begin the window anew. The wall clock is never used.
 - BAD and STALE values, text, non-finite numbers and those outside the asset's limits are NaN.
@@ -116,6 +117,8 @@ class WindowBuilder:
         self._timeline = ""
         self._fresh: dict[str, tuple[int, Waveform]] = {}
         self._used_ns: dict[str, int] = {}
+        self._ready: list[Window] = []
+        """Windows that the batch in hand has closed so far."""
         self.counters = WindowCounters()
 
     def add(self, batch: Batch) -> list[Window]:
@@ -126,13 +129,15 @@ class WindowBuilder:
             row = self._rows.get(reading.name)
             if row is not None:
                 self._place(reading, row)
-        windows = self._close_steps()
+        if self._newest_ns is not None:
+            self._close_steps(self._newest_ns - self._lateness_ns)
         if self._wanted_waveforms:
-            windows += self._waveform_windows()
+            self._judge_snapshots()
         for waveform in batch.waveforms:
             if waveform.name in self._wanted_waveforms and waveform.quality is Quality.GOOD:
                 self._place_waveform(waveform)
-                windows += self._waveform_windows()
+                self._judge_snapshots()
+        windows, self._ready = self._ready, []
         return windows
 
     # ---- readings into steps ----------------------------------------------------------------------------------------
@@ -193,6 +198,9 @@ class WindowBuilder:
         return number
 
     def _begin_anew(self) -> None:
+        """Judge what came before the break, then forget it."""
+        if self._newest_ns is not None:
+            self._close_steps(self._newest_ns)
         self._forget_past()
         self._open.clear()
         self._newest_ns = None
@@ -206,16 +214,12 @@ class WindowBuilder:
 
     # ---- steps into windows -----------------------------------------------------------------------------------------
 
-    def _close_steps(self) -> list[Window]:
-        if not self._open or self._newest_ns is None:
-            return []
-        limit_ns = self._newest_ns - self._lateness_ns
-        windows = []
+    def _close_steps(self, limit_ns: int) -> None:
+        """Close the open steps up to `limit_ns`, oldest first."""
         for time_ns in sorted(time_ns for time_ns in self._open if time_ns <= limit_ns):
             self._close(time_ns, self._open.pop(time_ns))
             if not self._wanted_waveforms and self._due(time_ns):
-                windows.append(self._window(time_ns))
-        return windows
+                self._ready.append(self._window(time_ns))
 
     def _close(self, time_ns: int, step: list[float | None]) -> None:
         self._end_after_gap(time_ns)
@@ -255,19 +259,18 @@ class WindowBuilder:
                 return False
         return self._long_enough()
 
-    def _waveform_windows(self) -> list[Window]:
-        """The window of a complete set of snapshots, if the past suffices."""
+    def _judge_snapshots(self) -> None:
+        """A window for a complete set of snapshots, if the past suffices."""
         if self._fresh.keys() != self._wanted_waveforms:
-            return []
+            return
         times_ns = {name: time_ns for name, (time_ns, _) in self._fresh.items()}
         end_ns = max(times_ns.values())
         self._end_after_gap(end_ns)
         if not self._long_enough():
-            return []
-        window = self._window(end_ns, {name: waveform for name, (_, waveform) in self._fresh.items()})
+            return
+        self._ready.append(self._window(end_ns, {name: waveform for name, (_, waveform) in self._fresh.items()}))
         self._used_ns = times_ns
         self._fresh.clear()
-        return [window]
 
     def _window(self, end_ns: int, waveforms: Mapping[str, Waveform] | None = None) -> Window:
         self._steps_since, self._last_end_ns = 0, end_ns
