@@ -31,9 +31,7 @@ def stream(draw: st.DrawFn) -> list[tuple[float, str, float]]:
     rows = []
     for step in range(STEPS):
         second = round(step * 0.1 + draw(st.integers(-30, 30)) / 1000, 3)
-        for name in ("x", "y"):
-            if draw(st.integers(0, 9)):
-                rows.append((second, name, float(draw(st.integers(-5, 5)))))
+        rows += [(second, name, float(draw(st.integers(-5, 5)))) for name in ("x", "y") if draw(st.integers(0, 9))]
     return rows
 
 
