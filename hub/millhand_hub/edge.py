@@ -125,6 +125,8 @@ class EdgeNode:
         self.is_foreign = False
         """Another vendor's node on the same broker: no business of ours."""
         self._online = False
+        self._in_step = False
+        """Nothing was missed since the birth."""
         self._epoch = ""
         self._bdseq: int | None = None
         self._seq = -1
@@ -136,7 +138,8 @@ class EdgeNode:
         self.is_foreign = not isinstance(epoch, str) or not isinstance(bdseq, int)
         if not isinstance(epoch, str) or not isinstance(bdseq, int):
             return None
-        self._online, self._epoch, self._bdseq = True, epoch, bdseq
+        self._online = self._in_step = True
+        self._epoch, self._bdseq = epoch, bdseq
         self._seq = message.seq or 0
         self._aliases = {}
         self._learn(NODE, message)
@@ -176,10 +179,12 @@ class EdgeNode:
     def _follow(self, message: Message) -> None:
         """seq rises by one over all messages of the node (tck-id-payloads-sequence-num-incrementing)."""
         if not self._online:
-            raise NeedsBirth(f"{self.group}/{self.node} speaks without a birth")
+            raise NeedsBirth("it speaks without a birth")
         expected = (self._seq + 1) % 256
-        if message.seq != expected:
-            raise NeedsBirth(f"{self.group}/{self.node}: seq {message.seq} came where {expected} was due")
+        if not self._in_step or message.seq != expected:
+            # Until the next birth: 256 messages on, the seq would fit again, whatever was missed.
+            self._in_step = False
+            raise NeedsBirth(f"seq {message.seq} came where {expected} was due")
         self._seq = expected
 
     def _learn(self, device: str, message: Message) -> None:
@@ -190,7 +195,8 @@ class EdgeNode:
     def _resolve(self, metric: Metric) -> _Name:
         name = self._aliases.get(metric.alias) if metric.alias is not None else None
         if name is None:
-            raise NeedsBirth(f"{self.group}/{self.node}: alias {metric.alias} was not in a birth")
+            self._in_step = False
+            raise NeedsBirth(f"alias {metric.alias} was not in a birth")
         return name
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import msgspec
 
 from millhand.records import Alert, Quality, WorkOrder
+from millhand.store.catalog import time_ns
 from millhand.store.rows import STREAMS, Bulk, Gap, MetricSpec, Row
 from millhand.telemetry.payloads import Metric, Type, Value, as_type, type_of, widest
 
@@ -138,7 +139,7 @@ def points_of(row: Row) -> Iterator[Point]:
     if isinstance(record, Bulk):
         yield from _bulk(record)
     elif isinstance(record, Alert):
-        yield Point(ALERT, _json(record), "", record.changed_ns // 1_000_000)
+        yield Point(ALERT, _json(record), "", (record.changed_ns or record.raised_ns) // 1_000_000)
     elif isinstance(record, WorkOrder):
         yield Point(ORDER, _json(record), "", record.created_ns // 1_000_000)
     else:
@@ -152,7 +153,7 @@ def device_of(row: Row) -> str:
 
 def _bulk(record: Bulk) -> Iterator[Point]:
     for reading in record.readings:
-        name, time_ms = reading_metric(reading.name), reading.clock.source_ns // 1_000_000
+        name, time_ms = reading_metric(reading.name), time_ns(reading.clock) // 1_000_000
         yield Point(name, reading.value, reading.unit, time_ms, reading.quality)
     for prediction in record.predictions:
         base, time_ms = f"{PREDICTION}{prediction.model}/", prediction.window_end_ns // 1_000_000

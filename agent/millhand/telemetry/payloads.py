@@ -92,13 +92,16 @@ def type_of(value: Value) -> Type:
 
 
 def encode(metrics: Iterable[Metric], *, time_ms: int | None, seq: int | None) -> bytes:
-    """Encode a message; `seq` and `time_ms` None leave the field out."""
+    """Encode a message, its metrics in chronological order; `seq` and `time_ms` None leave the field out.
+
+    Source of the order: tck-id-operational-behavior-data-publish-nbirth-order and -dbirth-order.
+    """
     payload = Payload()
     if time_ms is not None:
         payload.timestamp = max(time_ms, 0)
     if seq is not None:
         payload.seq = seq
-    for metric in metrics:
+    for metric in sorted(metrics, key=lambda metric: metric.time_ms):
         _add(payload, metric)
     return payload.SerializeToString()
 
