@@ -1,142 +1,242 @@
-"""Sinks: in order, exactly from where they stand, and none in the way of another; on a real store."""
+"""Sink runners over a real store: order, retries, restarts, a file set aside, a webhook's real server."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from millhand.errors import SinkError
 from millhand.pipeline import sinks as sinks_module
 from millhand.pipeline.sinks import SinkRunner
-from millhand.records import Alert, Severity, WorkOrder
+from millhand.records import Alert, AlertState, Severity, WorkOrder
 from millhand.store import Step, Store
 
 
-class Door:
-    """A sink that takes what it is given, except where `errors` says otherwise."""
+class Box:
+    """A sink that keeps what it takes, and first raises the errors (or awaits the calls) of its script."""
 
-    def __init__(self, name: str = "door", *errors: Exception) -> None:
+    def __init__(self, name: str = "box", *script: Any) -> None:
         self.name = name
-        self.errors = list(errors)
-        self.taken: list[str] = []
-        self.closed = 0
-        self.shut = False
+        self.script = list(script)
+        self.got: list[str] = []
+        self.offers = self.closed = 0
 
     async def deliver(self, record: Alert | WorkOrder) -> None:
-        if self.shut:
-            raise SinkError("the door is shut", hint="open it")
-        if self.errors:
-            raise self.errors.pop(0)
-        self.taken.append(record.id)
+        self.offers += 1
+        item = self.script.pop(0) if self.script else None
+        if isinstance(item, Exception):
+            raise item
+        if item is not None:
+            await item()
+        self.got.append(f"{record.id} {record.state}")
 
     async def close(self) -> None:
         self.closed += 1
 
 
-class Careless(Door):
-    """Passes over what begins with 'bad', and counts it."""
-
-    given_up = 0
-
-    async def deliver(self, record: Alert | WorkOrder) -> None:
-        if record.id.startswith("bad"):
-            self.given_up += 1
-        else:
-            await super().deliver(record)
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sinks_module, "BACKOFF_FIRST_S", 0.005)
+    monkeypatch.setattr(sinks_module, "BACKOFF_LAST_S", 0.02)
 
 
 @pytest.fixture
 async def store(kit, tmp_path: Path) -> AsyncIterator[Store]:
-    async with kit.opened(tmp_path / "store.db") as opened:
-        yield opened
+    async with kit.opened(tmp_path / "store.db") as store:
+        yield store
 
 
 @pytest.fixture
-async def begin(store, monkeypatch) -> AsyncIterator[Callable[..., Any]]:
-    monkeypatch.setattr(sinks_module, "BACKOFF_FIRST_S", 0.01)
-    monkeypatch.setattr(sinks_module, "BACKOFF_LAST_S", 0.05)
-    runners = []
+async def start(store: Store) -> AsyncIterator[Callable[..., Awaitable[SinkRunner]]]:
+    runners: list[SinkRunner] = []
 
-    async def start(sink: Any) -> SinkRunner:
-        runner = SinkRunner(sink, store)
+    async def make(sink: Any, of: Store | None = None) -> SinkRunner:
+        runner = SinkRunner(sink, of or store)
         runners.append(runner)
         await runner.start()
         return runner
 
-    yield start
+    yield make
     for runner in runners:
         await runner.stop()
 
 
-async def raise_alerts(kit: Any, store: Store, *names: str) -> None:
-    for second, name in enumerate(names):
-        alert = Alert(name, "pump", "m", "r", "bearing", Severity.WARNING, "text", kit.at(second))
-        order = WorkOrder(f"order-{name}", name, "pump", "s", "c", (), 2, kit.at(second))
-        await store.commit(Step("pump", kit.batch(), b"", alerts=(alert,), orders=(order,)))
+async def put(kit, store: Store, number: int, state: AlertState = AlertState.OPEN) -> None:
+    """Commit an alert, and its order when it is raised."""
+    raised_ns = kit.at(number)
+    alert = Alert(f"a{number}", "pump", "m", "r", "wear", Severity.WARNING, "worn", raised_ns, state, raised_ns)
+    order = WorkOrder(f"o{number}", alert.id, "pump", "noise", "wear", ("look",), 2, raised_ns)
+    orders = (order,) if state is AlertState.OPEN else ()
+    await store.commit(Step("pump", kit.batch(kit.reading(number)), b"", alerts=(alert,), orders=orders))
 
 
-def both(*names: str) -> list[str]:
-    return [record for name in names for record in (name, f"order-{name}")]
+def remove(folder: Path, pattern: str) -> None:
+    for path in folder.glob(pattern):
+        path.unlink()
 
 
-async def test_records_come_in_order_and_new_ones_at_once(kit, store, begin) -> None:
-    door = Door()
-    runner = await begin(door)
-    await raise_alerts(kit, store, "a", "b")
-    await kit.until(lambda: len(door.taken) == 4, "the first records")
-    await raise_alerts(kit, store, "c")
-    await kit.until(lambda: len(door.taken) == 6, "the record that came later")
-    assert door.taken == both("a", "b", "c")
-    assert runner.status()["delivered"] == 6
+async def known(runner: SinkRunner, store: Store) -> None:
+    """A sink is told what comes after its first look at the store; let it take that look."""
+    await store.sink_cursor(runner.status()["name"])
 
 
-@pytest.mark.parametrize("error", [SinkError("not now"), ValueError("a bug")])
-async def test_a_refused_record_is_offered_again_before_any_other(kit, store, begin, error) -> None:
-    door = Door("door", error, error, error)
-    runner = await begin(door)
-    await raise_alerts(kit, store, "a", "b")
-    await kit.until(lambda: len(door.taken) == 4, "all records")
-    assert door.taken == both("a", "b")
-    assert (runner.status()["failures"], runner.status()["error"]) == (3, "")
+async def test_records_come_in_order_as_they_are_committed(kit, store: Store, start) -> None:
+    box = Box()
+    runner = await start(box)
+    await known(runner, store)
+    await put(kit, store, 1)
+    await put(kit, store, 2)
+    await store.ack_alert("a1", "kim", kit.at(3))
+    await put(kit, store, 1, AlertState.CLEARED)
+    await kit.until(lambda: len(box.got) == 6, "all records")
+    assert box.got == ["a1 open", "o1 open", "a2 open", "o2 open", "a1 acked", "a1 cleared"]
+    assert runner.status() == {
+        "name": "box",
+        "delivered": 6,
+        "failures": 0,
+        "given_up": 0,
+        "error": "",
+        "hint": "",
+    }
 
 
-async def test_a_sink_that_is_stuck_holds_up_itself_alone(kit, store, begin) -> None:
-    stuck, free = Door("stuck"), Door("free")
-    stuck.shut = True
-    blocked = await begin(stuck)
-    await begin(free)
-    await raise_alerts(kit, store, "a", "b")
-    await kit.until(lambda: len(free.taken) == 4, "the other sink's records")
-    await kit.until(lambda: blocked.status()["failures"] > 1, "another try")
-    status = blocked.status()
-    assert (stuck.taken, status["error"], status["hint"]) == ([], "the door is shut", "open it")
-    stuck.shut = False
-    await kit.until(lambda: len(stuck.taken) == 4, "what waited")
+async def test_refused_record_holds_its_place_and_nobody_else(kit, store: Store, start) -> None:
+    stuck, free = Box("stuck", *[SinkError("closed", hint="open it")] * 3, ValueError("odd")), Box("free")
+    runners = [await start(stuck), await start(free)]
+    for runner in runners:
+        await known(runner, store)
+    for number in range(1, 4):
+        await put(kit, store, number)
+    wanted = [text for number in range(1, 4) for text in (f"a{number} open", f"o{number} open")]
+    await kit.until(lambda: free.got == wanted, "the free sink's records")
+    await kit.until(lambda: stuck.got == wanted, "the stuck sink's records")
+    assert stuck.offers == len(wanted) + 4
+    assert runners[0].status()["failures"] == 4
+    assert runners[0].status()["error"] == ""
 
 
-async def test_a_restart_goes_on_where_the_sink_stood(kit, store, begin) -> None:
-    door = Door("door")
-    first = await begin(door)
-    await raise_alerts(kit, store, "a")
-    await kit.until(lambda: len(door.taken) == 2, "the first records")
-    door.shut = True
-    await raise_alerts(kit, store, "b")
-    await kit.until(lambda: first.status()["failures"], "a failure")
-    await first.stop()
-    assert door.closed == 1
-    again = Door("door")
-    await begin(again)
-    await kit.until(lambda: len(again.taken) == 2, "the rest")
-    assert again.taken == both("b")
+async def test_error_and_remedy_are_shown_while_it_refuses(kit, store: Store, start) -> None:
+    box = Box("box", *[SinkError("closed", hint="open it")] * 10_000)
+    runner = await start(box)
+    await known(runner, store)
+    await put(kit, store, 1)
+    await kit.until(lambda: box.offers > 2, "the tries")
+    assert (runner.status()["error"], runner.status()["hint"]) == ("closed", "open it")
+    assert not box.got
 
 
-async def test_what_a_sink_gives_up_is_shown(kit, store, begin) -> None:
-    sink = Careless()
-    runner = await begin(sink)
-    await raise_alerts(kit, store, "a", "bad", "b")
-    await kit.until(lambda: len(sink.taken) == 5, "the good records")
-    assert runner.status()["given_up"] == 1
-    assert (await begin(Door("other"))).status()["given_up"] == 0
+async def test_sink_that_hangs_blocks_nobody_and_can_be_stopped(kit, store: Store, start) -> None:
+    hanging, free = Box("hanging", asyncio.Event().wait), Box("free")
+    runner, other = await start(hanging), await start(free)
+    await known(runner, store)
+    await known(other, store)
+    await put(kit, store, 1)
+    await kit.until(lambda: len(free.got) == 2, "the free sink's records")
+    async with asyncio.timeout(5):
+        await runner.stop()
+    assert hanging.closed == 1
+    assert not hanging.got
+
+
+async def test_restart_goes_on_behind_what_was_delivered(kit, tmp_path: Path, start) -> None:
+    path = tmp_path / "kept.db"
+    async with kit.opened(path) as store:
+        await store.sink_cursor("box")
+        for number in range(1, 4):
+            await put(kit, store, number)
+        first = Box("box", None, None, None, *[SinkError("gone")] * 10_000)
+        runner = await start(first, store)
+        await kit.until(lambda: first.offers > 4, "the fourth record's refusal")
+        await runner.stop()
+        assert first.got == ["a1 open", "o1 open", "a2 open"]
+    async with kit.opened(path) as store:
+        second = Box()
+        runner = await start(second, store)
+        await kit.until(lambda: len(second.got) == 3, "the rest")
+        await put(kit, store, 4)
+        await kit.until(lambda: len(second.got) == 5, "what is new")
+        await runner.stop()
+    assert second.got == ["o2 open", "a3 open", "o3 open", "a4 open", "o4 open"]
+
+
+async def test_new_sink_is_not_told_the_past(kit, tmp_path: Path, start) -> None:
+    path = tmp_path / "old.db"
+    async with kit.opened(path) as store:
+        await put(kit, store, 1)
+    async with kit.opened(path) as store:
+        box = Box()
+        runner = await start(box, store)
+        await known(runner, store)
+        await put(kit, store, 2)
+        await kit.until(lambda: len(box.got) == 2, "the new records")
+        await runner.stop()
+    assert box.got == ["a2 open", "o2 open"]
+
+
+async def test_positions_of_a_file_set_aside_do_not_count_in_the_new_one(
+    kit, tmp_path: Path, store: Store, start
+) -> None:
+    """The file is replaced while a record of it is being delivered; all of the new file must be told."""
+    gate = asyncio.Event()
+    box = Box("box", gate.wait)
+    runner = await start(box)
+    await known(runner, store)
+    for number in range(1, 6):
+        await put(kit, store, number)
+    await kit.until(lambda: box.offers, "the first delivery")
+    epoch, number = store.epoch, 6
+    remove(tmp_path, "store.db*")
+    while store.epoch == epoch:
+        await put(kit, store, number)
+        number += 1
+        assert number < 2000, "the store does not notice that its file is gone"
+    for later in range(number, number + 8):
+        await put(kit, store, later)
+    gate.set()
+    await kit.until(lambda: f"o{number + 7} open" in box.got, "the newest record")
+    stored = [f"{record.id} {record.state}" for _, record in await store.records_after(0, 10_000)]
+    assert box.got == ["a1 open", *stored]
+
+
+async def test_sink_with_dead_letters_shows_their_number(kit, store: Store, start) -> None:
+    class GivingUp(Box):
+        given_up = 0
+
+        async def deliver(self, record: Alert | WorkOrder) -> None:
+            self.given_up += 1
+
+    runner = await start(GivingUp())
+    await known(runner, store)
+    await put(kit, store, 1)
+    await kit.until(lambda: runner.status()["given_up"] == 2, "both records")
+
+
+async def test_close_that_fails_does_not_hold_the_stop(store: Store, start) -> None:
+    class Broken(Box):
+        async def close(self) -> None:
+            raise RuntimeError("odd")
+
+    runner = await start(Broken())
+    await runner.stop()
+
+
+async def test_records_are_what_was_committed(kit, store: Store, start) -> None:
+    records: list[Alert | WorkOrder] = []
+
+    class Keeper(Box):
+        async def deliver(self, record: Alert | WorkOrder) -> None:
+            records.append(record)
+
+    runner = await start(Keeper())
+    await known(runner, store)
+    await put(kit, store, 1)
+    await kit.until(lambda: len(records) == 2, "both records")
+    assert [msgspec.to_builtins(record) for record in records] == [
+        msgspec.to_builtins(await store.alert("a1")),
+        msgspec.to_builtins(await store.order("o1")),
+    ]
