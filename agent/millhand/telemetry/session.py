@@ -136,6 +136,7 @@ class Session:
         if not (await asyncio.wait({stopped}, timeout=CLOSE_DEADLINE_S))[0]:
             self._sever()  # the peer takes nothing any more; paho's thread would wait for it
         await stopped
+        self._release()
         self._close("closed by us")
 
     def _sever(self) -> None:
@@ -143,6 +144,12 @@ class Session:
         if connection is not None:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+
+    def _release(self) -> None:
+        """Break the circle between paho's client and us: it closes its wake-up sockets only when it is freed."""
+        client = self._client
+        client.on_connect = client.on_disconnect = client.on_message = None
+        client.on_publish = client.on_subscribe = client.on_unsubscribe = None
 
     async def _answer(self, mid: int | None) -> None:
         """Wait for the broker's answer to packet `mid`; None is one that could not be sent."""
