@@ -158,6 +158,8 @@ class Database:
         self._unsaved.add(key)
         if gap:
             self._connection.execute("INSERT INTO gaps VALUES (?, ?, ?, ?, ?, ?)", (*key, first, last, gap.reason))
+        if delivery.unread is not None:
+            self._connection.execute("INSERT INTO unread VALUES (?, ?, ?, ?, ?)", (*key, first, delivery.unread))
         self._store_bulk(key[0], delivery)
         self._store_alerts(key[0], delivery)
 

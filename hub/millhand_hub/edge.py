@@ -13,6 +13,7 @@ from millhand.telemetry.definitions import (
     BDSEQ,
     EPOCH,
     GAP,
+    MORE,
     NODE,
     ORDER,
     PREDICTION,
@@ -100,6 +101,8 @@ class Delivery:
     alert: Record | None = None
     order: Record | None = None
     gap: GapRow | None = None
+    unread: bytes | None = None
+    """The whole payload, where the hub could not read it: a newer node may say what this hub does not know."""
 
 
 Event = Birth | Death | Delivery
@@ -107,6 +110,14 @@ Event = Birth | Death | Delivery
 
 class NeedsBirth(TelemetryError):
     """Data came that the last birth does not explain: the node is asked for a new one."""
+
+
+class Unreadable(TelemetryError):
+    """A row of ours with an identity, but not with a content that this hub can read."""
+
+    def __init__(self, message: str, row: Delivery) -> None:
+        super().__init__(message, retriable=False)
+        self.row = row
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +142,8 @@ class EdgeNode:
         self._bdseq: int | None = None
         self._seq = -1
         self._aliases: dict[int, _Name] = {}
+        self._unfinished: Delivery | None = None
+        """A row that comes in several messages, and is not whole yet."""
 
     def birth(self, message: Message) -> Birth | None:
         """NBIRTH: forget the last one. None for a foreign node."""
@@ -141,7 +154,7 @@ class EdgeNode:
         self._online = self._in_step = True
         self._epoch, self._bdseq = epoch, bdseq
         self._seq = message.seq or 0
-        self._aliases = {}
+        self._aliases, self._unfinished = {}, None
         self._learn(NODE, message)
         named = {stream: message.named(acknowledgement(stream)) for stream in STREAMS}
         base: dict[str, int] = {s: value for s, value in named.items() if isinstance(value, int) and value <= LARGEST}
@@ -161,8 +174,11 @@ class EdgeNode:
         self._online = False
         return Death(self.group, self.node)
 
-    def data(self, device: str, message: Message) -> Delivery:
-        """NDATA or DDATA: one outbox row. Raises TelemetryError where it holds no row of ours."""
+    def data(self, device: str, message: Message) -> Delivery | None:
+        """NDATA or DDATA: one outbox row; None while more of its messages follow.
+
+        Raises TelemetryError where it holds no row of ours, Unreadable where it holds one that cannot be read.
+        """
         self._follow(message)
         named = [(self._resolve(metric), metric) for metric in message.metrics]
         marks = [(IDENTITIES[name.name], metric.value) for name, metric in named if name.name in IDENTITIES]
@@ -171,10 +187,20 @@ class EdgeNode:
         stream, seq = marks[0]
         if not isinstance(seq, int) or not 0 < seq <= LARGEST:
             raise TelemetryError(f"data of {self.group}/{self.node}/{device}: its seq is {seq}", retriable=False)
-        delivery = Delivery(self.group, self.node, self._epoch, stream, seq)
-        for name, metric in named:
-            _sort_in(delivery, name, metric)
-        return delivery
+        delivery = self._unfinished or Delivery(self.group, self.node, self._epoch, stream, seq)
+        if (delivery.stream, delivery.seq) != (stream, seq):
+            self._in_step = False
+            raise NeedsBirth(f"row {seq} of '{stream}' came within row {delivery.seq} of '{delivery.stream}'")
+        follows = any(name.name == MORE and metric.value for name, metric in named)
+        self._unfinished = delivery if follows else None
+        try:
+            for name, metric in named:
+                _sort_in(delivery, name, metric)
+        except TelemetryError as error:
+            self._unfinished = None
+            row = Delivery(self.group, self.node, self._epoch, stream, seq)
+            raise Unreadable(error.message, row) from error
+        return None if follows else delivery
 
     def _follow(self, message: Message) -> None:
         """seq rises by one over all messages of the node (tck-id-payloads-sequence-num-incrementing)."""
@@ -201,7 +227,7 @@ class EdgeNode:
 
 
 def _sort_in(delivery: Delivery, name: _Name, metric: Metric) -> None:
-    if name.name in IDENTITIES:
+    if name.name in IDENTITIES or name.name == MORE:
         return
     if name.name.startswith(PREDICTION):
         _add_prediction(delivery, name, metric)

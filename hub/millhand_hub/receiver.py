@@ -16,7 +16,7 @@ from millhand.telemetry.payloads import Metric, Type, decode, encode
 from millhand.telemetry.session import Arrival, Session, Will
 from millhand.telemetry.topics import NAMESPACE, Topic, parse, state_topic
 from millhand_hub.database import Acknowledgement, Database
-from millhand_hub.edge import EdgeNode, Event, NeedsBirth
+from millhand_hub.edge import EdgeNode, Event, NeedsBirth, Unreadable
 from millhand_hub.settings import HubSettings
 
 log = logging.getLogger("millhand.hub")
@@ -77,7 +77,7 @@ class Receiver:
         self._asked_s.clear()
         self._born_ms = _now_ms()
         will = Will(self._state_topic, state(False, self._born_ms), retain=True)
-        session = Session(settings.broker, settings.link(), f"hub/{settings.host_id}", will, self._wake.set)
+        session = Session(settings.broker, settings, f"hub/{settings.host_id}", will, self._wake.set)
         await session.connect()
         try:
             await session.subscribe([f"{NAMESPACE}/{settings.group}/#", self._state_topic])
@@ -155,6 +155,11 @@ class Receiver:
                     return node.data(topic.device, message)
         except NeedsBirth as error:
             self._ask_rebirth(session, key, error.message)
+        except Unreadable as error:
+            self.refused += 1
+            log.warning("a row on %s is kept unread: %s", topic, error.message)
+            error.row.unread = payload
+            return error.row
         return None
 
     def _hear_state(self, session: Session, arrival: Arrival) -> None:
@@ -212,7 +217,7 @@ def _now_ms() -> int:
 
 def run(settings: HubSettings) -> None:
     """Run the hub until it is told to stop. Raises ConfigError and StoreError where it cannot begin."""
-    settings.link().secret()
+    settings.secret()
 
     async def serve() -> None:
         await Receiver(settings).run()

@@ -90,3 +90,12 @@ CREATE TABLE IF NOT EXISTS gaps (
   last INTEGER NOT NULL,
   reason TEXT NOT NULL
 );
+
+-- Rows that came and that this hub could not read, as they came: nothing is thrown away.
+CREATE TABLE IF NOT EXISTS unread (
+  node_id INTEGER NOT NULL,
+  epoch TEXT NOT NULL,
+  stream TEXT NOT NULL,
+  seq INTEGER NOT NULL,
+  payload BLOB NOT NULL
+);

@@ -7,56 +7,45 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from millhand.logs import LogSettings
-from millhand.telemetry.settings import TelemetrySettings
-from millhand.validation import StrictTable, read_toml, validate
+from millhand.telemetry.settings import LinkSettings, check_topic_level, check_url
+from millhand.validation import read_toml, validate
 
 PREFIX = "MILLHAND_HUB__"
 
 
-class HubSettings(StrictTable):
+class HubSettings(LinkSettings):
     broker: str = "mqtt://127.0.0.1:1883"
     """Where nodes publish: `mqtt://host:port` or `mqtts://host:port`."""
-    protocol: str = Field(default="3.1.1", pattern=r"^(3\.1\.1|5)$")
-    """MQTT version."""
     host_id: str = "millhand-hub"
     """The Sparkplug host id: nodes find the hub's state at `spBv1.0/STATE/<id>`."""
     group: str = "+"
     """The group to receive; `+` for all."""
     data_dir: Path = Path("/var/lib/millhand-hub")
     """Where the database lives."""
-    username: str = ""
-    password_env: str = ""
-    """Environment variable that holds the password."""
-    password_file: Path | None = None
-    """File that holds the password (its first line)."""
-    ca_file: Path | None = None
-    cert_file: Path | None = None
-    key_file: Path | None = None
     commit_ms: int = Field(default=50, ge=1, le=10_000)
     """Rows are committed, and then acknowledged, at least so often."""
     keep_days: int = Field(default=0, ge=0)
     """Readings and predictions older than this are deleted; 0 keeps all. Alerts and orders are kept."""
     log: LogSettings = LogSettings()
 
+    @field_validator("broker")
+    @classmethod
+    def _broker_is_a_url(cls, value: str) -> str:
+        return check_url(value)
+
     @field_validator("host_id", "group")
     @classmethod
-    def _topic_safe(cls, value: str) -> str:
-        if value != "+" and any(character in value for character in "/+# "):
-            raise ValueError("must not hold '/', '+', '#' or a space (it becomes part of an MQTT topic)")
-        return value
+    def _topic_safe(cls, value: str, info: ValidationInfo) -> str:
+        if not value:
+            raise ValueError("must not be empty (it becomes part of an MQTT topic)")
+        return value if value == "+" and info.field_name == "group" else check_topic_level(value)
 
     @property
     def database_path(self) -> Path:
         return self.data_dir / "hub.db"
-
-    def link(self) -> TelemetrySettings:
-        """The same, as the settings of an MQTT session."""
-        keys = ("username", "password_env", "password_file", "ca_file", "cert_file", "key_file", "protocol")
-        shared = {key: getattr(self, key) for key in keys}
-        return TelemetrySettings.model_validate({"enabled": True, "brokers": (self.broker,), **shared})
 
 
 def load_settings(path: Path | None = None, environment: Mapping[str, str] | None = None) -> HubSettings:
@@ -64,5 +53,5 @@ def load_settings(path: Path | None = None, environment: Mapping[str, str] | Non
     data: dict[str, Any] = read_toml(path) if path is not None else {}
     for name, text in sorted((os.environ if environment is None else environment).items()):
         if name.startswith(PREFIX):
-            data[name.removeprefix(PREFIX).lower()] = int(text) if text.isdecimal() else text
+            data[name.removeprefix(PREFIX).lower()] = text
     return validate(HubSettings, data, f"hub config '{path}'" if path else "hub config")

@@ -24,6 +24,7 @@ CONFIG = """\
 server_name: "millhand"
 host: "127.0.0.1"
 port: -1
+max_payload: 8MB
 jetstream {{ store_dir: "{folder}/jetstream" }}
 mqtt {{ host: "{host}", port: {port} }}
 """

@@ -23,6 +23,8 @@ NODE = ""
 REBIRTH = "Node Control/Rebirth"
 BDSEQ = "bdSeq"
 EPOCH = "Identity/epoch"
+MORE = "Identity/more"
+"""How many messages of the same row still follow."""
 ACK_EPOCH = "Hub/epoch"
 VERSION = "Properties/millhand version"
 ALERT, ORDER, GAP = "Alert", "Order", "Gap"
@@ -103,6 +105,7 @@ class Definitions:
             metrics = self._devices[device] = {}
             for stream in STREAMS:
                 metrics[identity(stream)] = self._define(Type.INT64, Point(identity(stream), None, "1", 0))
+            metrics[MORE] = self._define(Type.INT64, Point(MORE, None, "1", 0))
             for name in (GAP,) if device == NODE else (ALERT, ORDER):
                 metrics[name] = self._define(Type.STRING, Point(name, None, "", 0))
         return self._devices[device]
@@ -129,6 +132,16 @@ class Definitions:
             Metric(name, as_type(d.value, d.type), d.type, d.time_ms or now_ms, d.alias, d.unit)
             for name, d in self._device(device).items()
         ]
+
+
+def readable(row: Row) -> Row:
+    """The row, or a gap in its place where its body is damaged: one bad row must not hold up its stream."""
+    try:
+        row.record()
+    except (msgspec.MsgspecError, KeyError):
+        gap = Gap(row.stream, row.seq, row.seq, "unreadable")
+        return msgspec.structs.replace(row, asset="", kind="gap", body=msgspec.msgpack.encode(gap))
+    return row
 
 
 def points_of(row: Row) -> Iterator[Point]:

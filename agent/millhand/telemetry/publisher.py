@@ -29,6 +29,8 @@ from millhand.telemetry.voice import Voice
 log = logging.getLogger("millhand.telemetry")
 
 ROWS_AT_ONCE = 200
+BYTES_AT_ONCE = 4 * 1024 * 1024
+"""About so much of the outbox is in memory at a time."""
 REBIRTH_PAUSE_S = 1.0
 GOODBYE_DEADLINE_S = 2.0
 
@@ -70,6 +72,7 @@ class Publisher:
         self._flight = Flight(settings.in_flight_rows, settings.ack_timeout_s)
         self._hosts = Hosts()
         self._session: Session | None = None
+        self._row_bytes = 1
         self._wake = asyncio.Event()
         self._rebirth_asked = False
         self._last_birth_s = 0.0
@@ -247,7 +250,8 @@ class Publisher:
             room = self._flight.room(stream)
             if room <= 0:
                 continue
-            rows = await self._store.pending(stream, self._flight.sent[stream], min(room, ROWS_AT_ONCE))
+            page = max(1, min(room, ROWS_AT_ONCE, BYTES_AT_ONCE // self._row_bytes))
+            rows = await self._store.pending(stream, self._flight.sent[stream], page)
             if any(row.epoch != self._flight.epoch for row in rows):
                 return True  # another file: its rows need a birth first
             if rows:
@@ -256,6 +260,7 @@ class Publisher:
         return False
 
     async def _send(self, session: Session, stream: Stream, rows: list[Row]) -> None:
+        self._row_bytes = max(len(row.body) for row in rows)
         for row in rows:
             info = self._voice.say(session, row, historical=self._flight.is_historical(row))
             self._flight.send(stream, row.seq)

@@ -19,7 +19,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from millhand.errors import ConfigError, TelemetryError
-from millhand.telemetry.settings import SCHEMES, TelemetrySettings
+from millhand.telemetry.settings import SCHEMES, LinkSettings
 
 CLOSE_DEADLINE_S = 3.0
 ECHO_TOPIC = "millhand/echo"
@@ -51,9 +51,7 @@ class Session:
     is gone.
     """
 
-    def __init__(
-        self, url: str, settings: TelemetrySettings, client_id: str, will: Will, wake: Callable[[], None]
-    ) -> None:
+    def __init__(self, url: str, settings: LinkSettings, client_id: str, will: Will, wake: Callable[[], None]) -> None:
         """Raises ConfigError where the password or a certificate cannot be read."""
         parts = urlsplit(url)
         self.url = url
@@ -255,14 +253,14 @@ class Session:
         self._wake()
 
 
-def _tls(settings: TelemetrySettings) -> ssl.SSLContext:
+def _tls(settings: LinkSettings) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=settings.ca_file)
         if settings.cert_file is not None and settings.key_file is not None:
             context.load_cert_chain(settings.cert_file, settings.key_file)
     except OSError as error:
         raise ConfigError(
-            f"[telemetry] ca_file, cert_file or key_file cannot be used: {error}",
-            hint="give PEM files that the agent's user can read",
+            f"ca_file, cert_file or key_file cannot be used: {error}",
+            hint="give PEM files that the service's user can read",
         ) from error
     return context

@@ -13,6 +13,7 @@ from millhand.telemetry.definitions import (
     ACK_EPOCH,
     BDSEQ,
     EPOCH,
+    MORE,
     NODE,
     REBIRTH,
     VERSION,
@@ -22,10 +23,14 @@ from millhand.telemetry.definitions import (
     device_of,
     identity,
     points_of,
+    readable,
 )
 from millhand.telemetry.payloads import Metric, Type, encode
 from millhand.telemetry.session import Session, Will
 from millhand.telemetry.topics import Topic
+
+MESSAGE_BYTES_CAP = 512 * 1024
+"""A row that would make a larger message travels in several: brokers refuse large ones (nats-server above 1 MiB)."""
 
 
 class Voice:
@@ -110,13 +115,19 @@ class Voice:
 
     def say(self, session: Session, row: Row, *, historical: bool) -> MQTTMessageInfo:
         """One row: NDATA or DDATA, after a DBIRTH where the device is not born or a metric is new or wider."""
+        row = readable(row)
         device, points = device_of(row), list(points_of(row))
         changed = [self._definitions.take(device, point) for point in points]
         if device != NODE and (any(changed) or device not in self._born):
             self._give_device_birth(session, device)
-        metrics = [self._definitions.data(device, point, historical) for point in points]
-        payload = encode(metrics, time_ms=_now_ms(), seq=self._next_seq())
-        return session.publish(self.topic("NDATA" if device == NODE else "DDATA", device), payload)
+        mark, *metrics = [self._definitions.data(device, point, historical) for point in points]
+        # A metric is smaller than its reading in the body, and JSON less than twice as large as a record in it.
+        parts = _split(metrics) if len(row.body) > MESSAGE_BYTES_CAP // 2 else [metrics]
+        for left in reversed(range(len(parts))):
+            more = [self._definitions.data(device, Point(MORE, left, "1", mark.time_ms), historical)] if left else []
+            payload = encode([mark, *more, *parts[-1 - left]], time_ms=_now_ms(), seq=self._next_seq())
+            info = session.publish(self.topic("NDATA" if device == NODE else "DDATA", device), payload)
+        return info
 
     def _give_device_birth(self, session: Session, device: str) -> None:
         now_ms = _now_ms()
@@ -130,6 +141,14 @@ class Voice:
         """One count for node and devices, 255 -> 0 (tck-id-payloads-sequence-num-incrementing)."""
         self._seq = (self._seq + 1) % 256
         return self._seq
+
+
+def _split(metrics: list[Metric]) -> list[list[Metric]]:
+    """Halves, until each makes a message of at most MESSAGE_BYTES_CAP."""
+    if len(metrics) < 2 or len(encode(metrics, time_ms=0, seq=0)) <= MESSAGE_BYTES_CAP:
+        return [metrics]
+    middle = len(metrics) // 2
+    return [*_split(metrics[:middle]), *_split(metrics[middle:])]
 
 
 def _now_ms() -> int:
