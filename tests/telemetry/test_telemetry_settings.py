@@ -17,6 +17,7 @@ BROKER = {"enabled": True, "brokers": ("mqtt://broker:1883",)}
         ({"enabled": True}, "brokers is empty"),
         ({"enabled": True, "brokers": ["http://broker"]}, "mqtt://host"),
         ({"enabled": True, "brokers": ["mqtt://"]}, "mqtt://host"),
+        ({"enabled": True, "brokers": ["mqtt://broker:99999"]}, "[Pp]ort"),
         ({"enabled": True, "brokers": ["mqtt://me:secret@broker"]}, "user name or a password"),
         ({**BROKER, "delivery": "session"}, "primary_host"),
         ({**BROKER, "delivery": "sesion"}, "delivery"),
