@@ -204,19 +204,6 @@ async def test_a_live_asset_waits_once_for_a_silent_model_and_then_only_knocks(k
     assert pipeline.last_error is None
 
 
-async def test_tensors_of_different_shapes_cost_their_windows_alone(kit, store) -> None:
-    class Uneven:
-        name = "uneven"
-
-        def extract(self, window: Any) -> FeatureSet:
-            return FeatureSet({"input": np.zeros((1, 1 + int(window.end_ns == kit.at(1))), np.float32)})
-
-    pipeline = make(kit, store, Model(), extractor=Uneven())
-    await pipeline.step(kit.batch(*(kit.reading(second) for second in range(3))))
-    assert pipeline.counters.predictions_failed == 2
-    assert len(await stored_values(store)) == 3
-
-
 async def test_an_extractor_that_raises_is_counted_and_the_asset_goes_on(kit, store) -> None:
     pipeline = make(kit, store, Model(), extractor=BrokenExtractor())
     for batch in life(kit, [0.1, 0.2, 0.3]):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from millhand import metrics
 from millhand.errors import ConfigError, DeadlineError, MillhandError, ModelError, PluginError, StoreError, suggestion
 from millhand.pipeline.features import FeatureSet
 from millhand.pipeline.judgement import Answer, judge
@@ -86,6 +88,9 @@ class Latency(NamedTuple):
     """Monotonic time of its commit."""
     latency_ms: float
     """From the arrival of the window's closing reading to the commit."""
+
+
+Judgeable = tuple[Window, FeatureSet]
 
 
 @dataclass(slots=True)
@@ -223,6 +228,8 @@ class AssetPipeline:
         now_ns = time.monotonic_ns()
         latency_ms = now_ns / 1e6 - arrived * 1e3
         self.latencies.extend(Latency(found.window_end_ns, now_ns, latency_ms) for found in predictions)
+        if predictions:
+            metrics.LATENCY.observe(latency_ms / 1e3, len(predictions), asset=self.asset)
 
     def _dump(self) -> bytes:
         states = {name: ModelState(j.windows.dump(), j.rules.dump()) for name, j in self._judges.items()}
@@ -234,9 +241,7 @@ class AssetPipeline:
         features = [(window, self._extract(judge_, window)) for window in windows]
         ready = [(window, found) for window, found in features if found is not None]
         predictions: list[Prediction] = []
-        size = judge_.manifest.max_batch
-        for first in range(0, len(ready), size):
-            part = ready[first : first + size]
+        for part in _requests(ready, judge_.manifest.max_batch):
             answer = await self._ask(judge_, [found for _, found in part], live)
             if answer is None:
                 self.counters.predictions_failed += len(part)
@@ -344,6 +349,14 @@ class AssetPipeline:
     def window_counters(self) -> dict[str, dict[str, int]]:
         """What each model's windows left out."""
         return {name: msgspec.to_builtins(judge_.windows.counters) for name, judge_ in self._judges.items()}
+
+
+def _requests(ready: Sequence[Judgeable], size: int) -> Iterator[Sequence[Judgeable]]:
+    """Windows that can be asked together: neighbours of one shape, `size` at most. A growing history changes shape."""
+    for _, same in itertools.groupby(ready, key=lambda one: {key: np.shape(t) for key, t in one[1].tensors.items()}):
+        alike = list(same)
+        for first in range(0, len(alike), size):
+            yield alike[first : first + size]
 
 
 def _window_spec(manifest: Manifest) -> Any:

@@ -145,7 +145,9 @@ def _overridden(asset: str, manifest: Manifest, overrides: Mapping[str, RuleOver
 
 
 def _check(rule: RuleSpec, spec: OutputSpec, source: str) -> None:
-    known = [FAULT, *spec.labels] if spec.task == "classification" else [spec.value]
+    known = [spec.value]
+    if spec.task == "classification":
+        known = [*([FAULT] if spec.healthy in spec.labels else []), *spec.labels]
     if rule.value not in known:
         raise ConfigError(
             f"{source}: value = '{rule.value}' is not among the model's outputs{suggestion(rule.value, known)}",

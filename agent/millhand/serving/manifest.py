@@ -35,19 +35,31 @@ class TensorSpec(StrictTable):
 class WindowSpec(StrictTable):
     by: Literal["count", "time"] = "count"
     """count: `length` steps (one step = one source time); time: `length` seconds of source time."""
-    length: float = Field(gt=0)
-    step: float = Field(gt=0)
+    length: float = Field(gt=0, allow_inf_nan=False)
+    step: float = Field(gt=0, allow_inf_nan=False)
     """A window ends every `step` steps or seconds."""
     min_length: float = Field(default=0, ge=0)
     """The shortest history that is answered; 0 means `length`."""
     max_gap_s: float = Field(default=float("inf"), gt=0)
     """A hole in source time longer than this empties the window: the past before it does not count."""
-    lateness_s: float = Field(default=0.0, ge=0)
+    lateness_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """How long a step is kept open for late readings before it counts."""
     signals: tuple[str, ...] = ()
     """Scalars that the extractor needs; a step without one of them carries NaN there."""
     waveforms: tuple[str, ...] = ()
     """Waveforms that the extractor needs; without a fresh one no window is judged."""
+
+    @model_validator(mode="after")
+    def _windows_can_end(self) -> WindowSpec:
+        if self.min_length > self.length:
+            raise ValueError(f"min_length = {self.min_length:g} must not exceed length = {self.length:g}")
+        if self.by == "count":
+            for name in ("length", "step", "min_length"):
+                if getattr(self, name) % 1:
+                    raise ValueError(f"{name} = {getattr(self, name):g} must be a whole number of steps (by = 'count')")
+        if not self.signals and not self.waveforms:
+            raise ValueError("name at least one of signals and waveforms")
+        return self
 
 
 class FeatureSpec(StrictTable):
@@ -74,6 +86,14 @@ class OutputSpec(StrictTable):
     low: float = float("-inf")
     high: float = float("inf")
     """regression: the value is clipped to low..high."""
+
+    @model_validator(mode="after")
+    def _readable(self) -> OutputSpec:
+        if self.task == "classification" and len(set(self.labels)) != max(len(self.labels), 1):
+            raise ValueError("a classification needs labels, each once, in the output's order")
+        if not self.low < self.high:
+            raise ValueError(f"low = {self.low:g} must lie below high = {self.high:g}")
+        return self
 
 
 class RuleSpec(StrictTable):
