@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,37 @@ async def test_growing_history_is_asked_shape_by_shape(kit, store: Store) -> Non
     await pipeline.step(kit.batch(*(kit.reading(second, 0.1) for second in range(7)), cursor=1))
     assert shapes == [(1, 1, 1), (1, 1, 2), (2, 1, 3), (2, 1, 3), (1, 1, 3)]
     assert len(await store.predictions("pump")) == 7
+
+
+async def test_full_speed_is_no_burden(kit, store: Store) -> None:
+    """24 signals, 50 rows a batch, a window of 256 steps at every row, through a real store: far above 20,000 a second.
+
+    The state that each step rewrites is a copy of the window and little more.
+    """
+
+    class Extractor:
+        name = "none"
+
+        def extract(self, window: Any) -> FeatureSet:
+            return FeatureSet({"input": np.zeros((1, 1), np.float32)})
+
+    names = [f"s{number}" for number in range(24)]
+    window = {"length": 256, "step": 1, "min_length": 1, "signals": names}
+    pipeline = pipeline_of(kit, store, newest_as_fault, Extractor(), window=window)
+    batches = [
+        kit.batch(*(kit.reading(50 * number + row, 1.0, name) for row in range(50) for name in names), cursor=number)
+        for number in range(30)
+    ]
+    fastest_s = float("inf")
+    for batch in batches:
+        started_s = time.perf_counter()
+        await pipeline.step(batch)
+        fastest_s = min(fastest_s, time.perf_counter() - started_s)
+    assert pipeline.counters.predictions == 1500
+    assert 24 * 50 / fastest_s > 20_000
+    _, state = await store.resume("pump")
+    assert state is not None
+    assert len(state) < 256 * (24 + 1) * 8 + 2048
 
 
 # ---- a real worker --------------------------------------------------------------------------------------------------
