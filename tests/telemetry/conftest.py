@@ -98,7 +98,8 @@ class Mosquitto:
 
     name = "mosquitto"
 
-    def __init__(self, folder: Path, *, users: dict[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, *, users: dict[str, str] | None = None, tls: Path | None = None) -> None:
+        """tls: folder with ca.pem, server.pem and server.key; clients must show a certificate of that CA then."""
         folder.mkdir(parents=True, exist_ok=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -116,6 +117,10 @@ class Mosquitto:
             lines += ["allow_anonymous false", f"password_file {passwords}"]
         else:
             lines += ["allow_anonymous true"]
+        if tls is not None:
+            self.url = f"mqtts://localhost:{self.port}"
+            lines += [f"cafile {tls}/ca.pem", f"certfile {tls}/server.pem", f"keyfile {tls}/server.key"]
+            lines += ["require_certificate true"]
         self._config.write_text("\n".join(lines) + "\n")
         self.process: subprocess.Popen[bytes] | None = None
 
