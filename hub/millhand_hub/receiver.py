@@ -22,7 +22,7 @@ from millhand_hub.settings import HubSettings
 log = logging.getLogger("millhand.hub")
 
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 0.5, 30.0
-REBIRTH_PAUSE_S = 2.0
+REBIRTH_PAUSE_FIRST_S, REBIRTH_PAUSE_LAST_S = 2.0, 60.0
 PRUNE_EVERY_S = 60.0
 IDLE_S = 1.0
 MESSAGES_AT_ONCE = 2000
@@ -39,7 +39,8 @@ class Receiver:
         self._born_ms = 0
         self._database = Database(settings.database_path)
         self._nodes: dict[tuple[str, str], EdgeNode] = {}
-        self._asked_s: dict[tuple[str, str], float] = {}
+        self._asked: dict[tuple[str, str], tuple[float, int]] = {}
+        """When a node was asked for a birth, and how often since its last one."""
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
         self._pruned_s = -PRUNE_EVERY_S
@@ -74,7 +75,7 @@ class Receiver:
         settings = self._settings
         known = await asyncio.to_thread(self._database.forget_online)
         self._nodes.clear()
-        self._asked_s.clear()
+        self._asked.clear()
         self._born_ms = _now_ms()
         will = Will(self._state_topic, state(False, self._born_ms), retain=True)
         session = Session(settings.broker, settings, f"hub/{settings.host_id}", will, self._wake.set)
@@ -144,6 +145,8 @@ class Receiver:
         try:
             match topic.kind:
                 case "NBIRTH":
+                    if key in self._asked:
+                        self._asked[key] = (self._asked[key][0], 1)
                     return node.birth(message)
                 case "NDEATH":
                     return node.death(message)
@@ -171,9 +174,11 @@ class Receiver:
             session.publish(self._state_topic, state(True, self._born_ms), qos=1, retain=True)
 
     def _ask_rebirth(self, session: Session, key: tuple[str, str], why: str) -> None:
-        if time.monotonic() - self._asked_s.get(key, -REBIRTH_PAUSE_S) < REBIRTH_PAUSE_S:
+        """A node that does not answer is asked ever more rarely: it may be another vendor's."""
+        at_s, times = self._asked.get(key, (float("-inf"), 0))
+        if time.monotonic() - at_s < min(REBIRTH_PAUSE_FIRST_S * 2 ** (times - 1), REBIRTH_PAUSE_LAST_S):
             return
-        self._asked_s[key] = time.monotonic()
+        self._asked[key] = (time.monotonic(), min(times + 1, 10))
         log.info("asking %s/%s for a birth: %s", *key, why)
         self._command(session, key, [Metric(REBIRTH, True, Type.BOOLEAN, _now_ms())])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from contextlib import closing
 
 from millhand.store.rows import Gap, Row
@@ -78,3 +79,42 @@ async def test_the_hub_keeps_what_it_cannot_read(kit, mosquitto_broker, hub, lis
     assert found[0].message.named(ACK_EPOCH) == "e"
     assert center.query("SELECT stream, seq, payload FROM unread") == [("alert", 1, row)]
     assert "kept unread" in center.log()
+
+
+async def test_status_tells_age_and_rates(kit, nats_broker, listen, tmp_path):
+    """The oldest row's age grows until it is acknowledged; the rates count what went and what was acknowledged."""
+    listener = listen(nats_broker.url)
+    async with kit.opened(tmp_path / "s.db") as store, kit.publishing(store, nats_broker.url) as publisher:
+        assert (await publisher.status())["oldest_unsent_s"] == 0
+        for index in range(20):
+            await store.commit(kit.step(index))
+
+        async def waits():
+            status = await publisher.status()
+            return status["oldest_unsent_s"] >= 0.1 and status["sent_rows_per_s"] == 2.0
+
+        await kit.until(waits, "an age of 0.1 s, and 20 rows in the last ten seconds")
+        assert (await publisher.status())["acked_rows_per_s"] == 0
+        listener.acknowledge(store.epoch, bulk=20)
+
+        async def acked():
+            status = await publisher.status()
+            return status["acked_rows_per_s"] == 2.0 and status["oldest_unsent_s"] == 0
+
+        await kit.until(acked, "the acknowledgement")
+
+
+async def test_a_node_that_does_not_answer_is_asked_ever_more_rarely(kit, mosquitto_broker, hub, listen):
+    """tck-id-operational-behavior-data-commands-ncmd-rebirth-*: another vendor's node must not be drummed at."""
+    hub(mosquitto_broker.url)
+    listener = listen(mosquitto_broker.url)
+    data = encode([Metric("", 1, Type.INT64, 1, 1)], time_ms=1, seq=9)
+    begin_s = time.monotonic()
+
+    def asked():
+        listener.publish("spBv1.0/other/DDATA/plc/line", data)
+        return len(listener.of("NCMD")) == 3
+
+    await kit.until(asked, "three requests")
+    assert time.monotonic() - begin_s > 5.5, "2 s, then 4 s"
+    assert all(one.message.named("Node Control/Rebirth") is True for one in listener.of("NCMD"))

@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping
 
 from millhand.store.rows import STREAMS, Row, Stream
 
 ACK_TIMEOUT_GROWTH_CAP = 16
+RATE_SPAN_S = 10.0
+
+
+class Rate:
+    """Rows a second over the last RATE_SPAN_S."""
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[float, int]] = deque()
+
+    def add(self, rows: int) -> None:
+        self._forget()
+        self._recent.append((time.monotonic(), rows))
+
+    @property
+    def rows_per_s(self) -> float:
+        self._forget()
+        return sum(rows for _, rows in self._recent) / RATE_SPAN_S
+
+    def _forget(self) -> None:
+        oldest_s = time.monotonic() - RATE_SPAN_S
+        while self._recent and self._recent[0][0] < oldest_s:
+            self._recent.popleft()
 
 
 class Flight:

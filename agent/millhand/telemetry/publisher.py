@@ -11,6 +11,7 @@ import asyncio
 import logging
 import random
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from millhand.errors import MillhandError, TelemetryError
 from millhand.store.changes import Changes
 from millhand.store.rows import STREAMS, MetricSpec, Row, Stream
 from millhand.telemetry.definitions import ACK_EPOCH, REBIRTH, acknowledgement
-from millhand.telemetry.flight import Flight
+from millhand.telemetry.flight import Flight, Rate
 from millhand.telemetry.hosts import Hosts
 from millhand.telemetry.payloads import decode
 from millhand.telemetry.session import Arrival, Session
@@ -70,6 +71,7 @@ class Publisher:
         self._store = store
         self._voice = Voice(group, node)
         self._flight = Flight(settings.in_flight_rows, settings.ack_timeout_s)
+        self._sent_rate, self._acked_rate = Rate(), Rate()
         self._hosts = Hosts()
         self._session: Session | None = None
         self._row_bytes = 1
@@ -98,7 +100,7 @@ class Publisher:
         self._wake.set()
 
     async def status(self) -> dict[str, Any]:
-        """Connection, queue and acknowledgements."""
+        """Connection, queue and acknowledgements; rates are those of the last ten seconds."""
         last = {stream: await self._store.last(stream) for stream in STREAMS}
         acked = {stream: await self._store.acked(stream) for stream in STREAMS}
         return {
@@ -106,12 +108,21 @@ class Publisher:
             "broker": self._session.url if self._session else ", ".join(self._settings.brokers),
             "delivery": self._settings.delivery,
             "queued_rows": sum(last[stream] - acked[stream] for stream in STREAMS),
+            "oldest_unsent_s": await self._oldest_unsent_s(acked),
+            "sent_rows_per_s": round(self._sent_rate.rows_per_s, 1),
+            "acked_rows_per_s": round(self._acked_rate.rows_per_s, 1),
             "last": last,
             "acked": acked,
             **self._counts,
             "error": self._error.message if self._error else "",
             "hint": self._error.hint if self._error else "",
         }
+
+    async def _oldest_unsent_s(self, acked: Mapping[Stream, int]) -> float:
+        """Age of the oldest row that is not acknowledged, by the node's clock; 0 when there is none."""
+        rows = [row for stream in STREAMS for row in await self._store.pending(stream, acked[stream], 1)]
+        born_ns = min((row.created_ns for row in rows), default=time.time_ns())
+        return round(max(0, time.time_ns() - born_ns) / 1e9, 1)
 
     # ---- sessions ---------------------------------------------------------------------------------------------------
 
@@ -265,10 +276,12 @@ class Publisher:
             info = self._voice.say(session, row, historical=self._flight.is_historical(row))
             self._flight.send(stream, row.seq)
         self._counts["sent"] += len(rows)
+        self._sent_rate.add(len(rows))
         if self._settings.delivery == "session":
             await session.confirmed()
             await self._store.acknowledge(stream, rows[-1].seq, self._flight.epoch)
             self._flight.acknowledge(stream, rows[-1].seq)
+            self._acked_rate.add(len(rows))
         else:
             await session.written(info)  # no more in paho's queue than a page
 
@@ -310,6 +323,8 @@ class Publisher:
             upto = message.named(acknowledgement(stream))
             if isinstance(upto, int) and upto > self._flight.acked[stream]:
                 await self._store.acknowledge(stream, upto, self._flight.epoch)
-                self._flight.acknowledge(stream, await self._store.acked(stream))
+                before, now = self._flight.acked[stream], await self._store.acked(stream)
+                self._flight.acknowledge(stream, now)
+                self._acked_rate.add(now - before)
                 self._counts["acknowledgements"] += 1
                 self._error = None
