@@ -198,6 +198,20 @@ def test_a_clock_that_is_set_back_begins_the_window_anew(kit) -> None:
     assert builder.counters.clock_resets == 1
 
 
+def test_steps_before_a_break_in_the_same_batch_are_judged(kit) -> None:
+    """A file read in large batches gives the windows that it gives in small ones."""
+    seconds = [100, 101, 102, 103, 10, 11, 12, 13]
+    later = [kit.clock(second, synced=False, boot_id="two") for second in range(5)]
+    readings = [kit.reading(second) for second in seconds] + [kit.reading(0, clock=clock) for clock in later]
+    for lateness_s in (0, 2):
+        spec = kit.spec(lateness_s=lateness_s)
+        at_once = WindowBuilder("pump", spec).add(kit.batch(*readings))
+        one_by_one = WindowBuilder("pump", spec)
+        singly = [window for one in readings for window in one_by_one.add(kit.batch(one))]
+        assert [kit.plain(window) for window in at_once] == [kit.plain(window) for window in singly]
+        assert [window.end_ns for window in at_once[:4]] == [kit.at(second) for second in (102, 103, 12, 13)]
+
+
 def test_a_clock_that_slips_back_a_little_is_late_not_reset(kit) -> None:
     builder = WindowBuilder("pump", kit.spec(length=2))
     found = kit.windows_of(builder, [kit.batch(kit.reading(second, second)) for second in [100, 101, 99, 102]])
