@@ -5,6 +5,7 @@ Counted from outside: what the store holds against what the hub's database holds
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -46,6 +47,14 @@ async def drain(kit, publisher, deadline_s=40):
     await kit.until(drained, "the end of the queue", deadline_s)
 
 
+async def connected(kit, publisher, sessions=1):
+    async def counted():
+        status = await publisher.status()
+        return status["connected"] and status["sessions"] >= sessions
+
+    await kit.until(counted, f"session {sessions}")
+
+
 async def feed(kit, store, first, last):
     for index in range(first, last):
         await store.commit(
@@ -64,6 +73,7 @@ async def test_the_broker_is_killed_in_mid_stream(kit, nats_broker, hub, tmp_pat
         kit.publishing(store, nats_broker.url, ack_timeout_s=2) as publisher,
     ):
         for turn in range(3):
+            await connected(kit, publisher, turn + 1)
             await feed(kit, store, turn * 200, turn * 200 + 100)
             nats_broker.kill()
             await feed(kit, store, turn * 200 + 100, turn * 200 + 200)
@@ -203,11 +213,7 @@ async def test_a_wrong_password_is_told(kit, tmp_path):
                 assert "refused" in error and broker.url in error
                 assert "password" in (await publisher.status())["hint"]
             async with kit.publishing(store, broker.url, username="node", password="right") as publisher:
-
-                async def connected():
-                    return (await publisher.status())["connected"]
-
-                await kit.until(connected, "the connection")
+                await connected(kit, publisher)
 
 
 async def test_a_broker_that_is_away(kit, nats_broker, tmp_path):
@@ -226,10 +232,7 @@ async def test_a_broker_that_is_away(kit, nats_broker, tmp_path):
         assert (await publisher.status())["queued_rows"] == 1
         nats_broker.start()
 
-        async def connected():
-            return (await publisher.status())["connected"]
-
-        await kit.until(connected, "the connection")
+        await connected(kit, publisher)
         # 0.02 + 0.04 + ... + 0.3 s: few attempts, each with a bdSeq of its own
         assert await store.next_bdseq() < 40
 
@@ -243,21 +246,12 @@ async def test_no_thread_and_no_socket_is_left_behind(kit, nats_broker, tmp_path
         threads, files = names(), open_files()
         async with kit.publishing(store, nats_broker.url) as publisher:
             for turn in range(10):
-
-                async def connected(turn=turn):
-                    status = await publisher.status()
-                    return status["connected"] and status["sessions"] > turn
-
-                await kit.until(connected, "the connection")
+                await connected(kit, publisher, turn + 1)
                 nats_broker.kill()
                 nats_broker.start()
         for _ in range(10):
             async with kit.publishing(store, nats_broker.url) as publisher:
-
-                async def connected():
-                    return (await publisher.status())["connected"]
-
-                await kit.until(connected, "the connection")
+                await connected(kit, publisher)
         assert names() - threads == Counter()
         assert open_files() <= files + 3  # one session's may still be held by the error that `status` tells
 
@@ -275,11 +269,7 @@ async def test_a_broker_that_hangs_does_not_hold_the_node(kit, mosquitto_broker,
     """A stopped process keeps its sockets open: the node still ends, within its deadlines."""
     async with kit.opened(tmp_path / "s.db") as store:
         async with kit.publishing(store, mosquitto_broker.url) as publisher:
-
-            async def connected():
-                return (await publisher.status())["connected"]
-
-            await kit.until(connected, "the connection")
+            await connected(kit, publisher)
             mosquitto_broker.process.send_signal(signal.SIGSTOP)
             await feed(kit, store, 0, 40)
             begin_s = time.monotonic()
@@ -332,8 +322,8 @@ async def test_throughput(kit, nats_broker, hub, tmp_path, record_property, caps
     center = hub(nats_broker.url)
     extra = tuple(kit.reading(f"m{number}", 1.5 * number) for number in range(7))
     async with kit.opened(tmp_path / "s.db") as store:
-        for index in range(3000):
-            await store.commit(kit.step(index, extra=extra))
+        for first in range(0, 3000, 100):
+            await asyncio.gather(*(store.commit(kit.step(first + more, extra=extra)) for more in range(100)))
         begin_s = time.monotonic()
         async with kit.publishing(store, nats_broker.url) as publisher:
             await drain(kit, publisher, 90)
