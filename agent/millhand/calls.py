@@ -186,7 +186,7 @@ class Calls:
 def _next_step(assets: list[dict[str, Any]], open_alerts: int, telemetry: bool) -> str:
     if not assets:
         return "add an [[assets]] table to the configuration; 'millhand plugin list' shows adapters"
-    if any(asset["state"] in ("waiting", "failing") for asset in assets):
+    if any(asset["error"] for asset in assets):
         return "millhand check"
     if open_alerts:
         return "millhand alert list"

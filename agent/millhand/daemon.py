@@ -33,6 +33,7 @@ from millhand.serving.http import HttpProcess
 from millhand.serving.pool import ModelPool
 from millhand.serving.repository import Repository
 from millhand.store import Step, Store
+from millhand.store.database import Loss
 from millhand.systemd import notify, notify_reloading, watchdog_interval_s
 
 if TYPE_CHECKING:
@@ -232,10 +233,9 @@ class Daemon:
             await asyncio.sleep(every_s)
 
     async def _tell_set_aside(self) -> None:
-        """Raise an alert for each store file that was set aside as damaged: its readings need a person."""
-        for path in self.store.set_aside[self._set_aside_told :]:
-            log.error("the store's file was damaged and is set aside as %s", path)
-            await self.store.commit(Step("agent", Batch(), b"", alerts=(store_alert(path),)))
+        """Raise an alert for each store file that had to be given up: its readings need a person."""
+        for loss in self.store.losses[self._set_aside_told :]:
+            await self.store.commit(Step("agent", Batch(), b"", alerts=(store_alert(loss),)))
             self._set_aside_told += 1
 
     async def _retry_plugins(self) -> None:
@@ -247,20 +247,21 @@ class Daemon:
             delay_s = min(delay_s * 2, PLUGIN_RETRY_LAST_S)
 
 
-def store_alert(path: Path) -> Alert:
-    """The alert that names a store file which was set aside."""
+def store_alert(loss: Loss) -> Alert:
+    """The alert that names a store file which was given up, and why."""
     now_ns = time.time_ns()
+    fate = f"it is set aside as {loss.path}" if loss.path else "nothing is left of it"
     return Alert(
-        id=str(uuid.uuid5(uuid.NAMESPACE_URL, path.name)),
+        id=str(uuid.uuid4()),
         asset="agent",
         model="",
         rule="store",
         kind="store_set_aside",
         severity=Severity.WARNING,
-        message=f"The store's file was damaged and is set aside as {path}; a new one was begun.",
+        message=f"The store's file is not used any more ({loss.reason}): {fate}; a new one was begun.",
         raised_ns=now_ns,
         changed_ns=now_ns,
-        evidence={"file": str(path)},
+        evidence={"file": str(loss.path or ""), "reason": loss.reason},
     )
 
 

@@ -165,8 +165,10 @@ def _daemon(config: Config) -> Iterator[Finding]:
         return
     yield Finding("daemon", "ok", f"runs since {state['uptime_s']:.0f} s, process {state['pid']}")
     for asset in state["assets"]:
-        if asset["state"] in ("waiting", "failing"):
-            yield Finding(f"asset {asset['asset']}", "error", str(asset.get("error")), str(asset.get("hint", "")))
+        if asset["error"]:
+            # A machine that is switched off is no fault of the node.
+            level: Level = "warning" if asset["state"] == "silent" else "error"
+            yield Finding(f"asset {asset['asset']}", level, asset["error"], asset["hint"])
     for model in state["models"]:
         if model["state"] == "failed":
             yield Finding(f"model {model['name']}", "error", str(model.get("reason")), "millhand model show")

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 from millhand.errors import StoreError
 from millhand.store.clock import StoreClock
@@ -45,6 +46,13 @@ PRAGMAS = (
 )
 
 
+class Loss(NamedTuple):
+    """A file that had to be given up: why, and where it lies now (None where nothing was left of it)."""
+
+    reason: str
+    path: Path | None
+
+
 class Database:
     """One SQLite file, opened by one thread through one connection.
 
@@ -61,7 +69,8 @@ class Database:
         self.restored = False
         self.alert_last_at_open = 0
         """Newest seq of the alert stream when this file was opened or begun."""
-        self.set_aside: list[Path] = []
+        self.losses: list[Loss] = []
+        """Files that were given up since this object was made, oldest first."""
         self._settings = settings
         self._connection: sqlite3.Connection | None = None
         self._marker = path.with_name(path.name + ".instance")
@@ -69,6 +78,11 @@ class Database:
         self._inodes: dict[Path, int] = {}
         self._floor_bytes = 0
         self.clock = StoreClock(0)
+
+    @property
+    def set_aside(self) -> list[Path]:
+        """The files among the losses that are still there to be looked at."""
+        return [loss.path for loss in self.losses if loss.path is not None]
 
     @property
     def is_open(self) -> bool:
@@ -115,7 +129,7 @@ class Database:
             with contextlib.suppress(sqlite3.Error):
                 self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         # First rename, then close: closing deletes `<name>-wal`, and it must not be the new file's.
-        self._move_aside()
+        self.losses.append(Loss(reason, self._move_aside()))
         self._disconnect()
         try:
             self._open()
@@ -284,7 +298,8 @@ class Database:
 
     # ---- setting aside ----------------------------------------------------------------------------------------------
 
-    def _move_aside(self) -> None:
+    def _move_aside(self) -> Path | None:
+        """Rename the file with its companions; returns its new place, None where there was no file."""
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         target = self.path.with_name(f"{self.path.name}.corrupt-{stamp}")
         count = 1
@@ -295,9 +310,8 @@ class Database:
             with contextlib.suppress(FileNotFoundError):
                 self.path.with_name(self.path.name + suffix).rename(target.with_name(target.name + suffix))
         _sync_folder(self.path.parent)
-        if target.exists():
-            self.set_aside.append(target)
         self._prune_set_aside()
+        return target if target.exists() else None
 
     def _prune_set_aside(self) -> None:
         kept = [

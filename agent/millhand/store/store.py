@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from millhand.records import Alert, Prediction, Reading, Waveform, WorkOrder
 from millhand.store.changes import Changes
+from millhand.store.database import Loss
 from millhand.store.history import Place
 from millhand.store.rollups import MINUTE_NS, Rollup
 from millhand.store.rows import MetricSpec, Row, Step, Stream
@@ -55,7 +56,12 @@ class Store:
     @property
     def set_aside(self) -> list[Path]:
         """Files that were set aside as damaged or replaced since `open`, oldest first."""
-        return list(self._thread.database.set_aside)
+        return self._thread.database.set_aside
+
+    @property
+    def losses(self) -> list[Loss]:
+        """Every file that was given up since `open`, also one of which nothing was left."""
+        return list(self._thread.database.losses)
 
     # ---- steps ------------------------------------------------------------------------------------------------------
 
