@@ -12,7 +12,7 @@ import msgspec
 
 from millhand import __version__
 from millhand.errors import InputError
-from millhand.metrics import render
+from millhand.metrics import DAEMON
 from millhand.records import Alert, AlertState, WorkOrder
 from millhand.store.rows import STREAMS, Bulk, Gap, Row
 from millhand.store.store import END_NS
@@ -83,7 +83,8 @@ class Calls:
         return {"needs_restart": await self._daemon.reload()}
 
     async def metrics(self) -> str:
-        return render()
+        await self._daemon.metrics.refresh()
+        return DAEMON.render()
 
     async def asset_list(self) -> list[dict[str, Any]]:
         return self._daemon.fleet.statuses()

@@ -25,7 +25,7 @@ from millhand.errors import ConfigError, MillhandError
 from millhand.fleet import Fleet
 from millhand.hardware import Hardware, discover
 from millhand.logs import configure_logs
-from millhand.metrics import export_gauges
+from millhand.node_metrics import NodeMetrics
 from millhand.profiles import Match, load_profiles, match, profile_named
 from millhand.records import Alert, Batch, Severity
 from millhand.registry import Registry
@@ -64,6 +64,7 @@ class Daemon:
         self.pool: ModelPool
         self.publisher: Publisher | None = None
         self.fleet: Fleet
+        self.metrics: NodeMetrics
         self.healthy_at = time.monotonic()
         self._control: ControlServer
         self._http: HttpProcess | None = None
@@ -91,6 +92,7 @@ class Daemon:
         await self._start_publisher()
         self.fleet = Fleet(config, self.registry, self.store, self.pool, self.publisher)
         await self.fleet.start()
+        self.metrics = NodeMetrics(self)
         calls = Calls(self)
         self._control = ControlServer(config.node.control_path, calls.handlers())
         await self._control.start()
@@ -123,6 +125,8 @@ class Daemon:
                     await stage.stop()
                 except Exception:
                     log.exception("stopping %s failed", name)
+        if hasattr(self, "metrics"):
+            self.metrics.close()
         if hasattr(self, "store"):
             await self.store.close()
 
@@ -221,8 +225,7 @@ class Daemon:
         while True:
             try:
                 async with asyncio.timeout(SELF_CHECK_DEADLINE_S):
-                    status = await self.store.status()
-                    export_gauges(self, status)
+                    await self.store.status()
                     await self._tell_set_aside()
                 self.healthy_at = time.monotonic()
                 notify("WATCHDOG=1")

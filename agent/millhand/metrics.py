@@ -1,14 +1,14 @@
 """What a node measures of itself, in Prometheus' text format; docs/metrics.md lists every family.
 
-A family is made once, at the foot of this module, and set where the fact is known. Names carry units; the prefix is
-`millhand_`, except where a name that dashboards already know means the same (Triton's `nv_inference_*`). Why not
-prometheus_client: docs/decisions/0004-own-metrics-writer.md.
+A family is made once: at the foot of this module where it is set as things happen, in millhand.node_metrics where it
+is taken from what the parts count. Names carry units; the prefix is `millhand_`, except where a name that dashboards
+already know means the same (Triton's `nv_inference_*`). Why not prometheus_client:
+docs/decisions/0004-own-metrics-writer.md.
 """
 
 from __future__ import annotations
 
 import bisect
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +34,7 @@ class Family:
     def samples(self) -> Iterable[str]:
         """The sample lines."""
         for key, value in sorted(self._values.items()):
-            yield f"{self.name}{_labels(self.labels, key)} {_number(value)}"
+            yield f"{self.name}{_labels(self.labels, key)} {number(value)}"
 
     def _key(self, labels: Mapping[str, Any]) -> tuple[str, ...]:
         if set(labels) != set(self.labels):
@@ -90,8 +90,8 @@ class Histogram(Family):
             below = 0
             for bound, count in zip((*self.bounds, float("inf")), counts, strict=True):
                 below += count
-                yield f"{self.name}_bucket{_labels((*self.labels, 'le'), (*key, _number(bound)))} {below}"
-            yield f"{self.name}_sum{_labels(self.labels, key)} {_number(total[0])}"
+                yield f"{self.name}_bucket{_labels((*self.labels, 'le'), (*key, number(bound)))} {below}"
+            yield f"{self.name}_sum{_labels(self.labels, key)} {number(total[0])}"
             yield f"{self.name}_count{_labels(self.labels, key)} {below}"
 
 
@@ -141,26 +141,18 @@ def _escape(text: str, quotes: bool) -> str:
     return text.replace('"', '\\"') if quotes else text
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """A value as the format writes it."""
     if value == float("inf"):
         return "+Inf"
     return repr(value) if isinstance(value, float) and not value.is_integer() else str(int(value))
 
 
-# ---- the daemon's families ------------------------------------------------------------------------------------------
+# ---- families that are set as it happens -----------------------------------------------------------------------------
 
 DAEMON = Registry()
 _MODEL = ("model", "version")
 
-START_TIME = Gauge(DAEMON, "millhand_start_time_seconds", "When the daemon started, Unix time.")
-MEMORY = Gauge(DAEMON, "millhand_process_resident_memory_bytes", "Resident memory.", ["process"])
-ASSETS = Gauge(DAEMON, "millhand_assets", "Assets by what their runner does.", ["state"])
-PLUGINS = Gauge(DAEMON, "millhand_plugins", "Plugins by state.", ["state"])
-STORE_BYTES = Gauge(DAEMON, "millhand_store_file_bytes", "Size of the store's file.")
-STORE_UNSENT = Gauge(DAEMON, "millhand_store_unsent_rows", "Rows that the hub has not acknowledged.", ["stream"])
-STORE_DROPPED = Counter(
-    DAEMON, "millhand_store_dropped_rows_total", "Rows dropped before the hub had them.", ["stream", "reason"]
-)
 MODEL_READY = Gauge(DAEMON, "millhand_model_ready", "1 while the version answers.", _MODEL)
 WORKER_RESTARTS = Counter(DAEMON, "millhand_worker_restarts_total", "Restarts after a death or a hang.", ["worker"])
 SUCCESS = Counter(DAEMON, "nv_inference_request_success", "Requests answered with a result.", _MODEL)
@@ -176,51 +168,10 @@ EXPIRED = Counter(DAEMON, "millhand_inference_expired_total", "Requests dropped 
 BATCH_ROWS = Histogram(
     DAEMON, "millhand_inference_batch_rows", "Rows of the batches run.", _MODEL, bounds=(1, 2, 4, 8, 16, 32, 64, 128)
 )
-
-
-def render() -> str:
-    """The daemon's metrics."""
-    return DAEMON.render()
-
-
-def export_gauges(daemon: Any, store: Mapping[str, Any]) -> None:
-    """Set what the daemon and its store's status say; called after each self-check."""
-    START_TIME.set(time.time() - (time.monotonic() - daemon.started_monotonic))
-    _count_by(ASSETS, (str(status["state"]) for status in daemon.fleet.statuses()))
-    _count_by(PLUGINS, (plugin.state for plugin in daemon.registry.plugins.values()))
-    STORE_BYTES.set(store["file_bytes"])
-    for stream, state in store["streams"].items():
-        STORE_UNSENT.set(state["unsent"], stream=stream)
-        for reason, count in state["dropped"].items():
-            STORE_DROPPED.set_total(count, stream=stream, reason=reason)
-    _export_memory()
-
-
-def _count_by(gauge: Gauge, states: Iterable[str]) -> None:
-    counts: dict[str, int] = {}
-    for state in states:
-        counts[state] = counts.get(state, 0) + 1
-    gauge.clear()
-    for state, count in counts.items():
-        gauge.set(count, state=state)
-
-
-def _export_memory() -> None:
-    import psutil
-
-    daemon = psutil.Process()
-    MEMORY.clear()
-    MEMORY.set(daemon.memory_info().rss, process="daemon")
-    for child in daemon.children():
-        try:
-            MEMORY.set(child.memory_info().rss, process=_process_name(child.cmdline(), child.pid))
-        except psutil.NoSuchProcess:
-            continue
-
-
-def _process_name(command: Sequence[str], pid: int) -> str:
-    for word in command:
-        if word.startswith("millhand.serving."):
-            name = word.removeprefix("millhand.serving.")
-            return name if name == "http" else f"{name}-{pid}"
-    return f"child-{pid}"
+LATENCY = Histogram(
+    DAEMON,
+    "millhand_prediction_latency_seconds",
+    "From the arrival of a window's closing reading to its committed prediction.",
+    ["asset"],
+    bounds=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
+)

@@ -20,7 +20,7 @@ from millhand.serving.settings import HttpSettings
 
 
 async def render():
-    return metrics.render()
+    return metrics.DAEMON.render()
 
 
 @pytest.fixture

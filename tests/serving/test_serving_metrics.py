@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from millhand import metrics
+from millhand import node_metrics
 from millhand.metrics import Counter, Gauge, Histogram, Registry
 from millhand.serving.app import HTTP
 
@@ -16,7 +16,7 @@ PAGE = Path(__file__).parents[2] / "docs/metrics.md"
 
 def test_the_page_lists_every_family_with_type_and_help():
     listed = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*) \|$", PAGE.read_text(), re.M)
-    assert listed == metrics.DAEMON.catalogue() + HTTP.catalogue()
+    assert listed == node_metrics.DAEMON.catalogue() + HTTP.catalogue()
 
 
 def test_values_labels_and_escapes():

@@ -37,6 +37,7 @@ class Engine:
         self._database = database
         self._settings = settings
         self._counts = {"commits": 0, "steps": 0, "repeated_predictions": 0, "files_begun_anew": 0}
+        self._last_commit_s: float | None = None
         self._last_error = ""
         self._unfolded_pages = 0
         self._written_bytes = 0
@@ -69,6 +70,7 @@ class Engine:
 
     def _write(self, steps: Sequence[EncodedStep]) -> None:
         self._counts["repeated_predictions"] += self._writer.write(steps)
+        self._last_commit_s = time.monotonic()
         self._counts["commits"] += 1
         self._counts["steps"] += len(steps)
         self._unseen_steps += len(steps)
@@ -160,6 +162,7 @@ class Engine:
             "free_disk_bytes": self._retention.free_disk_bytes,
             "streams": self._writer.status(),
             "seconds_until_full": self._seconds_until_full(live),
+            "last_commit_age_s": None if self._last_commit_s is None else time.monotonic() - self._last_commit_s,
             "set_aside": [str(path) for path in database.set_aside],
             "restored_copy": database.restored,
             "last_error": self._last_error,
