@@ -238,6 +238,7 @@ def test_an_unsynced_source_runs_on_the_monotonic_clock_of_one_boot(kit) -> None
     boots = [unsynced(50, "one"), unsynced(51, "one"), unsynced(52, "two"), unsynced(53, "two")]
     found = kit.windows_of(builder, boots)
     assert [values(window) for window in found] == [[50, 51], [52, 53]]
+    assert [window.end_ns for window in found] == [kit.at(-50e6 + 1), kit.at(-52e6 + 1)], "dated once a boot"
     assert (builder.counters.gaps, builder.counters.clock_resets) == (1, 0)
     synced = [kit.batch(kit.reading(second, float(second))) for second in (54, 55)]
     assert [values(window) for window in kit.windows_of(builder, synced)] == [[54, 55]]

@@ -9,8 +9,9 @@ Rules, which docs/pipeline.md states for people:
 - Source time that goes back by more than CLOCK_RESET_S beyond the lateness is a reset of the asset's clock: the steps
   before it are judged, then the window begins anew. A hole longer than `max_gap_s` does the same, by time also one
   longer than `length`.
-- An unsynced source is placed on the node's monotonic clock of one boot; a new boot, and a source that becomes synced
-  or unsynced, begin the window anew. The wall clock is never used.
+- An unsynced source is placed on the node's monotonic clock of one boot, counted from the wall clock's time at its
+  first reading; a new boot, and a source that becomes synced or unsynced, begin the window anew. After that first
+  reading the wall clock is never used.
 - BAD and STALE values, text, non-finite numbers and those outside the asset's limits are NaN.
 - With waveforms, a window is due once for each complete fresh set of GOOD snapshots and ends with the newest of them.
   A snapshot that is not newer than the last one used is old. Those of a set that is not complete yet are part of the
@@ -81,6 +82,7 @@ class Snapshot(msgspec.Struct, array_like=True):
     last_end_ns: int | None
     state: str
     timeline: str
+    zero_ns: int
     fresh: dict[str, tuple[int, Waveform]]
     used_ns: dict[str, int]
     counters: WindowCounters
@@ -115,6 +117,8 @@ class WindowBuilder:
         self._last_end_ns: int | None = None
         self._state = AssetState.UNKNOWN
         self._timeline = ""
+        self._zero_ns = 0
+        """What the wall clock said at the zero of an unsynced timeline, when that timeline began."""
         self._fresh: dict[str, tuple[int, Waveform]] = {}
         self._used_ns: dict[str, int] = {}
         self._ready: list[Window] = []
@@ -181,7 +185,9 @@ class WindowBuilder:
                 self.counters.gaps += 1
                 self._begin_anew()
             self._timeline = timeline
-        return clock.source_ns if clock.synced else clock.monotonic_ns
+            # Only here, once: so that people read a date, and no later jump of the wall clock moves a window.
+            self._zero_ns = clock.receive_ns - clock.monotonic_ns
+        return clock.source_ns if clock.synced else clock.monotonic_ns + self._zero_ns
 
     def _value_of(self, reading: Reading) -> float:
         value = reading.value
@@ -303,6 +309,7 @@ class WindowBuilder:
             last_end_ns=self._last_end_ns,
             state=self._state.value,
             timeline=self._timeline,
+            zero_ns=self._zero_ns,
             fresh=self._fresh,
             used_ns=self._used_ns,
             counters=self.counters,
@@ -322,6 +329,7 @@ class WindowBuilder:
         self._last_end_ns = snapshot.last_end_ns
         self._state = AssetState(snapshot.state)
         self._timeline = snapshot.timeline
+        self._zero_ns = snapshot.zero_ns
         self._fresh = snapshot.fresh
         self._used_ns = snapshot.used_ns
         self.counters = snapshot.counters
