@@ -24,6 +24,7 @@ from millhand.control import ControlServer
 from millhand.errors import ConfigError, MillhandError
 from millhand.fleet import Fleet
 from millhand.hardware import Hardware, discover
+from millhand.hardware.visible import VARIABLE, visible_devices
 from millhand.logs import configure_logs
 from millhand.node_metrics import NodeMetrics
 from millhand.profiles import Match, load_profiles, match, profile_named
@@ -207,9 +208,10 @@ class Daemon:
         if self.config.node.profiles_dir is not None:
             folders.append(self.config.node.profiles_dir)
         profiles = load_profiles(folders)
+        visible = visible_devices(self.hardware, os.environ.get(VARIABLE))
         if self.config.node.profile != "auto":
-            return profile_named(profiles, self.config.node.profile, self.hardware)
-        return match(profiles, self.hardware)
+            return profile_named(profiles, self.config.node.profile, self.hardware, visible)
+        return match(profiles, self.hardware, visible)
 
     def _model_folders(self) -> list[Path]:
         return [Path(folder) for _, folder in self.registry.collect("millhand_models")]

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from millhand.errors import ConfigError, suggestion
 from millhand.hardware.facts import Accelerator, Hardware, MigInstance, Problem
 from millhand.hardware.gpus import slice_bytes
+from millhand.hardware.visible import device_names
 from millhand.hardware_rules import MatchRules, judge, ready
 from millhand.serving.settings import WorkerDefaults
 from millhand.validation import StrictTable, read_toml, validate
@@ -203,8 +204,11 @@ def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def match(profiles: Sequence[Profile], hardware: Hardware) -> Match:
-    """Take the matching profile of the highest priority. Raises ConfigError where none matches, or two tie."""
+def match(profiles: Sequence[Profile], hardware: Hardware, visible: Sequence[str] | None = None) -> Match:
+    """Take the matching profile of the highest priority. Raises ConfigError where none matches, or two tie.
+
+    The whole node is matched; `visible` (see `millhand.hardware.visible`) then narrows its workers, None leaves all.
+    """
     judged = [(profile, judge(profile.match, hardware)) for profile in profiles]
     fits = [(profile, verdict.held) for profile, verdict in judged if not verdict.failed]
     if not fits:
@@ -224,21 +228,23 @@ def match(profiles: Sequence[Profile], hardware: Hardware) -> Match:
             why.append(f"not {profile.name}: {verdict.failed}")
     if len(fits) > 1:
         why.append(f"not {fits[1][0].name}: it matches too, but {best.name} has the higher priority")
-    return _fit(best, hardware, why)
+    return _fit(best, hardware, why, visible)
 
 
-def profile_named(profiles: Sequence[Profile], name: str, hardware: Hardware | None = None) -> Match:
+def profile_named(
+    profiles: Sequence[Profile], name: str, hardware: Hardware | None = None, visible: Sequence[str] | None = None
+) -> Match:
     """Take the profile that the owner named. Raises ConfigError with a suggestion."""
     for profile in profiles:
         if profile.name == name:
-            return _fit(profile, hardware or Hardware(), [f"{name}: named by the configuration"])
+            return _fit(profile, hardware or Hardware(), [f"{name}: named by the configuration"], visible)
     raise ConfigError(
         f"profile '{name}' is not known{suggestion(name, [profile.name for profile in profiles])}",
         hint="millhand profile list",
     )
 
 
-def _fit(profile: Profile, hardware: Hardware, reasons: list[str]) -> Match:
+def _fit(profile: Profile, hardware: Hardware, reasons: list[str], visible: Sequence[str] | None) -> Match:
     """Fill in what only the node knows: accelerators, the interpreter, near CPUs, NVLink."""
     plain = {name: getattr(profile.worker, name) for name in WorkerDefaults.model_fields}
     plain["interpreter"] = _interpreter(profile, hardware, reasons)
@@ -247,17 +253,20 @@ def _fit(profile: Profile, hardware: Hardware, reasons: list[str]) -> Match:
     workers = []
     if profile.worker.isolation == "accelerator":
         for gpu in ready(hardware):
-            parts = [part.uuid for part in gpu.mig] if gpu.mig_enabled else [gpu.uuid or str(gpu.index)]
-            if gpu.mig_enabled and not all(parts):
+            parts = [name for name in device_names(gpu) if visible is None or name in visible]
+            if not all(part.uuid for part in gpu.mig):
                 reasons.append(f"GPU {gpu.index}: the UUIDs of its MIG slices are not known, so no worker can use them")
             cpus = _near_cpus(hardware, gpu) if profile.worker.near_cpus else ()
             values = {**plain, "cpus": plain["cpus"] or cpus}
-            workers += [WorkerDefaults(**{**values, "accelerator": part}) for part in parts if part]
+            workers += [WorkerDefaults(**{**values, "accelerator": part}) for part in parts]
+    if visible is not None and ready(hardware):
+        reasons.append(f"CUDA_VISIBLE_DEVICES leaves {', '.join(visible) or 'no GPU'}")
     tensor_parallel = 1
     if profile.language.tensor_parallel_max > 1:
         group = hardware.topology.nvlink_group()
-        tensor_parallel = max(1, min(profile.language.tensor_parallel_max, group))
-        if len(ready(hardware)) > 1 and tensor_parallel == 1:
+        usable = len(ready(hardware)) if visible is None else len(visible)
+        tensor_parallel = max(1, min(profile.language.tensor_parallel_max, group, usable))
+        if usable > 1 and tensor_parallel == 1:
             link = "NVLink does not join the GPUs" if group else "the NVLink topology is not known"
             reasons.append(f"{link}, so a language model stays on one GPU")
     return Match(profile, reasons, tuple(workers) or (WorkerDefaults(**plain),), tensor_parallel)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,17 +36,24 @@ def show(ctx: click.Context, root: Path | None) -> None:
     Recordings are `nvidia-smi -q -x`, `topo -m`, tegrastats, /proc, /sys and others: see docs/hardware.md.
     """
     from millhand.hardware import discover
+    from millhand.hardware.visible import VARIABLE, visible_devices
 
     output: Output = ctx.obj
     hardware = discover(root or output.config().node.hardware_root)
-    output.emit(hardware.to_dict(), hardware_lines(hardware))
+    visible = visible_devices(hardware, os.environ.get(VARIABLE))
+    output.emit({**hardware.to_dict(), "visible_devices": visible}, hardware_lines(hardware, visible))
 
 
-def hardware_lines(hardware: Hardware) -> list[str]:
-    """Lay a node out within 80 columns, problems with their remedies at the end."""
+def hardware_lines(hardware: Hardware, visible: Sequence[str] | None = None) -> list[str]:
+    """Lay a node out within 80 columns, problems with their remedies at the end.
+
+    visible: the devices that CUDA_VISIBLE_DEVICES leaves; None where it is not set.
+    """
     lines: list[str] = []
     for label, text in _facts(hardware):
         lines += _wrap(label, text)
+    if visible is not None:
+        lines += _wrap("Visible", ", ".join(visible) or "no GPU, by CUDA_VISIBLE_DEVICES")
     if hardware.accelerators:
         lines += ["", *_gpu_table(hardware.accelerators)]
         for gpu in hardware.accelerators:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,11 +60,12 @@ def show(ctx: click.Context, name: str) -> None:
 def match_(ctx: click.Context, root: Path | None) -> None:
     """Say which profile fits this node, and why."""
     from millhand.hardware import discover
+    from millhand.hardware.visible import VARIABLE, visible_devices
     from millhand.profiles import match
 
     output: Output = ctx.obj
     hardware = discover(root or output.config().node.hardware_root)
-    found = match(_load(output), hardware)
+    found = match(_load(output), hardware, visible_devices(hardware, os.environ.get(VARIABLE)))
     output.emit(_match_data(found, hardware), _match_lines(found, hardware))
 
 
