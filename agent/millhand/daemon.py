@@ -90,9 +90,11 @@ class Daemon:
             run_dir=config.node.run_dir,
         )
         await self.pool.start(needed=[model for asset in config.assets for model in asset.models])
-        await self._start_publisher()
+        self.publisher = self._make_publisher()
         self.fleet = Fleet(config, self.registry, self.store, self.pool, self.publisher)
         await self.fleet.start()
+        if self.publisher is not None:  # after the assets, so that none is born before it speaks
+            await self.publisher.start()
         self.metrics = NodeMetrics(self)
         calls = Calls(self)
         self._control = ControlServer(config.node.control_path, calls.handlers())
@@ -145,9 +147,10 @@ class Daemon:
             old, self.config = self.config, new.model_copy(update=kept)
             self.registry.load(self.config.plugin_tables())
             configure_logs(self.config.log)
-            if self.config.telemetry != old.telemetry:
-                await self._restart_publisher()
-            await self.fleet.apply(self.config, self.publisher)
+            if self.config.telemetry == old.telemetry:
+                await self.fleet.apply(self.config, self.publisher)
+            else:
+                await self._exchange_publisher()
         finally:
             notify("READY=1")
         for name in fixed:
@@ -174,20 +177,21 @@ class Daemon:
         except MillhandError as error:
             log.error("the configuration was not read again: %s", error.message)
 
-    async def _restart_publisher(self) -> None:
+    async def _exchange_publisher(self) -> None:
         if self.publisher is not None:
             await self.publisher.stop()
-            self.publisher = None
-        await self._start_publisher()
+        self.publisher = self._make_publisher()
+        await self.fleet.apply(self.config, self.publisher)
+        if self.publisher is not None:
+            await self.publisher.start()
 
-    async def _start_publisher(self) -> None:
+    def _make_publisher(self) -> Publisher | None:
         if not self.config.telemetry.enabled:
-            return
+            return None
         from millhand.telemetry.publisher import Publisher  # paho and protobuf cost 6 MB; only for who publishes
 
         node = self.config.node
-        self.publisher = Publisher(self.config.telemetry, node.group, node.id, self.store)
-        await self.publisher.start()
+        return Publisher(self.config.telemetry, node.group, node.id, self.store)
 
     def _make_folders(self) -> None:
         for key, folder in (("data_dir", self.config.node.data_dir), ("run_dir", self.config.node.run_dir)):

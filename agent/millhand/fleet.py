@@ -65,6 +65,7 @@ class Fleet:
             if name not in self._runners:
                 await self._start_asset(settings, kinds, extractors)
         self._waiting = {name: error for name, error in self._waiting.items() if name in wanted}
+        await self._tell_publisher()
 
     async def stop(self) -> None:
         await asyncio.gather(*(runner.stop() for runner in self._runners.values()))
@@ -117,6 +118,14 @@ class Fleet:
         runner = AssetRunner(adapter, pipeline, on_alive=self._report_alive)
         self._runners[settings.name], self._settings[settings.name] = runner, settings
         await runner.start()
+
+    async def _tell_publisher(self) -> None:
+        """Tell a publisher, which may be new, which of all assets that the store knows speak now."""
+        if self._publisher is None:
+            return
+        for name in {*await self._store.assets(), *self._runners}:
+            runner = self._runners.get(name)
+            self._publisher.set_asset_alive(name, runner is not None and runner.alive)
 
     def _report_alive(self, asset: str, alive: bool) -> None:
         if self._publisher is not None:

@@ -67,6 +67,11 @@ class AssetRunner:
             await asyncio.wait({self._task})
             self._state = "stopped"
 
+    @property
+    def alive(self) -> bool:
+        """Whether the asset speaks now."""
+        return self._alive is True
+
     def status(self) -> dict[str, Any]:
         """What CLI, page and metrics show."""
         error = self._error or self.pipeline.last_error
