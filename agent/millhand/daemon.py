@@ -12,9 +12,11 @@ import contextlib
 import logging
 import signal
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +46,9 @@ log = logging.getLogger("millhand.daemon")
 
 SELF_CHECK_EVERY_S = 5.0
 SELF_CHECK_DEADLINE_S = 10.0
+THREADS_CAP = 64
+THREADS_DEADLINE_S = 1.0
+THREAD_NAME = "millhand-work"
 PLUGIN_RETRY_FIRST_S = 5.0
 PLUGIN_RETRY_LAST_S = 300.0
 # What only a restart can change: the daemon's own place and its store.
@@ -279,4 +284,20 @@ def run(config: Config, config_path: Path | None = None) -> None:
     # The store's thread must not wait 5 ms for a busy event loop: that alone would be half of a commit's budget.
     sys.setswitchinterval(0.0005)
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(Daemon(config, config_path).run_until_stopped())
+        asyncio.run(_run(Daemon(config, config_path)))
+
+
+async def _run(daemon: Daemon) -> None:
+    """Serve until stopped, then end the process even where a library blocks a thread for ever."""
+    # Threads are made when needed. asyncio's own handful would be used up by a few adapters that block.
+    threads = ThreadPoolExecutor(THREADS_CAP, thread_name_prefix=THREAD_NAME)
+    asyncio.get_running_loop().set_default_executor(threads)
+    await daemon.run_until_stopped()
+    threads.shutdown(wait=False, cancel_futures=True)
+    end_s = time.monotonic() + THREADS_DEADLINE_S
+    while stuck := sum(thread.name.startswith(THREAD_NAME) for thread in threading.enumerate()):
+        if time.monotonic() > end_s:
+            log.error("%d threads of adapters do not end: the process ends without them", stuck)
+            logging.shutdown()
+            os._exit(0)  # everything is committed and closed; a normal exit would wait for the threads
+        await asyncio.sleep(0.02)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live_kit import HTTP_OFF, Site, drained, ended, file_asset, state_of, write_rows
+from live_kit import HTTP_OFF, Site, check, drained, ended, file_asset, state_of, write_rows
 
 from millhand.testing import Agent, wait_until
 
@@ -127,14 +125,6 @@ def fill(folder: Path) -> Path:
                 continue
     assert os.statvfs(folder).f_bavail == 0
     return filler
-
-
-def check(agent: Agent) -> tuple[int, dict[str, dict[str, str]]]:
-    """The exit code of `millhand check`, and its findings by name."""
-    command = [sys.executable, "-m", "millhand", "--config", str(agent.config_path), "--json", "check"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=agent.environment)
-    # The last finding of a name is the running daemon's.
-    return done.returncode, {found["name"]: found for found in json.loads(done.stdout)["findings"]}
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -75,6 +76,28 @@ def state_of(agent: Agent, asset: str) -> dict[str, Any]:
 def ended(agent: Agent, *assets: str) -> Callable[[], bool]:
     """Whether the sources of these assets have come to their ends."""
     return lambda: all(state_of(agent, asset)["state"] == "ended" for asset in assets)
+
+
+def cli(agent: Agent, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run `millhand` against the agent, as a technician does."""
+    command = [sys.executable, "-m", "millhand", "--config", str(agent.config_path), *words]
+    environment = {**agent.environment, "COLUMNS": "80"}
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, input=stdin, timeout=60, env=environment
+    )
+
+
+def cli_json(agent: Agent, *words: str) -> tuple[int, Any]:
+    """The exit code of `millhand --json WORDS`, and what it printed."""
+    done = cli(agent, "--json", *words)
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def check(agent: Agent) -> tuple[int, dict[str, dict[str, str]]]:
+    """The exit code of `millhand check`, and its findings by name; the last of a name is the running daemon's."""
+    code, answer = cli_json(agent, "check")
+    return code, {found["name"]: found for found in answer["findings"]}
 
 
 def write_rows(
