@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -12,15 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
+from millhand.clock import is_synchronised
 from millhand.errors import ControlError, MillhandError
 
 if TYPE_CHECKING:
     from millhand.config import Config
+    from millhand.hardware.facts import Accelerator, Hardware, MigInstance
+    from millhand.profiles import Match
+    from millhand.serving.repository import Repository
 
 Level = Literal["ok", "warning", "error"]
 FREE_BYTES_WARNING = 1 << 30
 CLOCK_FLOOR_S = 1_700_000_000  # any clock before November 2023 was never set
 CONNECT_TIMEOUT_S = 3.0
+WORKER_PACKAGES = ("numpy", "msgspec", "pluggy")
+# Backends whose package is called as they are.
+BACKEND_PACKAGES = frozenset({"onnxruntime", "tensorrt"})
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ def diagnose(config_path: Path | None) -> list[Finding]:
         return [_of_error("config", error)]
     findings = [Finding("config", "ok", f"valid, {len(config.assets)} assets")]
     checks: list[Callable[[Config], Iterator[Finding]]] = [
-        _folders, _clock, _hardware, _plugins, _models, _broker, _daemon,
+        _folders, _clock, _hardware, _plugins, _models, _worker, _http, _broker, _daemon,
     ]  # fmt: skip
     for check in checks:
         try:
@@ -86,19 +95,61 @@ def _clock(config: Config) -> Iterator[Finding]:
     if time.time() < CLOCK_FLOOR_S:
         hint = "set the time (timedatectl set-ntp true); predictions go on meanwhile, on the monotonic clock"
         yield Finding("clock", "warning", f"the wall clock says {time.strftime('%Y-%m-%d', time.gmtime())}", hint)
+        return
+    now = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime())
+    if is_synchronised() is False:
+        hint = "set up NTP (timedatectl set-ntp true), or the plant's time server; times at the hub are off until then"
+        yield Finding("clock", "warning", f"{now}, but nothing keeps it in step", hint)
     else:
-        yield Finding("clock", "ok", time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime()))
+        yield Finding("clock", "ok", now)
 
 
 def _hardware(config: Config) -> Iterator[Finding]:
-    from millhand.hardware import discover
-    from millhand.profiles import load_profiles, match, profile_folders
-
-    hardware = discover(config.node.hardware_root)
+    hardware, found = _node(config)
     for problem in hardware.problems:
         yield Finding("hardware", "warning", f"{problem.source}: {problem.message}", problem.hint)
-    found = match(load_profiles(profile_folders(config)), hardware)
     yield Finding("profile", "ok", f"{found.profile.name}: {found.reasons[0] if found.reasons else 'matched'}")
+    for problem in found.profile.limits.problems(hardware):
+        yield Finding("temperature", "warning", f"{problem.field} is at {problem.message}", problem.hint)
+    yield _memory(config, hardware, found)
+
+
+def _node(config: Config) -> tuple[Hardware, Match]:
+    """What this node is, and what suits it: as the daemon takes it."""
+    from millhand.hardware import discover
+    from millhand.hardware.visible import VARIABLE, visible_devices
+    from millhand.profiles import load_profiles, match, profile_folders, profile_named
+
+    hardware = discover(config.node.hardware_root)
+    visible, profiles = visible_devices(hardware, os.environ.get(VARIABLE)), load_profiles(profile_folders(config))
+    if config.node.profile != "auto":
+        return hardware, profile_named(profiles, config.node.profile, hardware, visible)
+    return hardware, match(profiles, hardware, visible)
+
+
+def _memory(config: Config, hardware: Hardware, found: Match) -> Finding:
+    """Whether the models fit the first worker's device, which holds them; each takes at least its file's size."""
+    device = found.worker.accelerator
+    budget = found.profile.budget_bytes(hardware, _device(hardware, device))
+    if budget is None:
+        return Finding("memory", "warning", f"the memory of '{device}' is not known", "millhand hw show")
+    repository = _repository(config)
+    folders = [repository.models[name] for name in _used_models(config) if name in repository.models]
+    wanted = sum(folder.artifact(version).stat().st_size for folder in folders for version in folder.chosen())
+    text = f"models may take {budget >> 20} MiB of '{device}'; their files take {wanted >> 20} MiB"
+    if wanted > budget:
+        return Finding("memory", "error", text, "serve fewer or smaller models, or free memory on the node")
+    return Finding("memory", "ok", text)
+
+
+def _device(hardware: Hardware, name: str) -> Accelerator | MigInstance | None:
+    for gpu in hardware.accelerators:
+        if name in (gpu.uuid, str(gpu.index)):
+            return gpu
+        for part in gpu.mig:
+            if name == part.uuid:
+                return part
+    return None
 
 
 def _plugins(config: Config) -> Iterator[Finding]:
@@ -122,22 +173,81 @@ def _plugins(config: Config) -> Iterator[Finding]:
 
 
 def _models(config: Config) -> Iterator[Finding]:
+    repository = _repository(config)
+    for name, message in repository.problems():
+        yield Finding(f"model {name}", "error", message, "mend or remove the model's folder")
+    for name in _used_models(config):
+        if name not in repository.models:
+            hint = "name the plugin that ships it under [plugins], or add its folder to [models] paths"
+            yield Finding(f"model {name}", "error", f"no model is called '{name}'", hint)
+            continue
+        try:
+            folder = repository.models[name]
+            states = [f"version {number} {repository.check_proof(folder, number)}" for number in folder.chosen()]
+            yield Finding(f"model {name}", "ok", ", ".join(states))
+        except MillhandError as error:
+            yield _of_error(f"model {name}", error)
+
+
+def _repository(config: Config) -> Repository:
     from millhand.registry import Registry
     from millhand.serving.repository import Repository
 
     registry = Registry()
     registry.load(config.plugin_tables())
     folders = [Path(folder) for _, folder in registry.collect("millhand_models")]
-    repository = Repository.from_settings(config.models, folders)
-    for name, message in repository.problems():
-        yield Finding(f"model {name}", "error", message, "mend or remove the model's folder")
-    known = repository.names()
-    for name in sorted({model for asset in config.assets for model in asset.models}):
-        if name in known:
-            yield Finding(f"model {name}", "ok", "in the repository")
-        else:
-            hint = "name the plugin that ships it under [plugins], or add its folder to [models] paths"
-            yield Finding(f"model {name}", "error", f"no model is called '{name}'", hint)
+    return Repository.from_settings(config.models, folders)
+
+
+def _used_models(config: Config) -> list[str]:
+    return sorted({model for asset in config.assets for model in asset.models})
+
+
+def _worker(config: Config) -> Iterator[Finding]:
+    """The workers' interpreter and its packages; nothing is imported, so a broken package costs no crash here."""
+    from millhand.serving.packages import look_into
+
+    repository = _repository(config)
+    backends = {repository.models[name].manifest.backend for name in _used_models(config) if name in repository.models}
+    interpreter = str(config.models.interpreter or _node(config)[1].worker.interpreter or sys.executable)
+    try:
+        found = look_into(interpreter, [*WORKER_PACKAGES, *sorted(backends & BACKEND_PACKAGES)])
+    except (OSError, subprocess.SubprocessError) as error:
+        yield Finding("worker", "error", f"'{interpreter}' does not run: {error}", "mend [models] interpreter")
+        return
+    for name in found["missing"]:
+        hint = f"'{interpreter}' -m pip install {name}, or name another [models] interpreter"
+        yield Finding("worker", "error", f"'{interpreter}' has no package '{name}'", hint)
+    if len(found["twins"]) > 1:
+        names = " and ".join(f"{name} {version}" for name, version in found["twins"].items())
+        hint = "they share one import name: uninstall both, then install the one that suits this node"
+        yield Finding("worker", "error", f"'{interpreter}' has {names}", hint)
+    elif not found["missing"]:
+        yield Finding("worker", "ok", f"'{interpreter}' has what its models need")
+
+
+def _http(config: Config) -> Iterator[Finding]:
+    """Whether the port is ours to take. A running daemon holds it itself, which `_daemon` tells of."""
+    from millhand.control import ControlClient
+
+    settings = config.http
+    if not settings.enabled or settings.port == 0:
+        return
+    try:
+        ControlClient(config.node.control_path, 5.0).call("asset.list")
+        return
+    except ControlError:
+        pass
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As the daemon binds: connections of an earlier run that wind down are no obstacle.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+            yield Finding("http", "ok", f"{settings.host}:{settings.port} is free")
+        except OSError as error:
+            hint = f"find its owner (ss -ltnp 'sport = :{settings.port}') or choose another [http] port"
+            yield Finding("http", "error", f"{settings.host}:{settings.port}: {error.strerror or error}", hint)
 
 
 def _broker(config: Config) -> Iterator[Finding]:

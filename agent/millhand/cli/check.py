@@ -15,7 +15,7 @@ MARKS = {"ok": "ok  ", "warning": "WARN", "error": "FAIL"}
 @json_option
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Check this node: configuration, folders, clock, hardware, plugins, models, broker, daemon.
+    """Check this node: configuration, folders, clock, hardware, plugins, models, workers, ports, broker, daemon.
 
     Exits 0 if all is well, 3 if there are warnings, 4 if there are errors.
     """

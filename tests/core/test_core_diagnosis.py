@@ -1,0 +1,238 @@
+"""`millhand check`: real conditions in a temporary folder, each with its finding and remedy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from millhand.clock import is_synchronised
+from millhand.diagnosis import Finding, diagnose
+from millhand.serving.packages import look, look_into
+from millhand_plugins import turbofan
+
+SHIPPED = Path(turbofan.__file__).parent / "models" / "turbofan-rul"
+UUIDS = ["GPU-aaaaaaaa-1111-2222-3333-444444444444", "GPU-bbbbbbbb-1111-2222-3333-444444444444"]
+XML = """<?xml version="1.0" ?>
+<nvidia_smi_log><driver_version>550.54.15</driver_version><cuda_version>12.4</cuda_version>{cards}</nvidia_smi_log>
+"""
+CARD = """<gpu id="00000000:0{index}:00.0"><product_name>NVIDIA A30</product_name><uuid>{uuid}</uuid>
+<mig_mode><current_mig>Disabled</current_mig></mig_mode>
+<fb_memory_usage><total>{mib} MiB</total></fb_memory_usage>
+<temperature><gpu_temp>{heat} C</gpu_temp></temperature></gpu>"""
+
+
+class Node:
+    """A configuration in a folder of its own."""
+
+    def __init__(self, folder: Path, run_dir: str) -> None:
+        self.folder = folder
+        self._tables: dict[str, dict[str, Any]] = {
+            "node": {"data_dir": str(folder / "data"), "run_dir": run_dir},
+            "http": {"enabled": False},
+        }
+        self._assets = ""
+
+    def set(self, table: str, **values: Any) -> Node:
+        self._tables.setdefault(table, {}).update(values)
+        return self
+
+    def judged_by(self, model: str) -> Node:
+        self._assets += f'[[assets]]\nname = "node"\nadapter = "host"\nmodels = ["{model}"]\n'
+        return self
+
+    def recorded(self, heat: int = 41, mib: int = 24576) -> Node:
+        """Two A30 cards, as a recording."""
+        root = self.folder / "root"
+        root.mkdir()
+        cards = [CARD.format(index=i, uuid=uuid, heat=heat, mib=mib) for i, uuid in enumerate(UUIDS)]
+        (root / "nvidia-smi-q.xml").write_text(XML.format(cards="".join(cards)))
+        return self.set("node", hardware_root=str(root))
+
+    def check(self) -> list[Finding]:
+        path = self.folder / "millhand.toml"
+        lines = []
+        for table, values in self._tables.items():
+            lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+        path.write_text("\n".join(lines) + "\n" + self._assets)
+        return diagnose(path)
+
+    def only(self, name: str) -> Finding:
+        found = [finding for finding in self.check() if finding.name == name]
+        assert len(found) == 1, found
+        return found[0]
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    with tempfile.TemporaryDirectory(prefix="mh-", dir="/tmp") as run_dir:
+        yield Node(tmp_path, run_dir)
+
+
+def own_model(folder: Path) -> Path:
+    """A copy of a shipped model that no proof covers; returns its root."""
+    root = folder / "models"
+    shutil.copytree(SHIPPED, root / SHIPPED.name)
+    return root
+
+
+# ---- configuration and folders --------------------------------------------------------------------------------------
+
+
+def test_a_healthy_node_has_no_error(node: Node) -> None:
+    findings = node.set("plugins.turbofan").judged_by("turbofan-rul").check()
+    assert not [finding for finding in findings if finding.level == "error"]
+    assert {"config", "data_dir", "clock", "profile", "memory", "worker", "daemon"} <= {f.name for f in findings}
+
+
+def test_a_broken_configuration_is_the_only_finding(node: Node) -> None:
+    findings = node.set("node", idd="press").check()
+    assert [(finding.name, finding.level) for finding in findings] == [("config", "error")]
+    assert "idd" in findings[0].message
+
+
+def test_a_failing_check_hides_no_other(node: Node) -> None:
+    findings = node.set("node", profile="a31").check()
+    assert any(finding.level == "error" and "a31" in finding.message for finding in findings)
+    assert any(finding.name == "broker" for finding in findings)
+
+
+# ---- clock ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_clock_says_whether_it_is_kept_in_step(node: Node) -> None:
+    kept = is_synchronised()
+    finding = node.only("clock")
+    assert finding.level == ("warning" if kept is False else "ok")
+    assert ("nothing keeps it in step" in finding.message) == (kept is False)
+
+
+# ---- hardware -------------------------------------------------------------------------------------------------------
+
+
+def test_heat(node: Node) -> None:
+    findings = [finding for finding in node.recorded(heat=97).check() if finding.name == "temperature"]
+    assert [finding.level for finding in findings] == ["warning"] * 2
+    assert "97 C" in findings[0].message
+    assert "fans" in findings[0].hint
+
+
+def test_cool_cards_are_not_mentioned(node: Node) -> None:
+    assert not [finding for finding in node.recorded(heat=41).check() if finding.name == "temperature"]
+
+
+def test_models_beyond_the_memory_budget(node: Node) -> None:
+    root = own_model(node.folder)
+    with (root / SHIPPED.name / "1" / "model.onnx").open("r+b") as artifact:
+        artifact.truncate(3 << 30)  # a hole: it takes no space on the disk
+    node.recorded(mib=2048).set("models", paths=[str(root)]).judged_by("turbofan-rul")
+    finding = node.only("memory")
+    assert finding.level == "error"
+    assert UUIDS[0] in finding.message
+    assert "3072 MiB" in finding.message
+
+
+def test_the_budget_is_of_a_visible_card(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.recorded()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert UUIDS[1] in node.only("memory").message
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    errors = [finding.message for finding in node.check() if finding.level == "error"]
+    assert any("CUDA_VISIBLE_DEVICES has '5'" in message for message in errors)
+
+
+# ---- models and their workers ---------------------------------------------------------------------------------------
+
+
+def test_the_state_of_proofs(node: Node) -> None:
+    root = own_model(node.folder)
+    (root / SHIPPED.name / "1" / "proof.json").unlink(missing_ok=True)
+    node.set("models", paths=[str(root)]).judged_by("turbofan-rul")
+    finding = node.only("model turbofan-rul")
+    assert (finding.level, finding.message) == ("ok", "version 1 unproved")
+    finding = node.set("models", require_proof=True).only("model turbofan-rul")
+    assert finding.level == "error"
+    assert "is unproved" in finding.message
+
+
+def test_a_model_that_nobody_ships(node: Node) -> None:
+    finding = node.judged_by("press-wear").only("model press-wear")
+    assert finding.level == "error"
+    assert "[models] paths" in finding.hint
+
+
+def bare_interpreter(folder: Path) -> Path:
+    """A Python without any package of ours."""
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_packages_that_the_workers_interpreter_lacks(node: Node) -> None:
+    node.set("plugins.turbofan").judged_by("turbofan-rul")
+    node.set("models", interpreter=str(bare_interpreter(node.folder)))
+    errors = [finding for finding in node.check() if finding.name == "worker"]
+    assert {finding.level for finding in errors} == {"error"}
+    missing = {"numpy", "msgspec", "pluggy", "onnxruntime"}
+    assert {name for name in missing for finding in errors if f"'{name}'" in finding.message} == missing
+    assert all("-m pip install" in finding.hint for finding in errors)
+
+
+def test_an_interpreter_that_does_not_run(node: Node) -> None:
+    finding = node.set("models", interpreter=str(node.folder / "no-python")).only("worker")
+    assert finding.level == "error"
+    assert "does not run" in finding.message
+
+
+def installed(folder: Path, name: str, version: str) -> None:
+    """What pip leaves behind of a distribution."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def test_onnxruntime_and_its_gpu_build_together(node: Node) -> None:
+    site = node.folder / "site"
+    installed(site, "onnxruntime", "1.22.0")
+    installed(site, "onnxruntime-gpu", "1.21.0")
+    path = node.folder / "python"
+    path.write_text(f'#!/bin/sh\nPYTHONPATH={site} exec {sys.executable} "$@"\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    finding = node.set("models", interpreter=str(path)).only("worker")
+    assert finding.level == "error"
+    assert "onnxruntime-gpu 1.21.0" in finding.message
+    assert "uninstall both" in finding.hint
+
+
+def test_looking_imports_nothing() -> None:
+    probe = (
+        "import sys; from millhand.serving.packages import look; look(['numpy', 'onnxruntime']); print(*sys.modules)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.split()
+    assert "numpy" not in loaded
+    assert "onnxruntime" not in loaded
+    assert look(["numpy", "no_such_package"])["missing"] == ["no_such_package"]
+    assert look_into(sys.executable, ["numpy"]) == look(["numpy"])
+
+
+# ---- the HTTP port --------------------------------------------------------------------------------------------------
+
+
+def test_a_port_that_another_program_holds(node: Node) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        finding = node.set("http", enabled=True, port=port).only("http")
+        assert finding.level == "error"
+        assert f"127.0.0.1:{port}" in finding.message
+        assert "[http] port" in finding.hint
+    assert node.only("http").level == "ok"
