@@ -238,6 +238,8 @@ class Listener:
     def close(self) -> None:
         self._client.disconnect()
         self._client.loop_stop()
+        # The circle between the client and us would leave its sockets to the garbage collector.
+        self._client.on_message = self._client.on_connect = self._client.on_subscribe = None
 
     def _on_message(self, _: Any, __: Any, message: mqtt.MQTTMessage) -> None:
         if message.topic.startswith(state_topic("")):

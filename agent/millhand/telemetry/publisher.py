@@ -80,7 +80,8 @@ class Publisher:
         self._last_birth_s = 0.0
         self._task: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
-        self._error: MillhandError | None = None
+        self._fault, self._hint = "", ""
+        """What is wrong now. Text, since an exception's traceback would keep the dead session's sockets alive."""
         self._counts = {"sessions": 0, "sent": 0, "resent": 0, "acknowledgements": 0, "births": 0}
 
     async def start(self) -> None:
@@ -114,9 +115,12 @@ class Publisher:
             "last": last,
             "acked": acked,
             **self._counts,
-            "error": self._error.message if self._error else "",
-            "hint": self._error.hint if self._error else "",
+            "error": self._fault,
+            "hint": self._hint,
         }
+
+    def _complain(self, fault: str, hint: str) -> None:
+        self._fault, self._hint = fault, hint
 
     async def _oldest_unsent_s(self, acked: Mapping[Stream, int]) -> float:
         """Age of the oldest row that is not acknowledged, by the node's clock; 0 when there is none."""
@@ -134,11 +138,11 @@ class Publisher:
             try:
                 await self._serve(self._settings.brokers[turn % len(self._settings.brokers)])
             except MillhandError as error:
-                self._error = error
+                self._complain(error.message, error.hint)
                 log.warning("%s", error.message)
             except Exception as error:
                 log.exception("the publisher failed")
-                self._error = TelemetryError(f"the publisher failed: {type(error).__name__}: {error}")
+                self._complain(f"the publisher failed: {type(error).__name__}: {error}", "see the log")
             turn += 1
             if self._counts["sessions"] > sessions_before:
                 delay_s = self._settings.backoff_first_s
@@ -158,7 +162,8 @@ class Publisher:
             if not await self._wait_for_host(session):
                 return
             await self._birth(session)
-            self._session, self._error = session, None
+            self._session = session
+            self._complain("", "")
             self._counts["sessions"] += 1
             log.info("connected to %s", url)
             await self._work(session)
@@ -176,9 +181,8 @@ class Publisher:
                 await self._birth(session)
             if self._flight.is_overdue:
                 self._flight.grow_patience()
-                self._error = TelemetryError(
-                    "the hub does not acknowledge; rows are sent again",
-                    hint="is a millhand hub connected to this broker?",
+                self._complain(
+                    "the hub does not acknowledge; rows are sent again", "is a millhand hub connected to this broker?"
                 )
                 self._counts["resent"] += self._flight.rewind()
             self._voice.report_deaths(session, drained=False)
@@ -226,12 +230,13 @@ class Publisher:
             online = self._hosts.is_online(host)
             if online or self._stopping.is_set():
                 break
-            self._error = HostOffline(
+            offline = HostOffline(
                 f"primary host '{host}' is offline on '{session.url}'", hint="readings wait in the store meanwhile"
             )
+            self._complain(offline.message, offline.hint)
             left_s = give_up_s - time.monotonic()
             if several and (online is False or left_s <= 0):
-                raise self._error
+                raise offline
             with suppress(TimeoutError):
                 async with asyncio.timeout(left_s if several else None):
                     await self._wake.wait()
@@ -327,4 +332,4 @@ class Publisher:
                 self._flight.acknowledge(stream, now)
                 self._acked_rate.add(now - before)
                 self._counts["acknowledgements"] += 1
-                self._error = None
+                self._complain("", "")
