@@ -60,19 +60,39 @@ async def test_what_is_not_acknowledged_is_sent_again(kit, nats_broker, listen, 
 
 
 def test_patience_with_a_deaf_hub_grows_and_comes_back():
-    flight = Flight(10, 1.0)
+    flight = Flight(10, 1000, 1.0)
     flight.begin("epoch", {"alert": 0, "bulk": 0}, {"alert": 0, "bulk": 0})
     assert flight.patience_s is None
-    flight.send("bulk", 4)
+    flight.send("bulk", 4, 1)
     for expected_s in (2, 4, 8, 16, 16):
         flight.grow_patience()
         assert flight.rewind() == 4
-        flight.send("bulk", 4)
+        flight.send("bulk", 4, 1)
         assert flight.patience_s == pytest.approx(expected_s, abs=0.2)
     flight.acknowledge("bulk", 2)
     assert flight.patience_s == pytest.approx(1, abs=0.2) and flight.room("bulk") == 8
     flight.acknowledge("bulk", 9)
     assert flight.sent["bulk"] == 9 and not flight.is_awaiting
+
+
+def test_the_window_in_bytes():
+    """Bytes count like rows: freed by an acknowledgement, by going back, and by a birth; one row always may go."""
+    flight, none = Flight(10, 100, 1.0), {"alert": 0, "bulk": 0}
+    flight.begin("epoch", none, none)
+    flight.send("bulk", 1, 60)
+    assert flight.room("bulk") == 9
+    flight.send("bulk", 2, 900)
+    assert flight.room("bulk") == 0 and flight.room("alert") == 10
+    flight.acknowledge("bulk", 1)
+    assert flight.room("bulk") == 0
+    flight.acknowledge("bulk", 2)
+    assert flight.room("bulk") == 10
+    flight.send("bulk", 3, 100)
+    flight.rewind()
+    assert flight.room("bulk") == 10
+    flight.send("bulk", 3, 100)
+    flight.begin("other", none, none)
+    assert flight.room("bulk") == 10
 
 
 async def test_the_window(kit, nats_broker, listen, tmp_path):

@@ -36,12 +36,15 @@ class Rate:
 class Flight:
     """Counters of the living epoch. What lies between `acked` and `sent` is in flight."""
 
-    def __init__(self, rows_cap: int, ack_timeout_s: float) -> None:
-        """rows_cap: how far a stream may run ahead of its acknowledgement."""
+    def __init__(self, rows_cap: int, bytes_cap: int, ack_timeout_s: float) -> None:
+        """rows_cap, bytes_cap: how far a stream may run ahead of its acknowledgement; one row always may."""
         self.epoch = ""
         self.sent: dict[Stream, int] = dict.fromkeys(STREAMS, 0)
         self.acked: dict[Stream, int] = dict.fromkeys(STREAMS, 0)
-        self._rows_cap = rows_cap
+        self._rows_cap, self._bytes_cap = rows_cap, bytes_cap
+        self._sizes: dict[Stream, deque[tuple[int, int]]] = {stream: deque() for stream in STREAMS}
+        """(seq, bytes) of the rows in flight."""
+        self._bytes: dict[Stream, int] = dict.fromkeys(STREAMS, 0)
         self._told: dict[Stream, int] = dict.fromkeys(STREAMS, 0)
         """Rows up to here were there before the birth, or were sent before: they are historical."""
         self._first_timeout_s = self._timeout_s = ack_timeout_s
@@ -51,25 +54,32 @@ class Flight:
         """A birth: go on behind what the hub has; what is there already is historical."""
         self.epoch = epoch
         self.acked, self.sent, self._told = dict(acked), dict(acked), dict(last)
+        for stream in STREAMS:
+            self._drop_sizes(stream, everything=True)
         self._restart_clock()
 
     def room(self, stream: Stream) -> int:
         """How many more rows may be sent now."""
+        if self._bytes[stream] >= self._bytes_cap:
+            return 0
         return self.acked[stream] + self._rows_cap - self.sent[stream]
 
     def is_historical(self, row: Row) -> bool:
         return row.seq <= self._told[row.stream]  # type: ignore[index]
 
-    def send(self, stream: Stream, seq: int) -> None:
-        """Everything up to `seq` is sent."""
+    def send(self, stream: Stream, seq: int, row_bytes: int) -> None:
+        """The row `seq` of `row_bytes` is sent, and with it everything up to it."""
         if not self.is_awaiting:
             self._restart_clock()
         self.sent[stream] = seq
+        self._sizes[stream].append((seq, row_bytes))
+        self._bytes[stream] += row_bytes
 
     def acknowledge(self, stream: Stream, upto: int) -> None:
         """The hub has everything up to `upto`."""
         self.acked[stream] = upto
         self.sent[stream] = max(self.sent[stream], upto)
+        self._drop_sizes(stream)
         self._timeout_s = self._first_timeout_s
         self._restart_clock()
 
@@ -79,8 +89,14 @@ class Flight:
         for stream in STREAMS:
             self._told[stream] = max(self._told[stream], self.sent[stream])
             self.sent[stream] = self.acked[stream]
+            self._drop_sizes(stream, everything=True)
         self._restart_clock()
         return again
+
+    def _drop_sizes(self, stream: Stream, *, everything: bool = False) -> None:
+        sizes = self._sizes[stream]
+        while sizes and (everything or sizes[0][0] <= self.acked[stream]):
+            self._bytes[stream] -= sizes.popleft()[1]
 
     # ---- the clock of the acknowledgement ---------------------------------------------------------------------------
 

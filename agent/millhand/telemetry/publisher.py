@@ -1,8 +1,9 @@
 """The edge node: carries the outbox to the hub by Sparkplug B, and hears the hub's acknowledgements.
 
-Rows are sent in order, alerts before bulk, at most `in_flight_rows` beyond what the hub acknowledged. What is not
-acknowledged is sent again as historical: after a reconnect, when the hub comes back (its STATE), or when
-acknowledgements stay away for `ack_timeout_s` (doubled while they stay away, so that a deaf hub costs little).
+Rows are sent in order, alerts before bulk, at most `in_flight_rows` and about `in_flight_bytes` beyond what the hub
+acknowledged. What is not acknowledged is sent again as historical: after a reconnect, when the hub comes back (its
+STATE), or when acknowledgements stay away for `ack_timeout_s` (doubled while they stay away, so that a deaf hub costs
+little).
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Publisher:
         self._client_id = f"{group}/{node}"
         self._store = store
         self._voice = Voice(group, node)
-        self._flight = Flight(settings.in_flight_rows, settings.ack_timeout_s)
+        self._flight = Flight(settings.in_flight_rows, settings.in_flight_bytes, settings.ack_timeout_s)
         self._sent_rate, self._acked_rate = Rate(), Rate()
         self._hosts = Hosts()
         self._session: Session | None = None
@@ -279,7 +280,7 @@ class Publisher:
         self._row_bytes = max(len(row.body) for row in rows)
         for row in rows:
             info = self._voice.say(session, row, historical=self._flight.is_historical(row))
-            self._flight.send(stream, row.seq)
+            self._flight.send(stream, row.seq, len(row.body))
         self._counts["sent"] += len(rows)
         self._sent_rate.add(len(rows))
         if self._settings.delivery == "session":

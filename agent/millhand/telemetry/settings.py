@@ -100,6 +100,8 @@ class TelemetrySettings(LinkSettings):
     """Rows that the hub has not acknowledged after so long are sent again."""
     in_flight_rows: int = Field(default=2000, ge=1)
     """At most so many rows of a stream are sent beyond the last acknowledged one."""
+    in_flight_bytes: int = Field(default=32 * 1024 * 1024, ge=1)
+    """And about so many bytes, so that a hub that falls behind need not hold more for this node."""
 
     @field_validator("brokers")
     @classmethod
