@@ -88,6 +88,10 @@ class Config(StrictTable):
         names = [*DEFAULT_PLUGINS, *(asset.adapter.split(".")[0] for asset in self.assets), *self.plugins]
         return {name: dict(self.plugins.get(name, {})) for name in dict.fromkeys(names)}
 
+    def models_needed(self) -> list[str]:
+        """The models that assets name."""
+        return list(dict.fromkeys(model for asset in self.assets for model in asset.models))
+
 
 def load_config(path: Path | None = None, environment: Mapping[str, str] | None = None) -> Config:
     """Read and check the configuration. Raises ConfigError that names file, key and value.

@@ -9,6 +9,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import asyncio
 import contextlib
+import fcntl
 import gc
 import logging
 import signal
@@ -76,12 +77,16 @@ class Daemon:
         self._control: ControlServer
         self._http: HttpProcess | None = None
         self._set_aside_told = 0
+        self._started = asyncio.Event()
+        self._reloading = asyncio.Lock()
+        self._run_dir_lock: int | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Bring the node up. Raises MillhandError where it cannot work at all."""
         config = self.config
         self._make_folders()
+        self._claim_run_dir()
         self.registry.load(config.plugin_tables())
         self.hardware = await asyncio.to_thread(discover, config.node.hardware_root)
         self.match = self._match_profile()
@@ -95,7 +100,7 @@ class Daemon:
             registry=self.registry,
             run_dir=config.node.run_dir,
         )
-        await self.pool.start(needed=[model for asset in config.assets for model in asset.models])
+        await self.pool.start(needed=config.models_needed())
         self.publisher = self._make_publisher()
         self.fleet = Fleet(config, self.registry, self.store, self.pool, self.publisher)
         await self.fleet.start()
@@ -111,6 +116,7 @@ class Daemon:
         self._spawn(self._watch_self(), "self-check")
         self._spawn(self._retry_plugins(), "plugin retry")
         self.ready = True
+        self._started.set()
         notify(f"READY=1\nSTATUS=profile {self.match.profile.name}, {len(config.assets)} assets")
         log.info("ready: profile %s, %d assets", self.match.profile.name, len(config.assets))
         # What lives now lives as long as the daemon: going through it at each full collection stops all for 35 ms.
@@ -141,29 +147,42 @@ class Daemon:
             self.metrics.close()
         if hasattr(self, "store"):
             await self.store.close()
+        if self._run_dir_lock is not None:
+            os.close(self._run_dir_lock)
 
     async def reload(self) -> list[str]:
         """Read the configuration again and apply what changed; return what needs a restart.
 
-        A configuration that is not valid changes nothing and raises ConfigError. Nothing buffered is lost: the
-        outbox lies in the store, which stays open.
+        Waits for the start's end. A configuration that is not valid changes nothing and raises ConfigError. Nothing
+        buffered is lost: the outbox lies in the store, which stays open.
         """
-        notify_reloading()
-        try:
-            new = load_config(self.config_path)
-            fixed = [name for name in FIXED_SECTIONS if getattr(new, name) != getattr(self.config, name)]
-            kept = {name: getattr(self.config, name) for name in FIXED_SECTIONS}
-            old, self.config = self.config, new.model_copy(update=kept)
-            self.registry.load(self.config.plugin_tables())
-            configure_logs(self.config.log)
-            if self.config.telemetry == old.telemetry:
-                await self.fleet.apply(self.config, self.publisher)
-            else:
-                await self._exchange_publisher()
-        finally:
-            notify("READY=1")
+        await self._started.wait()
+        async with self._reloading:
+            notify_reloading()
+            try:
+                return await self._reload()
+            finally:
+                notify("READY=1")
+
+    async def _reload(self) -> list[str]:
+        old, new = self.config, load_config(self.config_path)
+        new_tables, old_tables = new.plugin_tables(), old.plugin_tables()
+        fixed = [f"[{name}]" for name in FIXED_SECTIONS if getattr(new, name) != getattr(old, name)]
+        fixed += [
+            f"[plugins.{name}]"
+            for name, table in old_tables.items()
+            if new_tables.get(name) != table and self.registry.plugins[name].state in ("loaded", "degraded")
+        ]
+        self.registry.load(new_tables)
+        self.config = new.model_copy(update={name: getattr(old, name) for name in FIXED_SECTIONS})
+        configure_logs(self.config.log)
+        await self.pool.need(self.config.models_needed(), self._model_folders())
+        if self.config.telemetry == old.telemetry:
+            await self.fleet.apply(self.config, self.publisher)
+        else:
+            await self._exchange_publisher()
         for name in fixed:
-            log.warning("[%s] changed: this takes effect at the next restart", name)
+            log.warning("%s changed: this takes effect at the next restart", name)
         log.info("configuration read again: %d assets", len(self.config.assets))
         return fixed
 
@@ -174,10 +193,17 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopped.set)
         loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self._reload_logged(), "reload"))
+        starting = asyncio.create_task(self.start(), name="start")
+        waiting = asyncio.create_task(stopped.wait(), name="signal")
         try:
-            await self.start()
-            await stopped.wait()
+            await asyncio.wait({starting, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+                await waiting
         finally:
+            for task in (starting, waiting):
+                task.cancel()
+            await asyncio.gather(starting, waiting, return_exceptions=True)
             await self.stop()
 
     async def _reload_logged(self) -> None:
@@ -215,6 +241,18 @@ class Daemon:
                 raise ConfigError(
                     f"[node] {key} = '{folder}' cannot be written", hint="give it to this user, or choose another"
                 )
+
+    def _claim_run_dir(self) -> None:
+        """Hold a lock on the run_dir: another daemon would take away our workers' sockets. The kernel frees it."""
+        folder = self.config.node.run_dir
+        self._run_dir_lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self._run_dir_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"[node] run_dir = '{folder}' is in use by another millhand daemon",
+                hint="stop it first, or give this one a run_dir and a data_dir of its own",
+            ) from error
 
     def _match_profile(self) -> Match:
         folders = [Path(folder) for _, folder in self.registry.collect("millhand_profiles")]
@@ -258,11 +296,15 @@ class Daemon:
 
     async def _retry_plugins(self) -> None:
         delay_s = PLUGIN_RETRY_FIRST_S
-        while any(plugin.state == "failed" for plugin in self.registry.plugins.values()):
+        while True:
             await asyncio.sleep(delay_s)
-            if self.registry.retry_failed():
-                await self.fleet.apply(self.config, self.publisher)
             delay_s = min(delay_s * 2, PLUGIN_RETRY_LAST_S)
+            if not any(plugin.state == "failed" for plugin in self.registry.plugins.values()):
+                delay_s = PLUGIN_RETRY_FIRST_S
+            elif self.registry.retry_failed():
+                async with self._reloading:
+                    await self.pool.need(self.config.models_needed(), self._model_folders())
+                    await self.fleet.apply(self.config, self.publisher)
 
 
 def store_alert(loss: Loss) -> Alert:

@@ -45,21 +45,22 @@ class Fleet:
         self._unjudged: dict[str, MillhandError] = {}
         """Assets that are read while a model of theirs is missing."""
         self._sinks: list[SinkRunner] = []
+        self._sink_plugins: set[str] = set()
+        """Plugins that were asked for sinks."""
 
     async def start(self) -> None:
-        for _, sink in self._registry.collect("millhand_sinks"):
-            runner = SinkRunner(sink, self._store)
-            await runner.start()
-            self._sinks.append(runner)
         await self.apply(self._config, self._publisher)
 
     async def apply(self, config: Config, publisher: Publisher | None) -> None:
-        """Start what is new, restart what changed, stop what is gone; leave the rest alone."""
+        """Start what is new, restart what changed or lacks a model, stop what is gone; leave the rest alone."""
+        rewritten = config.orders != self._config.orders
         self._config, self._publisher = config, publisher
+        await self._start_new_sinks()
         wanted = {asset.name: asset for asset in config.assets}
-        for name in [name for name in self._runners if wanted.get(name) != self._settings[name]]:
-            await self._runners.pop(name).stop()
-            self._settings.pop(name)
+        for name, settings in list(self._settings.items()):
+            if rewritten or name in self._unjudged or wanted.get(name) != settings:
+                await self._runners.pop(name).stop()
+                self._settings.pop(name)
         kinds, extractors = adapter_kinds(self._registry), self._extractors()
         for name, settings in wanted.items():
             if name not in self._runners:
@@ -96,6 +97,16 @@ class Fleet:
 
     def sink_statuses(self) -> list[dict[str, Any]]:
         return [sink.status() for sink in self._sinks]
+
+    async def _start_new_sinks(self) -> None:
+        """Start the sinks of plugins that came up since the last look; those that run keep their place."""
+        asked = set(self._sink_plugins)
+        for plugin, sink in self._registry.collect("millhand_sinks"):
+            self._sink_plugins.add(plugin)
+            if plugin not in asked:
+                runner = SinkRunner(sink, self._store)
+                await runner.start()
+                self._sinks.append(runner)
 
     async def _start_asset(
         self, settings: AssetSettings, kinds: Mapping[str, Any], extractors: Mapping[str, FeatureExtractor]

@@ -114,7 +114,18 @@ class ModelPool:
         for bad in self._repository.bad:
             log.error("%s", bad.message)
         self._unhook = metrics.DAEMON.refresh_with(self._export_metrics)
-        for name in self._names_to_load(needed):
+        await self._load_all(self._names_to_load(needed))
+
+    async def need(self, names: Sequence[str], folders: Sequence[Path]) -> None:
+        """Load those of `names` that are not served yet; `folders` of plugins that came up since join the repository.
+
+        As at `start`, one that fails is logged and shown.
+        """
+        self._repository.roots = tuple(dict.fromkeys([*self._repository.roots, *folders]))
+        await self._load_all([name for name in names if name not in self._served or not self._served[name].wanted])
+
+    async def _load_all(self, names: Sequence[str]) -> None:
+        for name in names:
             try:
                 await self.load(name)
             except MillhandError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from millhand.telemetry.broker import EmbeddedBroker
 from millhand.testing import Agent, wait_until
@@ -98,6 +99,16 @@ def check(agent: Agent) -> tuple[int, dict[str, dict[str, str]]]:
     """The exit code of `millhand check`, and its findings by name; the last of a name is the running daemon's."""
     code, answer = cli_json(agent, "check")
     return code, {found["name"]: found for found in answer["findings"]}
+
+
+def http_url(agent: Agent) -> str:
+    """Where the agent's HTTP process listens."""
+    assert agent.process is not None
+    for child in psutil.Process(agent.process.pid).children():
+        for connection in child.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN:
+                return f"http://{connection.laddr.ip}:{connection.laddr.port}"
+    raise AssertionError("no process of the agent listens")
 
 
 def write_rows(
