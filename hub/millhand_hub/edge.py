@@ -184,6 +184,10 @@ class EdgeNode:
         marks = [(IDENTITIES[name.name], metric.value) for name, metric in named if name.name in IDENTITIES]
         if len(marks) != 1:
             raise TelemetryError(f"data of {self.group}/{self.node}/{device} carries no identity", retriable=False)
+        epochs = {metric.value for name, metric in named if name.name == EPOCH}
+        if not epochs <= {self._epoch}:
+            self._in_step = False
+            raise NeedsBirth("a row of another epoch came: a birth was missed")
         stream, seq = marks[0]
         if not isinstance(seq, int) or not 0 < seq <= LARGEST:
             raise TelemetryError(f"data of {self.group}/{self.node}/{device}: its seq is {seq}", retriable=False)
@@ -227,7 +231,7 @@ class EdgeNode:
 
 
 def _sort_in(delivery: Delivery, name: _Name, metric: Metric) -> None:
-    if name.name in IDENTITIES or name.name == MORE:
+    if name.name in IDENTITIES or name.name in (EPOCH, MORE):
         return
     if name.name.startswith(PREDICTION):
         _add_prediction(delivery, name, metric)

@@ -28,7 +28,7 @@ def birth(bdseq=0, *extra, epoch="e"):
 
 
 ALIASES = {"Identity/bulk": 1, "Identity/alert": 2, "speed": 3, "Alert": 4, "Gap": 5, "Prediction/m/version": 6}
-ALIASES |= {"Prediction/m/rul": 7, "Reading/Alert": 8}
+ALIASES |= {"Prediction/m/rul": 7, "Reading/Alert": 8, "Identity/epoch": 9}
 
 
 def born():
@@ -79,6 +79,17 @@ def test_a_missed_message_asks_for_a_birth_and_nothing_else_helps():
     node.birth(birth())
     node.device_birth("d", message([Metric("Identity/bulk", None, Type.INT64, 1, 1)], 1))
     assert node.data("d", row(2, row=2)).seq == 2
+
+
+def test_a_row_of_another_epoch_is_not_taken_for_ours():
+    """A lost NBIRTH may leave a seq that fits by chance; the row itself says which file it is of."""
+    node = born()
+    mine, other = (Metric("", epoch, Type.STRING, 1, 9) for epoch in ("e", "f"))
+    assert node.data("d", message([Metric("", 1, Type.INT64, 1, 1), mine], 2)).seq == 1
+    with pytest.raises(NeedsBirth, match="another epoch"):
+        node.data("d", message([Metric("", 2, Type.INT64, 1, 1), other], 3))
+    with pytest.raises(NeedsBirth):
+        node.data("d", message([Metric("", 2, Type.INT64, 1, 1), mine], 4))
 
 
 def test_nothing_is_believed_before_a_birth():

@@ -164,7 +164,7 @@ async def test_gaps_travel_on_their_stream(kit, nats_broker, listen, hub, tmp_pa
         stored = [seq for (seq,) in center.query("SELECT DISTINCT seq FROM readings ORDER BY seq")]
         assert stored == list(range(gap.last + 1, 401))
         assert center.query("SELECT stream, held FROM streams ORDER BY 1") == [("alert", 1), ("bulk", 400)]
-        gaps = [one for one in listener.of("NDATA") if len(one.message.metrics) == 2]
+        gaps = [one for one in listener.of("NDATA") if len(one.message.metrics) == 3]
         assert gaps and all(one.topic.device == "" for one in gaps)
 
 

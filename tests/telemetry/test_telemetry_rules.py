@@ -86,7 +86,7 @@ async def test_births_and_data(kit, way, listen, tmp_path):
     assert len(deaths) == 1 and heard[-1] is deaths[0]
     rows = [one for one in heard if one.topic.kind == "DDATA"]
     assert [any(m.historical for m in one.message.metrics) for one in rows] == [True] * 5 + [False] * 300
-    assert rows[0].topic.device == "fan" and len(rows[0].message.metrics) == 2, "the alert goes first"
+    assert rows[0].topic.device == "fan" and len(rows[0].message.metrics) == 3, "the alert goes first"
 
 
 async def test_the_will(kit, way, listen, tmp_path):

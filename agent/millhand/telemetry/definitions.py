@@ -105,6 +105,7 @@ class Definitions:
             metrics = self._devices[device] = {}
             for stream in STREAMS:
                 metrics[identity(stream)] = self._define(Type.INT64, Point(identity(stream), None, "1", 0))
+            metrics[EPOCH] = self._define(Type.STRING, Point(EPOCH, None, "", 0))
             metrics[MORE] = self._define(Type.INT64, Point(MORE, None, "1", 0))
             for name in (GAP,) if device == NODE else (ALERT, ORDER):
                 metrics[name] = self._define(Type.STRING, Point(name, None, "", 0))
@@ -148,6 +149,7 @@ def points_of(row: Row) -> Iterator[Point]:
     """What a row says, the identity first."""
     created_ms = row.created_ns // 1_000_000
     yield Point(identity(row.stream), row.seq, "1", created_ms)
+    yield Point(EPOCH, row.epoch, "", created_ms)
     record = row.record()
     if isinstance(record, Bulk):
         yield from _bulk(record)

@@ -70,10 +70,11 @@ class Voice:
         now_ms = _now_ms()
         for stream in STREAMS:
             self._definitions.take(NODE, Point(identity(stream), acked[stream], "1", now_ms))
+        for device in (NODE, *self._definitions.devices()):
+            self._definitions.take(device, Point(EPOCH, epoch, "", now_ms))
         metrics = [
             self._bdseq_metric(),
             Metric(REBIRTH, False, Type.BOOLEAN, now_ms),
-            Metric(EPOCH, epoch, Type.STRING, now_ms),
             Metric(ACK_EPOCH, epoch, Type.STRING, now_ms),
             *(Metric(acknowledgement(stream), acked[stream], Type.UINT64, now_ms) for stream in STREAMS),
             Metric(VERSION, __version__, Type.STRING, now_ms),
@@ -120,12 +121,12 @@ class Voice:
         changed = [self._definitions.take(device, point) for point in points]
         if device != NODE and (any(changed) or device not in self._born):
             self._give_device_birth(session, device)
-        mark, *metrics = [self._definitions.data(device, point, historical) for point in points]
+        mark, epoch, *metrics = [self._definitions.data(device, point, historical) for point in points]
         # A metric is smaller than its reading in the body, and JSON less than twice as large as a record in it.
         parts = _split(metrics) if len(row.body) > MESSAGE_BYTES_CAP // 2 else [metrics]
         for left in reversed(range(len(parts))):
             more = [self._definitions.data(device, Point(MORE, left, "1", mark.time_ms), historical)] if left else []
-            payload = encode([mark, *more, *parts[-1 - left]], time_ms=_now_ms(), seq=self._next_seq())
+            payload = encode([mark, epoch, *more, *parts[-1 - left]], time_ms=_now_ms(), seq=self._next_seq())
             info = session.publish(self.topic("NDATA" if device == NODE else "DDATA", device), payload)
         return info
 
