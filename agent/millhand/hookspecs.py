@@ -49,6 +49,15 @@ class Adapter(Protocol):
         """Release everything; may be called twice, and after a failed open."""
 
 
+@runtime_checkable
+class CountsFaults(Protocol):
+    """An adapter that counts what it left out or mended, such as `bad_rows`; shown in the asset's status."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Kind of fault -> how often since the adapter was made."""
+
+
 class AdapterKind(Protocol):
     """A kind of adapter: `[[assets]] adapter = "<name>"` picks it, `[assets.options]` is validated by `options`."""
 

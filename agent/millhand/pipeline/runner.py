@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from millhand.errors import AdapterError, MillhandError
-from millhand.hookspecs import Adapter
+from millhand.hookspecs import Adapter, CountsFaults
 from millhand.pipeline.asset import AssetPipeline
 from millhand.records import Batch
 
@@ -84,6 +84,7 @@ class AssetRunner:
             "error": error.message if error else "",
             "hint": error.hint if error else "",
             "counters": msgspec.to_builtins(self.pipeline.counters),
+            "adapter_counts": dict(self._adapter.counts) if isinstance(self._adapter, CountsFaults) else {},
             "windows": self.pipeline.window_counters(),
             "latency_ms": {f"p{rank}": _rank(latencies, rank) for rank in (50, 99)},
         }
