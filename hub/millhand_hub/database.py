@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sqlite3
 import time
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from millhand.errors import StoreError
 from millhand.store.rows import STREAMS
@@ -41,16 +42,11 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         """Open or create. Raises StoreError naming path and remedy."""
+        self._lock = _locked(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(
-                path, check_same_thread=False, isolation_level=None, timeout=BUSY_TIMEOUT_S
-            )
-            self._connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # works only before the first table
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = FULL")
-            self._connection.executescript((files("millhand_hub") / "schema.sql").read_text(encoding="utf-8"))
-        except (OSError, sqlite3.Error) as error:
+            self._connection = _connected(path)
+        except sqlite3.Error as error:
+            self._lock.close()
             raise StoreError(f"the hub's database '{path}' cannot be opened: {error}", hint="check data_dir") from error
         self._node_ids: dict[tuple[str, str], int] = {}
         self._held: dict[StreamKey, Held] = {}
@@ -59,6 +55,7 @@ class Database:
 
     def close(self) -> None:
         self._connection.close()
+        self._lock.close()
 
     def commit(self, events: Sequence[Event]) -> list[Acknowledgement]:
         """Store everything in one transaction, in order; return what may be acknowledged then. Raises StoreError."""
@@ -237,6 +234,36 @@ class Database:
             row: Any = self._connection.execute('SELECT id FROM nodes WHERE "group" = ? AND node = ?', key).fetchone()
             self._node_ids[key] = row[0]
         return self._node_ids[key]
+
+
+def _locked(path: Path) -> IO[str]:
+    """Hold `<path>.lock` for as long as the returned file is open. Raises StoreError where another hub holds it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(path.name + ".lock").open("w")
+    except OSError as error:
+        raise StoreError(f"the hub's database '{path}' cannot be opened: {error}", hint="check data_dir") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise StoreError(
+            f"the hub's database '{path}' is in use by another hub", hint="stop that one, or set another data_dir"
+        ) from error
+    return lock
+
+
+def _connected(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=BUSY_TIMEOUT_S)
+    try:
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # works only before the first table
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.executescript((files("millhand_hub") / "schema.sql").read_text(encoding="utf-8"))
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection
 
 
 def _now_ms() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -162,3 +163,11 @@ def test_queries(kit, database, tmp_path):
         assert queries.rows_held(found) == 9
         with pytest.raises(sqlite3.OperationalError):
             found.execute("DELETE FROM nodes")
+
+
+def test_a_second_hub_on_the_same_database_is_refused(tmp_path: Path) -> None:
+    first = Database(tmp_path / "hub.db")
+    with pytest.raises(StoreError, match="in use by another hub"):
+        Database(tmp_path / "hub.db")
+    first.close()
+    Database(tmp_path / "hub.db").close()

@@ -33,6 +33,8 @@ log = logging.getLogger("millhand.telemetry")
 ROWS_AT_ONCE = 200
 BYTES_AT_ONCE = 4 * 1024 * 1024
 """About so much of the outbox is in memory at a time."""
+PACE_S = 0.05
+"""Rows that are committed shortly after each other go out together: waking for each one costs the pipeline its time."""
 REBIRTH_PAUSE_S = 1.0
 GOODBYE_DEADLINE_S = 2.0
 
@@ -207,6 +209,7 @@ class Publisher:
         finally:
             for task in waits:
                 task.cancel()
+        await asyncio.sleep(PACE_S)
 
     async def _say_goodbye(self, session: Session, was_born: bool) -> None:
         """NDEATH first, then DISCONNECT (tck-id-payloads-ndeath-will-message-publisher-disconnect-mqtt311, -mqtt50)."""
