@@ -98,7 +98,7 @@ def main() -> int:
     figures = [
         Figure("detection", 100 * len(seen) / len(faulty), "%", ">= 99"),
         Figure("right kind", 100 * right / max(len(seen), 1), "%", ">= 95"),
-        Figure("latest alert, share of degradation", 100 * max(shares, default=1.0), "%", "<= 80"),
+        Figure("latest alert, share of degradation", round(100 * max(shares, default=1.0), 1), "%", "<= 80"),
         Figure("alerts in healthy lives", sum(len(life.alerts) for life in healthy), "alerts", "== 0"),
         Figure("alerts before the damage began", sum(life.false_alerts for life in faulty), "alerts", "== 0"),
         Figure("windows judged", sum(life.windows for life in lives), "windows"),
