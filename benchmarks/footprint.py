@@ -1,7 +1,7 @@
 """What the agent costs at rest: memory, start-up, idle CPU, and the command line's start.
 
 A node with pipeline, store, telemetry (to a real nats-server) and HTTP active, and both shipped models loaded.
-The peer is MLServer alone: 169 MB RSS (measured once on a 2-core machine; see docs/peers.md).
+"Idle" is the node without assets, connected to its broker, with both models loaded and HTTP listening.
 """
 
 from __future__ import annotations
