@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from millhand import __version__
-from millhand.errors import InputError
+from millhand.errors import InputError, suggestion
 from millhand.metrics import DAEMON
 from millhand.records import Alert, AlertState, WorkOrder
 from millhand.store.rows import STREAMS, Bulk, Gap, Row
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from millhand.pipeline.asset import Latency
 
 ID_SEARCH_LIMIT = 10_000
+ID_CHARACTERS_LEAST = 4
+"""A shorter beginning of an id is refused: it fits too many."""
 TAIL_ROWS = 256
 
 
@@ -101,7 +103,7 @@ class Calls:
     async def alert_ack(self, alert_id: str, by: str) -> dict[str, Any]:
         alert: Alert = _by_prefix(await self._daemon.store.alerts(limit=ID_SEARCH_LIMIT), alert_id, "alert")
         acked = await self._daemon.store.ack_alert(alert.id, by, time.time_ns())
-        return _plain(acked)
+        return {**_plain(acked), "already_acked": bool(alert.acked_by)}
 
     async def order_list(self, asset: str | None = None, limit: int = 50) -> list[dict[str, Any]]:
         return [_plain(order) for order in await self._daemon.store.orders(asset=asset, limit=limit)]
@@ -132,9 +134,25 @@ class Calls:
         since_ns: int | None = None,
         until_ns: int | None = None,
     ) -> AsyncIterator[Any]:
+        """Yield (source time, asset, name, value, unit, quality). Raises InputError for an asset or name unknown."""
+        await self._check_known(asset, names or [])
         since, until = _span(since_ns, until_ns)
         async for chunk in self._daemon.store.readings(asset, names or None, since, until):
             yield [(r.clock.source_ns, asset, r.name, _finite(r.value), r.unit, r.quality.name.lower()) for r in chunk]
+
+    async def _check_known(self, asset: str, names: list[str]) -> None:
+        store = self._daemon.store
+        assets = {*await store.assets(), *(settings.name for settings in self._daemon.config.assets)}
+        if asset not in assets:
+            hint = f"one of: {', '.join(sorted(assets))}" if assets else "no asset has brought a reading yet"
+            raise InputError(f"asset '{asset}' is not known{suggestion(asset, assets)}", hint=hint)
+        known = [spec.name for spec in await store.metric_specs() if spec.asset == asset]
+        unknown = [name for name in names if name not in known]
+        if known and unknown:  # an asset that has not spoken yet may still bring it
+            raise InputError(
+                f"asset '{asset}' has no reading '{unknown[0]}'{suggestion(unknown[0], known)}",
+                hint=f"one of: {', '.join(sorted(known))}",
+            )
 
     async def store_export(self, path: str, since_ns: int | None = None, until_ns: int | None = None) -> dict[str, int]:
         """Write everything into a new plain SQLite file at `path`; returns the rows a table."""
@@ -212,7 +230,13 @@ def _span(since_ns: int | None, until_ns: int | None) -> tuple[int, int]:
 
 
 def _by_prefix(records: list[Any], prefix: str, what: str) -> Any:
-    matches = [record for record in records if record.id.startswith(prefix)]
+    matches = [record for record in records if record.id == prefix]
+    if not matches and len(prefix) < ID_CHARACTERS_LEAST:
+        raise InputError(
+            f"'{prefix}' is too short for the beginning of an id",
+            hint=f"give at least {ID_CHARACTERS_LEAST} characters",
+        )
+    matches = matches or [record for record in records if record.id.startswith(prefix)]
     if len(matches) != 1:
         found = "no" if not matches else f"{len(matches)}"
         raise InputError(

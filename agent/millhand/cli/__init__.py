@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,17 @@ class LazyGroup(click.Group):
             ctx.fail(f"command '{args[0]}' is not known{suggestion(args[0], COMMANDS)}")
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. A reader that has seen enough (`| head`) ends it well, without noise."""
+        try:
+            outcome = super().invoke(ctx)
+            sys.stdout.flush()
+            return outcome
+        except BrokenPipeError:
+            # Or the interpreter would try to write the rest at its exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_CODES["ok"]
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
@@ -89,22 +101,21 @@ def main(arguments: list[str] | None = None) -> Any:
     """Entry point: prints errors as `Error: …` and `Try: …`, and exits with a documented code."""
     words = sys.argv[1:] if arguments is None else arguments
     verbose = "-v" in words or "--verbose" in words
+    as_json = "--json" in words
     try:
         code = root.main(args=words, prog_name="millhand", standalone_mode=False)
     except MillhandError as error:
         if verbose:
             raise
-        print_error(error.message, error.hint)
+        print_error(error.message, error.hint, error.code, as_json)
         sys.exit(EXIT_CODES["error"])
     except click.UsageError as error:
-        print_error(error.format_message(), f"{error.ctx.command_path} --help" if error.ctx else "millhand --help")
+        hint = f"{error.ctx.command_path} --help" if error.ctx else "millhand --help"
+        print_error(error.format_message(), hint, "usage", as_json)
         sys.exit(EXIT_CODES["usage"])
     except click.ClickException as error:
-        print_error(error.format_message(), "")
+        print_error(error.format_message(), "", "error", as_json)
         sys.exit(EXIT_CODES["error"])
     except (KeyboardInterrupt, click.exceptions.Abort):
         sys.exit(EXIT_CODES["interrupted"])
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(EXIT_CODES["ok"])
     sys.exit(code if isinstance(code, int) else EXIT_CODES["ok"])

@@ -11,6 +11,13 @@ import click
 from millhand.cli.output import Output, json_option, table
 
 
+def id_text(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+    """Refuse an id that is empty: as a beginning it would fit every one."""
+    if not value.strip():
+        raise click.BadParameter("an id is not empty", ctx, parameter)
+    return value.strip()
+
+
 @click.group("alert")
 def command() -> None:
     """List and acknowledge alerts."""
@@ -37,12 +44,13 @@ def list_(ctx: click.Context, state: str | None, asset: str | None, limit: int) 
 
 
 @command.command("ack")
-@click.argument("alert_id")
+@click.argument("alert_id", callback=id_text)
 @click.option("--by", default=None, help="Who acknowledges. Default: your user name.")
 @json_option
 @click.pass_context
 def ack(ctx: click.Context, alert_id: str, by: str | None) -> None:
-    """Acknowledge ALERT_ID (its first characters are enough)."""
+    """Acknowledge ALERT_ID (its first 4 characters are enough)."""
     output: Output = ctx.obj
     alert: dict[str, Any] = output.daemon().call("alert.ack", alert_id=alert_id, by=by or getpass.getuser())
-    output.emit(alert, f"Alert {alert['id'][:8]} on {alert['asset']} is acknowledged by {alert['acked_by']}.")
+    done = "was acknowledged already" if alert["already_acked"] else "is acknowledged"
+    output.emit(alert, f"Alert {alert['id'][:8]} on {alert['asset']} {done} by {alert['acked_by']}.")

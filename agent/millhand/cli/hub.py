@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from millhand.cli.alert import moment
-from millhand.cli.output import Output, json_option, table
+from millhand.cli.output import Output, json_option, shorten, table
 
 if TYPE_CHECKING:
     from millhand_hub.settings import HubSettings
@@ -100,7 +100,7 @@ def orders(ctx: click.Context, limit: int, hub_config: Path | None) -> None:
     output: Output = ctx.obj
     with queries.opened(_settings(hub_config).database_path) as database:
         found = queries.orders(database, limit)
-    rows = [(moment(o["created_ns"]), o["node"], o["asset"], o["priority"], o["symptom"][:36]) for o in found]
+    rows = [(moment(o["created_ns"]), o["node"], o["asset"], o["priority"], shorten(o["symptom"], 28)) for o in found]
     output.emit(
         found, table(["created", "node", "asset", "priority", "symptom"], rows) if rows else ["No work orders."]
     )

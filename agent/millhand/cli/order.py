@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from millhand.cli.alert import moment
-from millhand.cli.output import LINE_CHARACTERS, Output, json_option, table
+from millhand.cli.alert import id_text, moment
+from millhand.cli.output import LINE_CHARACTERS, Output, json_option, shorten, table
 
 
 @click.group("order")
@@ -25,17 +25,19 @@ def list_(ctx: click.Context, asset: str | None, limit: int) -> None:
     """List work orders, newest first."""
     output: Output = ctx.obj
     orders = output.daemon().call("order.list", asset=asset, limit=limit)
-    rows = [(o["id"][:8], moment(o["created_ns"]), o["asset"], o["priority"], o["symptom"][:40]) for o in orders]
+    rows = [
+        (o["id"][:8], moment(o["created_ns"]), o["asset"], o["priority"], shorten(o["symptom"], 32)) for o in orders
+    ]
     text = table(["id", "created", "asset", "priority", "symptom"], rows) if rows else ["No work orders."]
     output.emit(orders, text)
 
 
 @command.command("show")
-@click.argument("order_id")
+@click.argument("order_id", callback=id_text)
 @json_option
 @click.pass_context
 def show(ctx: click.Context, order_id: str) -> None:
-    """Show ORDER_ID whole (its first characters are enough)."""
+    """Show ORDER_ID whole (its first 4 characters are enough)."""
     output: Output = ctx.obj
     order = output.daemon().call("order.show", order_id=order_id)
     output.emit(order, order_lines(order))

@@ -73,6 +73,16 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     return [line([header.upper() for header in headers]), *(line(row) for row in body)]
 
 
+def shorten(text: str, characters: int) -> str:
+    """Cut `text` at a word so that it fits, with an ellipsis."""
+    return textwrap.shorten(text, characters, placeholder="…")
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 error`, `2 errors`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def _is_number(text: str) -> bool:
     try:
         float(text)
@@ -81,8 +91,12 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def print_error(message: str, hint: str) -> None:
-    """Print to stderr within 80 columns."""
+def print_error(message: str, hint: str, code: str, as_json: bool) -> None:
+    """Print to stderr: within 80 columns, or as one JSON document."""
+    if as_json:
+        error = {"code": code, "message": message, "hint": hint}
+        click.echo(json.dumps({"error": error}, ensure_ascii=False), err=True)
+        return
     for prefix, text in (("Error: ", message), ("Try: ", hint)):
         for index, part in enumerate(text.splitlines() if text else []):
             first = prefix if index == 0 else " " * len(prefix)

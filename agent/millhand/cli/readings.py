@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
+import json
+import os
 import sys
-from datetime import UTC, datetime
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any, TextIO
 
 import click
 
@@ -14,6 +21,7 @@ from millhand.cli.output import Output
 from millhand.errors import InputError
 
 COLUMNS = ("time", "asset", "name", "value", "unit", "quality")
+SIGNIFICANT_DIGITS = 12
 
 
 @click.command("readings")
@@ -37,9 +45,9 @@ def command(
 
     With --database: readings, predictions, alerts, orders and minute rollups of all assets as a plain SQLite file.
     """
-    import json
-
     if database is not None:
+        if asset is not None or names or path is not None:
+            raise click.UsageError("--database writes all assets; it takes no ASSET, no --name and no --output")
         span = {"since_ns": time_ns(since), "until_ns": time_ns(until)}
         rows = output.daemon(timeout_s=3600).call("store.export", path=str(database.absolute()), **span)
         output.emit(rows, [f"{count:>10} {name}" for name, count in rows.items()])
@@ -47,19 +55,43 @@ def command(
     if asset is None:
         raise InputError("no asset is named", hint="millhand readings ASSET, or --database FILE for all assets")
     arguments = {"asset": asset, "names": list(names), "since_ns": time_ns(since), "until_ns": time_ns(until)}
-    stream = output.daemon().stream("readings.export", **arguments)
-    handle = path.open("w", newline="") if path else sys.stdout
-    try:
+    chunks = output.daemon().stream("readings.export", **arguments)
+    first: list[Any] = next(chunks, [])  # before any output: the daemon may not run, or refuse
+    with _opened(path) as handle:
         if not output.as_json:
             handle.write(_csv_line(COLUMNS))
-        for chunk in stream:
-            for row in chunk:
-                handle.write(
-                    json.dumps(dict(zip(COLUMNS, row, strict=True))) + "\n" if output.as_json else _csv_line(row)
-                )
+        for row in itertools.chain(first, itertools.chain.from_iterable(chunks)):
+            line = json.dumps(dict(zip(COLUMNS, row, strict=True))) + "\n" if output.as_json else _csv_row(row)
+            handle.write(line)
+
+
+@contextmanager
+def _opened(path: Path | None) -> Iterator[TextIO]:
+    """Standard output, or a file that takes its name only when it is whole. Raises InputError."""
+    if path is None:
+        yield sys.stdout
+        return
+    target = path.resolve()
+    partial: Path | None = None
+    try:
+        if target.exists() and not target.is_file() and not target.is_dir():  # a pipe or a device
+            with target.open("w", newline="", encoding="utf-8") as handle:
+                yield handle
+            return
+        number, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        partial = Path(name)
+        with os.fdopen(number, "w", newline="", encoding="utf-8") as handle:
+            yield handle
+        partial.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o644)
+        partial.replace(target)
+    except OSError as error:
+        raise InputError(
+            f"'{path}' cannot be written: {error.strerror or error}",
+            hint="name a file in a folder that you may write, on a disk with room",
+        ) from error
     finally:
-        if path:
-            handle.close()
+        if partial is not None:
+            partial.unlink(missing_ok=True)
 
 
 def time_ns(text: str | None) -> int | None:
@@ -79,7 +111,17 @@ def time_ns(text: str | None) -> int | None:
         ) from error
 
 
-def _csv_line(cells: object) -> str:
+def _csv_row(row: Sequence[Any]) -> str:
+    """A reading for people: its time as ISO 8601, its value without the noise of binary fractions."""
+    source_ns, asset, name, value, unit, quality = row
+    seconds, rest_ns = divmod(source_ns, 1_000_000_000)
+    moment = datetime.fromtimestamp(seconds, UTC) + timedelta(microseconds=rest_ns // 1000)
+    shown = f"{value:.{SIGNIFICANT_DIGITS}g}" if isinstance(value, float) else value
+    time_text = moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return _csv_line((time_text, asset, name, shown, unit, quality))
+
+
+def _csv_line(cells: Sequence[Any]) -> str:
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerow(cells)  # type: ignore[arg-type]
+    csv.writer(buffer, lineterminator="\n").writerow(cells)
     return buffer.getvalue()
