@@ -12,12 +12,13 @@ def test_my_adapter(millhand_agent):
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,16 @@ def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = 20.0
 class Agent:
     """A real agent process (`millhand run`) with its own data and run folders."""
 
-    def __init__(self, folder: Path, config: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, config: str, environment: dict[str, str] | None = None, prefix: Sequence[str] = ()
+    ) -> None:
+        """`prefix` stands before the command line, such as `["strace", "-D", "-f"]`; it must keep the process' id."""
         self.folder = folder
         self.run_dir = Path(tempfile.mkdtemp(prefix="mh-", dir="/tmp"))
         self.config_path = folder / "millhand.toml"
         self.log_path = folder / "agent.log"
         self.environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", **(environment or {})}
+        self.prefix = prefix
         self.process: subprocess.Popen[bytes] | None = None
         self.write_config(config)
 
@@ -67,7 +72,7 @@ class Agent:
     def start(self, wait: bool = True) -> Agent:
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "millhand", "--config", str(self.config_path), "run"],
+                [*self.prefix, sys.executable, "-m", "millhand", "--config", str(self.config_path), "run"],
                 stderr=log,
                 stdout=log,
                 env=self.environment,
@@ -128,10 +133,16 @@ def millhand_agent(tmp_path: Path) -> Iterator[Callable[..., Agent]]:
     """Start agents: call with the TOML that follows `[node]`; all are ended after the test."""
     agents: list[Agent] = []
 
-    def start(config: str = "", *, environment: dict[str, str] | None = None, started: bool = True) -> Agent:
+    def start(
+        config: str = "",
+        *,
+        environment: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        started: bool = True,
+    ) -> Agent:
         folder = tmp_path / f"agent-{len(agents)}"
         folder.mkdir()
-        agent = Agent(folder, config, environment)
+        agent = Agent(folder, config, environment, prefix)
         agents.append(agent)
         return agent.start() if started else agent
 
@@ -140,3 +151,4 @@ def millhand_agent(tmp_path: Path) -> Iterator[Callable[..., Agent]]:
         if agent.process is not None:
             agent.process.kill()
             agent.process.wait()
+        shutil.rmtree(agent.run_dir)
