@@ -167,7 +167,9 @@ def _plugins(config: Config) -> Iterator[Finding]:
     for asset in config.assets:
         try:
             asset_options(asset, kinds)
-            yield Finding(f"asset {asset.name}", "ok", f"adapter {asset.adapter}, models {list(asset.models)}")
+            yield Finding(
+                f"asset {asset.name}", "ok", f"adapter {asset.adapter}, models: {', '.join(asset.models) or 'none'}"
+            )
         except MillhandError as error:
             yield _of_error(f"asset {asset.name}", error)
 

@@ -49,9 +49,14 @@ def _describe(model: type[BaseModel], item: Any, source: str) -> str:
     if item["type"] == "missing":
         return f"{source}: key '{key}' is missing"
     value = item.get("input")
-    shown = repr(value) if not isinstance(value, dict | list) else type(value).__name__
     message = item["msg"].removeprefix("Value error, ")
-    return f"{source}: key '{key}' = {shown[:80]}: {message[:1].lower()}{message[1:]}"
+    message = f"{message[:1].lower()}{message[1:]}"
+    if not parts:
+        return f"{source}: {message}"
+    if isinstance(value, dict) and item["type"] == "value_error":
+        return f"{source}: table '{key}': {message}"
+    shown = repr(value) if not isinstance(value, dict | list) else type(value).__name__
+    return f"{source}: key '{key}' = {shown[:80]}: {message}"
 
 
 def _fields(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:

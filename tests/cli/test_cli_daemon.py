@@ -179,3 +179,24 @@ def test_errors_as_json(agent: Agent, silent: Path) -> None:
     assert error["hint"]
     assert json.loads(millhand(silent, "alert", "list", "--json").stderr)["error"]["code"] == "control"
     assert json.loads(millhand(silent, "alert", "ack", "", "--json").stderr)["error"]["code"] == "usage"
+
+
+# ---- state ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_state_names_the_asset_that_fails(agent: Agent) -> None:
+    run = agent.millhand()
+    assert "  lost: " in run.stdout
+    assert all(len(line) <= 80 for line in run.stdout.splitlines())
+
+
+def test_telemetry_that_is_off(agent: Agent) -> None:
+    assert agent.millhand("telemetry", "status").stdout.startswith("Telemetry is off")
+
+
+def test_a_fault_of_a_whole_table_names_the_table(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    config.write_text(config.read_text().replace(', time_format = "index"', ""))
+    error = millhand(config, "config", "validate").stderr
+    assert "key ''" not in error
+    assert "'lost' options: time_column is missing" in error.replace("\n       ", " ")

@@ -6,7 +6,7 @@ import textwrap
 
 import click
 
-from millhand.cli.output import LINE_CHARACTERS, Output, json_option
+from millhand.cli.output import LINE_CHARACTERS, Output, json_option, plural
 
 MARKS = {"ok": "ok  ", "warning": "WARN", "error": "FAIL"}
 
@@ -33,6 +33,6 @@ def command(ctx: click.Context) -> None:
         if finding.hint and finding.level != "ok":
             hint = f"Try: {finding.hint}"
             lines += textwrap.wrap(hint, LINE_CHARACTERS, initial_indent=" " * 6, subsequent_indent=" " * 11)
-    lines.append(f"{errors} errors, {warnings} warnings.")
+    lines.append(f"{plural(errors, 'error')}, {plural(warnings, 'warning')}.")
     output.emit({"errors": errors, "warnings": warnings, "findings": [f.to_dict() for f in findings]}, lines)
     ctx.exit(EXIT_CODES["check_errors"] if errors else EXIT_CODES["check_warnings"] if warnings else EXIT_CODES["ok"])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from millhand.cli.output import Output
+from millhand.cli.output import LINE_CHARACTERS, Output, shorten
 from millhand.errors import ControlError
+
+FAULTS_SHOWN = 3
 
 
 def show_state(output: Output) -> None:
@@ -28,11 +30,12 @@ def show_state(output: Output) -> None:
 
 
 def state_lines(state: dict[str, Any]) -> list[str]:
-    """Lay the daemon's answer to `state` out in five lines and the next step."""
+    """Lay the daemon's answer to `state` out in a few lines and the next step."""
     telemetry, alerts = state["telemetry"], state["alerts"]
     lines = [
         f"Node       {state['group']}/{state['node']}, profile {state['profile']}, up {duration(state['uptime_s'])}",
         f"Assets     {_assets(state['assets'])}",
+        *_faults(state["assets"]),
         f"Models     {_models(state['models'])}",
         f"Alerts     {alerts['open']} open, {alerts['acked']} acknowledged; {state['orders']} work orders",
         f"Telemetry  {_telemetry(telemetry)}",
@@ -55,6 +58,13 @@ def _assets(assets: list[dict[str, Any]]) -> str:
     for asset in assets:
         counts[asset["state"]] = counts.get(asset["state"], 0) + 1
     return f"{len(assets)}: " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+
+
+def _faults(assets: list[dict[str, Any]]) -> list[str]:
+    """One line for each of the first assets that have an error."""
+    faults = [f"{asset['asset']}: {asset['error']}" for asset in assets if asset["error"]]
+    lines = [" " * 11 + shorten(fault, LINE_CHARACTERS - 11) for fault in faults[:FAULTS_SHOWN]]
+    return lines if len(faults) <= FAULTS_SHOWN else [*lines, " " * 11 + f"and {len(faults) - FAULTS_SHOWN} more"]
 
 
 def _models(models: list[dict[str, Any]]) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from typing import Any
 
 import click
 
 from millhand.cli.alert import moment
-from millhand.cli.output import Output, json_option
+from millhand.cli.output import LINE_CHARACTERS, Output, json_option, plural
 
 
 @click.group("telemetry")
@@ -23,7 +24,7 @@ def status(ctx: click.Context) -> None:
     """Show the connection, the queue and the acknowledgements."""
     output: Output = ctx.obj
     answer = output.daemon().call("telemetry.status")
-    output.emit(answer, _lines("", answer))
+    output.emit(answer, _lines(answer))
 
 
 @command.command("tail")
@@ -41,11 +42,24 @@ def tail(ctx: click.Context, count: int | None) -> None:
             click.echo(line)
 
 
-def _lines(prefix: str, value: dict[str, Any]) -> list[str]:
+def _lines(status: dict[str, Any]) -> list[str]:
+    """The publisher's state for people."""
+    if not status["enabled"]:
+        return ["Telemetry is off: no broker is configured.", "Try: set [telemetry] brokers"]
+    acked = ", ".join(f"{stream} {number} of {status['last'][stream]}" for stream, number in status["acked"].items())
+    facts = [
+        ("Connected", "yes" if status["connected"] else "no"),
+        ("Broker", status["broker"]),
+        ("Waiting", f"{plural(status['queued_rows'], 'row')}, the oldest since {status['oldest_unsent_s']:g} s"),
+        ("Acknowledged", acked),
+        (
+            "Sent",
+            f"{plural(status['sent'], 'row')}, {status['resent']} again; now {status['sent_rows_per_s']:g} a second",
+        ),
+        ("Last error", status["error"]),
+        ("Try", status["hint"] if status["error"] else ""),
+    ]
     lines = []
-    for key, item in value.items():
-        if isinstance(item, dict):
-            lines += _lines(f"{prefix}{key}.", item)
-        else:
-            lines.append(f"{prefix + key:<32} {item}")
+    for label, text in facts:
+        lines += textwrap.wrap(text, LINE_CHARACTERS, initial_indent=f"{label:<14}", subsequent_indent=" " * 14)
     return lines
