@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 from agent import BenchAgent
 from figures import Figure, progress, report
+
 from millhand.telemetry.broker import EmbeddedBroker
 
 SETTLE_S = 10.0

@@ -73,6 +73,7 @@ class Calls:
             "uptime_s": time.monotonic() - daemon.started_monotonic,
             "assets": assets,
             "models": daemon.pool.index(),
+            "http": daemon.http_url,
             "alerts": {"open": opened, "acked": sum(alert.state is AlertState.ACKED for alert in alerts)},
             "orders": len(await daemon.store.orders(limit=ID_SEARCH_LIMIT)),
             "telemetry": await self.telemetry_status(),

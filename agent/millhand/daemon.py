@@ -150,6 +150,11 @@ class Daemon:
         if self._run_dir_lock is not None:
             os.close(self._run_dir_lock)
 
+    @property
+    def http_url(self) -> str:
+        """Where the HTTP process listens; empty where it is switched off."""
+        return "" if self._http is None else f"http://{self.config.http.host}:{self._http.port}"
+
     async def reload(self) -> list[str]:
         """Read the configuration again and apply what changed; return what needs a restart.
 

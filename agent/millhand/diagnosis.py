@@ -158,7 +158,7 @@ def _plugins(config: Config) -> Iterator[Finding]:
 
     registry = Registry()
     registry.load(config.plugin_tables())
-    kinds = adapter_kinds(registry)
+    kinds, models = adapter_kinds(registry), _repository(config).models
     for plugin in registry.plugins.values():
         if plugin.state in ("failed", "degraded"):
             yield Finding(f"plugin {plugin.name}", "error", plugin.error, plugin.hint)
@@ -167,6 +167,11 @@ def _plugins(config: Config) -> Iterator[Finding]:
     for asset in config.assets:
         try:
             asset_options(asset, kinds)
+            unknown = [name for name in asset.models if name not in models]
+            if unknown:
+                hint = "name the plugin that ships it under [plugins], or add its folder to [models] paths"
+                yield Finding(f"asset {asset.name}", "error", f"no model is called '{unknown[0]}'", hint)
+                continue
             yield Finding(
                 f"asset {asset.name}", "ok", f"adapter {asset.adapter}, models: {', '.join(asset.models) or 'none'}"
             )
@@ -180,9 +185,7 @@ def _models(config: Config) -> Iterator[Finding]:
         yield Finding(f"model {name}", "error", message, "mend or remove the model's folder")
     for name in _used_models(config):
         if name not in repository.models:
-            hint = "name the plugin that ships it under [plugins], or add its folder to [models] paths"
-            yield Finding(f"model {name}", "error", f"no model is called '{name}'", hint)
-            continue
+            continue  # said where the asset is looked at
         try:
             folder = repository.models[name]
             states = [f"version {number} {repository.check_proof(folder, number)}" for number in folder.chosen()]
@@ -276,8 +279,9 @@ def _daemon(config: Config) -> Iterator[Finding]:
         yield Finding("daemon", "warning", error.message, error.hint)
         return
     yield Finding("daemon", "ok", f"runs since {state['uptime_s']:.0f} s, process {state['pid']}")
+    here = {asset.name for asset in config.assets}  # the daemon may run another configuration
     for asset in state["assets"]:
-        if asset["error"]:
+        if asset["error"] and asset["asset"] in here:
             # A machine that is switched off is no fault of the node.
             level: Level = "warning" if asset["state"] == "silent" else "error"
             yield Finding(f"asset {asset['asset']}", level, asset["error"], asset["hint"])

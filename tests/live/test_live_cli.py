@@ -124,7 +124,7 @@ def test_the_command_line(tmp_path: Path, agent: Agent) -> None:
     # Telemetry: follow while rows come.
     _, status = cli_json(agent, "telemetry", "status")
     assert (status["enabled"], status["connected"]) == (True, True)
-    assert "acked.bulk" in cli(agent, "telemetry", "status").stdout
+    assert "Acknowledged" in cli(agent, "telemetry", "status").stdout
 
 
 def test_telemetry_tail_follows(tmp_path: Path, agent: Agent) -> None:

@@ -36,7 +36,7 @@ def state_lines(state: dict[str, Any]) -> list[str]:
         f"Node       {state['group']}/{state['node']}, profile {state['profile']}, up {duration(state['uptime_s'])}",
         f"Assets     {_assets(state['assets'])}",
         *_faults(state["assets"]),
-        f"Models     {_models(state['models'])}",
+        f"Models     {_models(state['models'], state['http'])}",
         f"Alerts     {alerts['open']} open, {alerts['acked']} acknowledged; {state['orders']} work orders",
         f"Telemetry  {_telemetry(telemetry)}",
     ]
@@ -67,11 +67,12 @@ def _faults(assets: list[dict[str, Any]]) -> list[str]:
     return lines if len(faults) <= FAULTS_SHOWN else [*lines, " " * 11 + f"and {len(faults) - FAULTS_SHOWN} more"]
 
 
-def _models(models: list[dict[str, Any]]) -> str:
+def _models(models: list[dict[str, Any]], url: str) -> str:
+    place = f" at {url}" if url else ""
     shown = [model for model in models if model["state"] != "unloaded"]
     if not shown:
-        return "none loaded"
-    return ", ".join(f"{model['name']}{_version(model)} {model['state']}" for model in shown)
+        return "none loaded" + place
+    return ", ".join(f"{model['name']}{_version(model)} {model['state']}" for model in shown) + place
 
 
 def _version(model: dict[str, Any]) -> str:
