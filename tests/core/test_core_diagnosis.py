@@ -165,7 +165,7 @@ def test_the_state_of_proofs(node: Node) -> None:
 
 
 def test_a_model_that_nobody_ships(node: Node) -> None:
-    finding = node.judged_by("press-wear").only("model press-wear")
+    finding = node.judged_by("press-wear").only("asset node")
     assert finding.level == "error"
     assert "[models] paths" in finding.hint
 
