@@ -14,7 +14,10 @@ export ORT_DISABLE_TELEMETRY := 1
 $(VENV)/.demo: pyproject.toml constraints.txt
 	@echo "Preparing $(VENV) for the demo (once) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo]'
+	@echo "Installing (about 30 s) ..."
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[demo]' & pid=$$!; \
+	  trap 'kill $$pid; exit 130' INT TERM; \
+	  while kill -0 $$pid 2>/dev/null; do printf .; sleep 2; done; echo; wait $$pid
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt

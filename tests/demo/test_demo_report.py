@@ -145,6 +145,26 @@ def test_a_run_is_good_only_if_the_main_job_was_done() -> None:
     assert not outcome(fault="none", onset_s=None, failure_s=None).good
 
 
+def test_a_run_that_was_hardly_judged_is_not_good() -> None:
+    blind = outcome(health=[(1.0, 0.1), (2.0, 0.1)])
+    assert blind.watched_percent < 10
+    assert not blind.good
+    assert any("was watched" in line for line in text(blind, Path("demo.html")))
+    assert outcome(signals={}).watched_percent == 0, "a machine that was never seen to run"
+
+
+def test_a_line_breaks_at_gaps_and_ends_at_the_edge() -> None:
+    drawn = Chart("t", [0, 1, 5, 6, 99], [1, 2, 3, 4, 5], "s", "g", x_low=0, x_high=10, gap=2).__html__()
+    path = re.search(r'class="line" d="([^"]*)"', drawn)
+    assert path is not None
+    assert (path[1].count("M"), path[1].count("L")) == (2, 2)
+
+
+def test_standstill_is_a_stretch_of_idle() -> None:
+    speeds = [(0.0, 2900.0), (1.0, 0.0), (2.0, 0.0), (3.0, 2900.0)]
+    assert outcome(signals={"speed": speeds}).idle == [(1.0, 2.0)]
+
+
 def test_summary_holds_what_others_read(tmp_path: Path) -> None:
     facts = summary(outcome(), tmp_path / "demo.html")
     assert set(facts) >= {

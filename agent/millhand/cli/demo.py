@@ -37,9 +37,7 @@ def command(output: Output, seed: int, fault: str, scale: float, target: Path) -
     from millhand.demo.report import write_report
     from millhand.demo.session import run
 
-    folder = target.resolve() / ".demo"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder = _clean_folder(target)
     run_dir = Path(tempfile.mkdtemp(prefix="millhand-"))  # sockets want a short path
     progress = Progress()
     try:
@@ -53,6 +51,22 @@ def command(output: Output, seed: int, fault: str, scale: float, target: Path) -
     (target / "demo.json").write_text(json.dumps(facts, indent=2) + "\n")
     output.emit(facts, text(outcome, report))
     sys.exit(0 if outcome.good else 1)
+
+
+def _clean_folder(target: Path) -> Path:
+    """An empty `.demo` in `target`. Raises DemoError where the report could not be written."""
+    from millhand.demo.stack import DemoError
+
+    folder = target.resolve() / ".demo"
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise DemoError(
+            f"the folder '{target}' cannot be written: {error.strerror}", hint="name another one with --output"
+        ) from error
+    return folder
 
 
 class Progress:
@@ -90,6 +104,8 @@ def summary(outcome: Outcome, report: Path) -> dict[str, Any]:
         "profile": outcome.profile,
         "models": outcome.models,
         "windows": outcome.windows,
+        "watched_percent": round(outcome.watched_percent, 1),
+        "shortcomings": outcome.shortcomings,
         "alerts": [{key: alert[key] for key in ("asset", "kind", "lead_time_s")} for alert in outcome.alerts],
         "false_alerts": outcome.false_alerts,
         "work_orders": [
@@ -122,7 +138,7 @@ def text(outcome: Outcome, report: Path) -> list[str]:
         ("false alerts", outcome.false_alerts),
         ("produced, at the hub", f"{tally.produced}, {tally.stored}"),
         ("lost, doubled", f"{tally.lost}, {tally.duplicates}"),
-        ("windows judged", outcome.windows),
+        ("windows judged", f"{outcome.windows}; {outcome.watched_percent:.0f} % of the running time watched"),
         ("reading to prediction", f"p50 {outcome.latency_ms['p50']} ms, p99 {outcome.latency_ms['p99']} ms"),
         ("memory", ", ".join(f"{name} {value:.0f} MB" for name, value in outcome.rss_mb.items())),
         ("agent ready after", f"{outcome.start_s:.1f} s"),
@@ -131,8 +147,10 @@ def text(outcome: Outcome, report: Path) -> list[str]:
     lines = table(["what", "result"], rows)
     for order in outcome.orders:
         lines += ["", *order_lines(order)]
-    verdict = "The main job is done." if outcome.good else "The main job was NOT done: see the table."
-    return [*lines, "", verdict, f"Report: {report}"]
+    verdict = ["The main job is done."]
+    if not outcome.good:
+        verdict = ["The main job was NOT done:", *(f"- {reason}" for reason in outcome.shortcomings)]
+    return [*lines, "", *verdict, f"Report: {report}"]
 
 
 def _alert_text(alert: dict[str, Any]) -> str:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-WIDTH = 640
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 34, 44
+WIDTH = 480
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 40, 44
+CHARACTER = 9
+"""Width of a letter in the largest type that the page uses."""
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,20 @@ class Mark:
 
 @dataclass(frozen=True)
 class Span:
-    """A shaded stretch from `start` to `end` with a label in its middle."""
+    """A shaded stretch from `start` to `end` with a label in its middle; `style` is a CSS class: lead or idle."""
 
     start: float
     end: float
     label: str
+    style: str = "lead"
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One line over x. `x` and `y` have the same length; the axes carry units in their labels."""
+    """One line over x. `x` and `y` have the same length; the axes carry units in their labels.
+
+    gap: the line breaks where neighbouring points are further apart in x than this.
+    """
 
     title: str
     x: Sequence[float]
@@ -40,11 +46,12 @@ class Chart:
     y_label: str
     marks: Sequence[Mark] = field(default_factory=tuple)
     spans: Sequence[Span] = field(default_factory=tuple)
-    height: int = 250
+    height: int = 200
     y_low: float | None = None
     y_high: float | None = None
     x_low: float | None = None
     x_high: float | None = None
+    gap: float = math.inf
 
     def __html__(self) -> str:
         """The chart as one SVG element, scaled by its viewBox; templates take it as it is."""
@@ -54,9 +61,10 @@ class Chart:
             *(frame.span(span) for span in self.spans),
             *frame.grid(),
             f'<path class="line" d="{frame.path()}"/>',
+            *(frame.span_label(span) for span in self.spans),
             *frame.marks(),
-            _text("axis", (LEFT + WIDTH - RIGHT) / 2, self.height - 6, "middle", self.x_label),
-            _text("axis", 4, 18, "start", self.y_label),
+            _text("axis", (LEFT + WIDTH - RIGHT) / 2, self.height - 5, "middle", self.x_label),
+            _text("axis", 4, 16, "start", self.y_label),
             "</svg>",
         ]
         return "".join(parts)
@@ -67,7 +75,10 @@ class _Frame:
 
     def __init__(self, chart: Chart) -> None:
         self.chart = chart
-        points = [(x, y) for x, y in zip(chart.x, chart.y, strict=True) if math.isfinite(x) and math.isfinite(y)]
+        low = -math.inf if chart.x_low is None else chart.x_low
+        high = math.inf if chart.x_high is None else chart.x_high
+        finite = ((x, y) for x, y in zip(chart.x, chart.y, strict=True) if math.isfinite(x) and math.isfinite(y))
+        points = [(x, y) for x, y in finite if low <= x <= high]
         self.points = points or [(0.0, 0.0)]
         xs, ys = zip(*self.points, strict=True)
         self.x_low = min(xs) if chart.x_low is None else chart.x_low
@@ -87,8 +98,14 @@ class _Frame:
         return self.bottom - (y - self.y_low) / (self.y_high - self.y_low) * (self.bottom - TOP)
 
     def path(self) -> str:
-        steps = (f"{self.at_x(x):.1f} {self.at_y(y):.1f}" for x, y in self.points)
-        return "M" + "L".join(steps)
+        steps: list[str] = []
+        last = -math.inf
+        for x, y in self.points:
+            steps.append(
+                f"{'M' if x - last > self.chart.gap or not steps else 'L'}{self.at_x(x):.1f} {self.at_y(y):.1f}"
+            )
+            last = x
+        return "".join(steps)
 
     def grid(self) -> list[str]:
         parts = []
@@ -103,22 +120,27 @@ class _Frame:
 
     def span(self, span: Span) -> str:
         start, end = self.at_x(span.start), self.at_x(span.end)
-        middle = (start + end) / 2
         box = f'x="{start:.1f}" y="{TOP}" width="{max(end - start, 0):.1f}" height="{self.bottom - TOP}"'
-        return f'<rect class="span" {box}/>' + _text("span", middle, self.bottom - 8, "middle", span.label)
+        return f'<rect class="span {span.style}" {box}/>'
+
+    def span_label(self, span: Span) -> str:
+        middle = (self.at_x(span.start) + self.at_x(span.end)) / 2
+        middle = min(middle, WIDTH - RIGHT - len(span.label) * CHARACTER / 2)
+        return _text(f"span {span.style}", middle, self.bottom - 8, "middle", span.label) if span.label else ""
 
     def marks(self) -> list[str]:
-        """Labels of neighbouring marks alternate between two rows, so that they do not cover each other."""
-        parts = []
+        """Labels stand beside their lines; neighbours alternate between two rows, so that none covers another."""
+        lines, labels = [], []
         for index, mark in enumerate(sorted(self.chart.marks, key=lambda mark: mark.x)):
             if not self.x_low <= mark.x <= self.x_high:
                 continue
             x = self.at_x(mark.x)
-            anchor = "end" if x > WIDTH * 0.8 else "start" if x < WIDTH * 0.2 else "middle"
-            y = TOP - 4 if index % 2 else TOP + 14
-            parts.append(f'<line class="mark {mark.style}" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{self.bottom}"/>')
-            parts.append(_text(f"mark {mark.style}", x, y, anchor, mark.label))
-        return parts
+            anchor, offset = ("end", -5) if x + len(mark.label) * CHARACTER > WIDTH - RIGHT else ("start", 5)
+            y = TOP - 6 if index % 2 else TOP + 14
+            lines.append(f'<line class="mark {mark.style}" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{self.bottom}"/>')
+            if mark.label:
+                labels.append(_text(f"mark {mark.style}", x + offset, y, anchor, mark.label))
+        return lines + labels
 
 
 def _text(style: str, x: float, y: float, anchor: str, text: str) -> str:

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from millhand.demo.session import Outcome
 
 SIGNALS = (
-    ("bearing_temperature", "Bearing temperature", "Cel"),
+    ("bearing_temperature", "Bearing temperature", "°C"),
     ("current", "Motor current", "A"),
     ("speed", "Speed", "rpm"),
 )
+GAP_S = 2.0
+"""Where nothing was judged for longer than this, the curves of judged windows break."""
 KINDS = {
     "bearing_outer": "Outer-race bearing damage",
     "bearing_inner": "Inner-race bearing damage",
@@ -46,12 +48,14 @@ def _context(outcome: Outcome) -> dict[str, Any]:
         "seed": outcome.seed,
         "headline": _headline(outcome),
         "summary": _summary(outcome),
+        "reasons": outcome.shortcomings,
+        "gap_s": f"{GAP_S:g}",
         "facts": _facts(outcome),
         "charts": _charts(outcome),
         "spectrum": spectrum and {"text": spectrum[0], "chart": spectrum[1]},
         "orders": outcome.orders,
         "telemetry": _telemetry(outcome),
-        "hardware": outcome.hardware,
+        "hardware": [(name, _once(value, outcome.profile)) for name, value in outcome.hardware],
     }
 
 
@@ -78,19 +82,26 @@ def _summary(outcome: Outcome) -> str:
 def _facts(outcome: Outcome) -> list[dict[str, str]]:
     tally = outcome.tally
     lead = outcome.true_alerts[0]["lead_time_s"] if outcome.true_alerts else None
-    cells = [
-        ("lead time", "none" if lead is None else f"{lead:.1f} s", lead is not None or outcome.fault == "none"),
+    foreseen = None if outcome.fault == "none" else lead is not None
+    cells: list[tuple[str, str, bool | None]] = [
+        ("lead time", "none" if lead is None else f"{lead:.1f} s", foreseen),
         ("false alerts", str(outcome.false_alerts), outcome.false_alerts == 0),
         ("answers lost", str(tally.lost), tally.lost == 0),
         ("answers doubled", str(tally.duplicates), tally.duplicates == 0),
-        ("reading to prediction, p99", f"{outcome.latency_ms['p99']:.1f} ms", outcome.latency_ms["p99"] <= 20),
-        ("memory of the agent", f"{outcome.rss_mb['daemon']:.0f} MB", outcome.rss_mb["daemon"] <= 80),
+        (
+            "reading to prediction, p99 (limit 20 ms)",
+            f"{outcome.latency_ms['p99']:.1f} ms",
+            outcome.latency_ms["p99"] <= 20,
+        ),
+        ("memory of the daemon (limit 80 MB)", f"{outcome.rss_mb['daemon']:.0f} MB", outcome.rss_mb["daemon"] <= 80),
     ]
-    return [{"label": label, "value": value, "style": "good" if good else "bad"} for label, value, good in cells]
+    styles = {True: "good", False: "bad", None: ""}
+    return [{"label": label, "value": value, "style": styles[good]} for label, value, good in cells]
 
 
 def _charts(outcome: Outcome) -> list[Chart]:
     marks, spans = _marks(outcome)
+    idle = [Span(start, end, "", "idle") for start, end in outcome.idle]
     times = [time_s for time_s, _ in outcome.health]
     health = Chart(
         "Probability of a fault",
@@ -99,12 +110,13 @@ def _charts(outcome: Outcome) -> list[Chart]:
         "rig time, s",
         "0 to 1",
         marks,
-        spans,
-        height=290,
+        [*idle, *spans],
+        height=230,
         y_low=0.0,
         y_high=1.0,
         x_low=0.0,
         x_high=outcome.life_s,
+        gap=GAP_S,
     )
     charts = [health]
     velocity = [(t, v) for t, v in outcome.velocity if np.isfinite(v)]
@@ -120,9 +132,11 @@ def _charts(outcome: Outcome) -> list[Chart]:
                     "rig time, s",
                     unit,
                     [Mark(mark.x, "", mark.style) for mark in marks],
-                    height=190,
+                    idle,
+                    height=160,
                     x_low=0.0,
                     x_high=outcome.life_s,
+                    gap=GAP_S,
                 )
             )
     return charts
@@ -153,13 +167,19 @@ def _spectrum(outcome: Outcome) -> tuple[str, Chart] | None:
 def _telemetry(outcome: Outcome) -> list[tuple[str, str]]:
     tally = outcome.tally
     return [
+        ("Running time that was watched", f"{outcome.watched_percent:.0f} %"),
         ("Answers that the rig served", f"{tally.produced:,}"),
         ("of these at the hub", f"{tally.stored:,}"),
         ("lost", f"{tally.lost:,}"),
         ("stored twice", f"{tally.duplicates:,}"),
-        ("Rows that the hub acknowledged", f"{outcome.acked:,}"),
+        ("Rows acknowledged by the hub: readings, predictions, alerts, orders", f"{outcome.acked:,}"),
         ("Broker", outcome.broker),
     ]
+
+
+def _once(value: str, profile: str) -> str:
+    """The profile's row without a second naming of it."""
+    return value.replace(f"{profile}: {profile}: ", f"{profile}: ")
 
 
 def _words(kind: str) -> str:

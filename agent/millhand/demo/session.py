@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 import tomllib
+from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,10 @@ from millhand.errors import ControlError
 
 MODEL = "rig-fault"
 LOOK_EVERY_S = 0.25
+STANDSTILL_RPM = 60.0
+JUDGED_S = 1.0
+"""A judged window speaks for this long before its end: two snapshots, of which the transmitter may lose one."""
+WATCHED_PERCENT_LIMIT = 60.0
 DRAIN_DEADLINE_S = 30.0
 
 AGENT_TOML = """\
@@ -92,10 +98,48 @@ class Outcome:
         return sum(1 for alert in self.alerts if self.onset_s is None or alert["rig_time_s"] < self.onset_s)
 
     @property
+    def watched_percent(self) -> float:
+        """Share of the running machine's life that judged windows speak for; 0 where it was never seen to run."""
+        running = [time_s for time_s, rpm in self._speed if rpm > STANDSTILL_RPM]
+        ends = sorted(time_s for time_s, _ in self.health)
+        following = (bisect_left(ends, time_s) for time_s in running)
+        watched = sum(
+            index < len(ends) and ends[index] - time_s <= JUDGED_S
+            for index, time_s in zip(following, running, strict=True)
+        )
+        return 100 * watched / len(running) if running else 0.0
+
+    @property
+    def idle(self) -> list[tuple[float, float]]:
+        """(start, end) of each stretch in which the machine stood still, as its speed readings say."""
+        stretches = []
+        for idle, group in groupby(self._speed, lambda point: point[1] <= STANDSTILL_RPM):
+            times = [time_s for time_s, _ in group if time_s <= self.life_s]
+            if idle and times:
+                stretches.append((times[0], times[-1]))
+        return stretches
+
+    @property
+    def _speed(self) -> list[tuple[float, float]]:
+        return self.signals.get("speed", [])
+
+    @property
+    def shortcomings(self) -> list[str]:
+        """Why the main job was not done; empty if it was."""
+        said = {
+            "the failure was not foreseen": self.failure_s is not None and not self.true_alerts,
+            f"{self.false_alerts} false alerts": self.false_alerts > 0,
+            f"{self.tally.lost} answers lost": self.tally.lost > 0,
+            f"{self.tally.duplicates} answers doubled": self.tally.duplicates > 0,
+            f"only {self.watched_percent:.0f} % of the running time was watched, "
+            f"at least {WATCHED_PERCENT_LIMIT:.0f} % is needed": self.watched_percent < WATCHED_PERCENT_LIMIT,
+        }
+        return [reason for reason, holds in said.items() if holds]
+
+    @property
     def good(self) -> bool:
         """Whether the main job was done."""
-        foreseen = bool(self.true_alerts) if self.failure_s is not None else not self.alerts
-        return foreseen and self.false_alerts == 0 and self.tally.lost == 0 and self.tally.duplicates == 0
+        return not self.shortcomings
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,13 @@ ENVELOPE_BAND_HZ = (1500.0, 5000.0)
 """Where structures of this size ring; the same band as the classifier's."""
 ENVELOPE_SHOWN_HZ = 500.0
 VELOCITY_SHOWN_HZ = 320.0
-HARMONICS = 3
+HARMONICS = (1, 2, 3)
+SHAFT_LINES: dict[str, tuple[tuple[float, ...], str]] = {
+    "imbalance": ((1,), "imbalance shows at the first line (1x)"),
+    "misalignment": ((1, 2), "misalignment shows at twice that (2x)"),
+    "looseness": ((0.5, 1, 1.5, 2, 2.5, 3), "looseness shows at many multiples of that, and at halves"),
+}
+"""Kind of fault -> its lines in multiples of the shaft's frequency, and the sentence that says so (ISO 13373-3)."""
 
 
 def spectrum_of(waveform: dict[str, Any], alert: dict[str, Any]) -> tuple[str, Chart]:
@@ -42,21 +49,18 @@ def _envelope(samples: Any, rate_hz: float, kind: str, facts: dict[str, float]) 
 def _velocity(samples: Any, rate_hz: float, kind: str, facts: dict[str, float]) -> tuple[str, Chart]:
     found = integrate(spectrum(samples * GRAVITY_M_S2, rate_hz), 5.0)
     shaft_hz = facts.get("shaft_hz", 0.0)
-    marks = _harmonics(shaft_hz, "x", VELOCITY_SHOWN_HZ, 4)
-    text = (
-        f"Velocity spectrum of the snapshot behind the alert. The shaft turns at {shaft_hz:.1f} Hz; "
-        f"{kind.replace('_', ' ')} shows at its multiples."
-    )
+    lines, sentence = SHAFT_LINES.get(kind, (HARMONICS, "faults of the shaft show at its multiples"))
+    marks = _harmonics(shaft_hz, "x", VELOCITY_SHOWN_HZ, lines)
+    text = f"Velocity spectrum of the snapshot behind the alert. The shaft turns at {shaft_hz:.1f} Hz; {sentence}."
     return text, _chart(
         "Velocity spectrum", found.frequency_hz, found.amplitude * 1000, "mm/s", marks, VELOCITY_SHOWN_HZ
     )
 
 
-def _harmonics(base_hz: float, name: str, shown_hz: float, number: int = HARMONICS) -> list[Mark]:
+def _harmonics(base_hz: float, name: str, shown_hz: float, lines: Sequence[float] = HARMONICS) -> list[Mark]:
     if base_hz <= 0:
         return []
-    steps = range(1, number + 1)
-    return [Mark(base_hz * n, f"{n}{name}", "peak") for n in steps if base_hz * n < shown_hz]
+    return [Mark(base_hz * n, f"{n:g}{name}", "peak") for n in lines if base_hz * n < shown_hz]
 
 
 def _chart(title: str, frequencies_hz: Any, amplitudes: Any, unit: str, marks: list[Mark], shown_hz: float) -> Chart:
@@ -68,7 +72,7 @@ def _chart(title: str, frequencies_hz: Any, amplitudes: Any, unit: str, marks: l
         "Hz",
         unit,
         marks,
-        height=280,
+        height=220,
         y_low=0.0,
         x_low=0.0,
         x_high=shown_hz,
