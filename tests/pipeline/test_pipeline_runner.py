@@ -345,3 +345,18 @@ async def test_status_is_plain_data_and_stop_before_start_is_nothing(kit, store:
     assert (status["state"], status["last_batch_age_s"]) == ("starting", None)
     assert status["latency_ms"] == {"p50": None, "p99": None}
     await runner.stop()
+
+
+async def test_a_model_whose_signals_never_come_is_named(kit, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "UNSEEN_AFTER_S", 0.0)
+    manifest = kit.manifest(window={"length": 2, "step": 1, "signals": ["x", "torque"], "waveforms": ["vibration"]})
+    models = [(manifest, None)]  # no window is ever due, so nobody asks the extractor
+    pipeline = AssetPipeline(kit.settings(), models=models, infer=None, store=store, writer=None)  # type: ignore[arg-type]
+    runner = AssetRunner(Script(*(kit.batch(kit.reading(n, n), cursor=n) for n in range(3))), pipeline)
+    assert runner.status()["error"] == "", "nothing came yet: too early to complain"
+    await runner.start()
+    await kit.until(lambda: state(runner) == "ended", "the end")
+    status = runner.status()
+    await runner.stop()
+    assert status["error"] == "model 'classifier' judges nothing: the asset never brought torque, vibration"
+    assert "options" in status["hint"]

@@ -346,6 +346,11 @@ class AssetPipeline:
         message = f"{part} failed: {type(error).__name__}: {error}"
         self._errors[part] = PluginError(message, hint="report this to the plugin's author")
 
+    def unseen(self) -> dict[str, list[str]]:
+        """Signals and waveforms that a model needs and that never came, by model."""
+        found = {name: sorted(judge_.windows.unseen) for name, judge_ in self._judges.items()}
+        return {name: names for name, names in found.items() if names}
+
     def window_counters(self) -> dict[str, dict[str, int]]:
         """What each model's windows left out."""
         return {name: msgspec.to_builtins(judge_.windows.counters) for name, judge_ in self._judges.items()}

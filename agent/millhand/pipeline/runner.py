@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from millhand.errors import AdapterError, MillhandError
+from millhand.errors import AdapterError, ConfigError, MillhandError
 from millhand.hookspecs import Adapter, CountsFaults
 from millhand.pipeline.asset import AssetPipeline
 from millhand.records import Batch
@@ -20,6 +20,8 @@ from millhand.records import Batch
 log = logging.getLogger("millhand.pipeline")
 
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 0.2, 30.0
+UNSEEN_AFTER_S = 60.0
+"""A machine that speaks for so long has shown all that it brings."""
 STOP_GRACE_S = 1.0
 """At a stop, a batch that is on its way is waited for so long."""
 STOP_DEADLINE_S = 8.0
@@ -47,6 +49,7 @@ class AssetRunner:
         self._alive: bool | None = None
         self._error: MillhandError | None = None
         self._restarts = 0
+        self._first_batch_s: float | None = None
         self._last_batch_s: float | None = None
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -74,7 +77,7 @@ class AssetRunner:
 
     def status(self) -> dict[str, Any]:
         """What CLI, page and metrics show."""
-        error = self._error or self.pipeline.last_error
+        error = self._error or self.pipeline.last_error or self._unjudged()
         latencies = sorted(latency.latency_ms for latency in self.pipeline.latencies)
         return {
             "asset": self.asset,
@@ -88,6 +91,17 @@ class AssetRunner:
             "windows": self.pipeline.window_counters(),
             "latency_ms": {f"p{rank}": _rank(latencies, rank) for rank in (50, 99)},
         }
+
+    def _unjudged(self) -> MillhandError | None:
+        """An asset that speaks, but never of what a model needs, is a mistake in its options."""
+        unseen = self.pipeline.unseen()
+        if not unseen or self._first_batch_s is None or time.monotonic() - self._first_batch_s < UNSEEN_AFTER_S:
+            return None
+        model, names = next(iter(unseen.items()))
+        return ConfigError(
+            f"model '{model}' judges nothing: the asset never brought {', '.join(names)}",
+            hint="add them, under these names, to the asset's options",
+        )
 
     # ---- the task ---------------------------------------------------------------------------------------------------
 
@@ -182,6 +196,8 @@ class AssetRunner:
     async def _step(self, batch: Batch) -> None:
         await self.pipeline.step(batch)
         self._last_batch_s = time.monotonic()
+        if self._first_batch_s is None:
+            self._first_batch_s = self._last_batch_s
         self._error = None
         self._state = "running"
         self._tell_alive(True)

@@ -124,6 +124,8 @@ class WindowBuilder:
         self._ready: list[Window] = []
         """Windows that the batch in hand has closed so far."""
         self.counters = WindowCounters()
+        self.unseen = {*spec.signals, *spec.waveforms}
+        """Names that never came since this builder was made: nobody brings them, or not yet."""
 
     def add(self, batch: Batch) -> list[Window]:
         """Take a batch and return the windows that it closes, oldest first."""
@@ -132,12 +134,14 @@ class WindowBuilder:
         for reading in batch.readings:
             row = self._rows.get(reading.name)
             if row is not None:
+                self.unseen.discard(reading.name)
                 self._place(reading, row)
         if self._newest_ns is not None:
             self._close_steps(self._newest_ns - self._lateness_ns)
         if self._wanted_waveforms:
             self._judge_snapshots()
         for waveform in batch.waveforms:
+            self.unseen.discard(waveform.name)
             if waveform.name in self._wanted_waveforms and waveform.quality is Quality.GOOD:
                 self._place_waveform(waveform)
                 self._judge_snapshots()
