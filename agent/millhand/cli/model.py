@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from millhand.cli.output import Output, json_option, table
+from millhand.cli.output import LINE_CHARACTERS, Output, json_option, table
 from millhand.errors import ControlError
 
 if TYPE_CHECKING:
@@ -83,11 +84,14 @@ def _describe(model: dict[str, Any], running: bool) -> list[str]:
         ("proof", _proofs(model)),
         ("backend", f"{model['backend']}, at most {model['max_batch']} rows a batch"),
         ("worker", model["worker"]),
+        ("needs", ", ".join(model["needs"])),
         ("rules", ", ".join(model["rules"])),
         ("licence", model["licence"]),
         ("folder", model["path"]),
     ]
-    lines = [f"{label:<8} {text}" for label, text in facts if text]
+    lines = []
+    for label, text in facts:
+        lines += textwrap.wrap(str(text), LINE_CHARACTERS, initial_indent=f"{label:<9}", subsequent_indent=" " * 9)
     rows = [
         (role, tensor["name"], tensor["datatype"], str(tensor["shape"]), tensor["unit"])
         for role in ("inputs", "outputs")

@@ -224,6 +224,7 @@ class ModelPool:
             "max_batch": self._max_batch(folder),
             "inputs": [_tensor(spec) for spec in manifest.inputs],
             "outputs": [_tensor(spec) for spec in manifest.outputs],
+            "needs": [] if manifest.window is None else [*manifest.window.signals, *manifest.window.waveforms],
             "rules": [rule.name for rule in manifest.rules],
             "metadata": manifest.metadata,
         }
