@@ -136,7 +136,7 @@ def test_only_reads_cross_the_wire_and_every_answer_arrives(
     ends.append(proxy.close)
     agent = millhand_agent(HTTP_OFF + site.telemetry + modbus_asset(proxy.port))
     agent.wait(lambda: state_of(agent, "skid")["counters"]["predictions"] >= 5, "judged snapshots", 60)
-    agent.wait(lambda: state_of(agent, "skid")["counters"]["batches"] >= 100, "polls", 60)
+    agent.wait(lambda: state_of(agent, "skid")["counters"]["batches"] >= 200, "polls and snapshots", 60)
     # First the rig, so that no answer is on its way; then what the agent still holds.
     rig.end(signal.SIGTERM)
     agent.wait(lambda: state_of(agent, "skid")["state"] == "failing", "the agent noticing")
