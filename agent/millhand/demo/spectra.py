@@ -20,7 +20,7 @@ SHAFT_LINES: dict[str, tuple[tuple[float, ...], str]] = {
     "misalignment": ((1, 2), "misalignment shows at twice that (2x)"),
     "looseness": ((0.5, 1, 1.5, 2, 2.5, 3), "looseness shows at many multiples of that, and at halves"),
 }
-"""Kind of fault -> its lines in multiples of the shaft's frequency, and the sentence that says so (ISO 13373-3)."""
+"""Kind of fault -> its lines in multiples of the shaft's frequency, and the sentence that says so."""
 
 
 def spectrum_of(waveform: dict[str, Any], alert: dict[str, Any]) -> tuple[str, Chart]:
