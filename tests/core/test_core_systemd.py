@@ -24,10 +24,15 @@ def test_notify_reaches_the_manager(monkeypatch: pytest.MonkeyPatch, abstract: b
 
 
 def test_without_a_manager_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    connect = socket.socket
+    monkeypatch.setattr(socket, "socket", lambda *kind: opened.append(1) or connect(*kind))
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     notify("READY=1")
+    assert not opened, "without a manager no socket is made"
     monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere/notify")
-    notify("READY=1")
+    notify("READY=1")  # a manager that is gone is no error
+    assert len(opened) == 1
 
 
 def test_watchdog_interval_is_half_of_what_the_manager_waits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -348,11 +347,6 @@ def test_named_profile() -> None:
     assert found.reasons[0] == "a30: named by the configuration"
     with pytest.raises(ConfigError, match=r"profile 'a3O' is not known; did you mean 'a30'\?"):
         profile_named(SHIPPED, "a3O")
-
-
-def test_files_are_plain_toml() -> None:
-    for path in FOLDER.glob("*.toml"):
-        tomllib.loads(path.read_text())
 
 
 def test_slice_of_unknown_memory_is_budgeted_by_its_name() -> None:
