@@ -34,7 +34,7 @@ from millhand.node_metrics import NodeMetrics
 from millhand.profiles import Match, load_profiles, match, profile_named
 from millhand.records import Alert, Batch, Severity
 from millhand.registry import Registry
-from millhand.serving.http import HttpProcess
+from millhand.serving.front import FrontProcess, http_front
 from millhand.serving.pool import ModelPool
 from millhand.serving.repository import Repository
 from millhand.store import Step, Store
@@ -75,7 +75,7 @@ class Daemon:
         self.metrics: NodeMetrics
         self.healthy_at = time.monotonic()
         self._control: ControlServer
-        self._http: HttpProcess | None = None
+        self._http: FrontProcess | None = None
         self._set_aside_told = 0
         self._started = asyncio.Event()
         self._reloading = asyncio.Lock()
@@ -111,7 +111,7 @@ class Daemon:
         self._control = ControlServer(config.node.control_path, calls.handlers())
         await self._control.start()
         if config.http.enabled:
-            self._http = HttpProcess(config.http, config.node.control_path)
+            self._http = http_front(config.http, config.node.control_path)
             await self._http.start()
         self._spawn(self._watch_self(), "self-check")
         self._spawn(self._retry_plugins(), "plugin retry")
@@ -152,7 +152,7 @@ class Daemon:
 
     @property
     def http_url(self) -> str:
-        """Where the HTTP process listens; empty where it is switched off."""
+        """Where the HTTP processes listen; empty where it is switched off."""
         return "" if self._http is None else f"http://{self.config.http.host}:{self._http.port}"
 
     async def reload(self) -> list[str]:

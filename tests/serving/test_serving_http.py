@@ -7,15 +7,13 @@ import json
 
 import httpx
 import numpy as np
-import psutil
 import pytest
 from onnx import TensorProto
 from serving_kit import action, identity, scale, until, write_faulty, write_model
 
 from millhand import metrics
 from millhand.control import ControlServer
-from millhand.errors import ConfigError
-from millhand.serving.http import HttpProcess
+from millhand.serving.front import http_front
 from millhand.serving.settings import HttpSettings
 
 
@@ -32,7 +30,7 @@ async def served(root, make_pool, tmp_path):
         pool = await make_pool(**options)
         control = ControlServer(tmp_path / "c.sock", {**pool.control_handlers(), "metrics": render})
         await control.start()
-        process = HttpProcess(HttpSettings(port=0, body_bytes_cap=body_bytes_cap), tmp_path / "c.sock")
+        process = http_front(HttpSettings(port=0, body_bytes_cap=body_bytes_cap), tmp_path / "c.sock")
         await process.start()
         client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{process.port}", timeout=20, trust_env=False)
         parts.extend([client.aclose, process.stop, control.stop])
@@ -242,46 +240,6 @@ async def test_metrics_of_daemon_and_http_process(root, served):
     assert 'millhand_inference_batch_rows_count{model="same",version="1"} 3' in text
     families = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
     assert len(families) == len(set(families))
-
-
-async def test_a_killed_http_process_comes_back_on_the_same_port(root, served):
-    identity(write_model(root, "same") / "1/model.onnx")
-    _, client, process = await served()
-    await until(lambda: _is(client, "/v2/health/ready", 200))
-    psutil.Process(process.pid).kill()
-
-    async def answers():
-        try:
-            return (await client.post("/v2/models/same/infer", json=body([1, 2]))).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    await until(answers)
-    assert process.restarts == 1
-
-
-async def test_the_http_process_ends_with_the_daemon(root, make_pool, tmp_path):
-    pool = await make_pool()
-    control = ControlServer(tmp_path / "c.sock", pool.control_handlers())
-    await control.start()
-    process = HttpProcess(HttpSettings(port=0), tmp_path / "c.sock")
-    await process.start()
-    client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{process.port}", timeout=20, trust_env=False)
-    await until(lambda: _is(client, "/v2/health/ready", 200))
-    await client.aclose()
-    running = psutil.Process(process.pid)
-    process._watch.cancel()
-    await control.stop()
-    await until(lambda: not running.is_running() or running.status() == psutil.STATUS_ZOMBIE)
-    await process.stop()
-
-
-async def test_a_taken_port_is_an_error_with_a_remedy(tmp_path):
-    first = HttpProcess(HttpSettings(port=0), tmp_path / "c.sock")
-    await first.start()
-    with pytest.raises(ConfigError, match=f"port = {first.port} cannot be bound: Address already in use"):
-        await HttpProcess(HttpSettings(port=first.port), tmp_path / "c.sock").start()
-    await first.stop()
 
 
 async def test_predict_call_of_the_control_socket(root, make_pool):

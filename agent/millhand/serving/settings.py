@@ -51,6 +51,8 @@ class HttpSettings(StrictTable):
     """Address to listen on; loopback until you say otherwise."""
     port: int = Field(default=8080, ge=0, le=65535)
     """0 takes a free port (`millhand` shows it)."""
+    processes: int = Field(default=0, ge=0, le=64)
+    """Processes that accept on the port; 0 takes one for every two CPUs, 1 to 4."""
     body_bytes_cap: int = Field(default=64 << 20, ge=1024)
     """A larger request body is refused with 413."""
     connections_cap: int = Field(default=512, ge=1)

@@ -1,0 +1,185 @@
+"""Front processes: each kind speaks one protocol to clients and the worker protocol to the workers.
+
+The daemon starts them, watches them and ends them. A process takes one argument, JSON, and is run as
+`python -m <module> '<JSON>'`; it ends itself when the daemon's control socket closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from millhand.errors import ConfigError
+from millhand.serving.settings import HttpSettings
+
+log = logging.getLogger("millhand.front")
+
+RESTART_DELAY_S = 0.2
+RESTART_DELAY_CAP_S = 10.0
+STOP_GRACE_S = 5.0
+BACKLOG = 1024
+PROCESSES_CAP = 4
+# Small helpers of NumPy and of the allocator, which would take threads and arenas for every core.
+ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+
+
+class Address(Protocol):
+    """What a table of the configuration must say about a front."""
+
+    @property
+    def host(self) -> str: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def processes(self) -> int: ...
+
+
+class FrontProcess:
+    """Keeps the processes of one kind running behind one port.
+
+    The daemon binds the port, so that a restart keeps it. With `shared_socket` the socket listens, and every process
+    inherits its descriptor and accepts on it: waiting connections outlive a process. Without, the socket only holds
+    the port, and every process binds it too, with SO_REUSEPORT.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        address: Address,
+        arguments: Callable[[socket.socket], dict[str, Any]],
+        *,
+        shared_socket: bool = True,
+    ) -> None:
+        """`name` is the table of the configuration; `arguments` makes the processes' argument from the bound socket."""
+        self._name = name
+        self._module = module
+        self._address = address
+        self._arguments = arguments
+        self._shared_socket = shared_socket
+        self._socket: socket.socket | None = None
+        self._processes: dict[int, asyncio.subprocess.Process] = {}
+        self._watches: list[asyncio.Task[None]] = []
+        self.restarts = 0
+
+    @property
+    def port(self) -> int:
+        """The port that is really bound; 0 before `start`."""
+        return 0 if self._socket is None else int(self._socket.getsockname()[1])
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that run now."""
+        return [process.pid for process in self._processes.values() if process.returncode is None]
+
+    async def start(self) -> None:
+        """Bind and start. Raises ConfigError where the address is taken or is not this node's."""
+        self._socket = _bind(self._name, self._address, self._shared_socket)
+        for index in range(processes(self._address.processes)):
+            await self._spawn(index)
+            self._watches.append(asyncio.create_task(self._keep_alive(index), name=f"{self._name} process {index}"))
+
+    async def stop(self) -> None:
+        """End the processes; requests under way get a short grace."""
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
+        running = list(self._processes.values())
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+        try:
+            async with asyncio.timeout(STOP_GRACE_S):
+                await asyncio.gather(*(process.wait() for process in running))
+        except TimeoutError:
+            for process in running:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+            await asyncio.gather(*(process.wait() for process in running))
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = None
+        self._processes.clear()
+        self._watches.clear()
+
+    async def _spawn(self, index: int) -> None:
+        assert self._socket is not None
+        self._processes[index] = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            self._module,
+            msgspec.json.encode(self._arguments(self._socket)).decode(),
+            stdin=asyncio.subprocess.DEVNULL,
+            pass_fds=(self._socket.fileno(),) if self._shared_socket else (),
+            env={**os.environ, **ENVIRONMENT},
+            start_new_session=True,
+        )
+
+    async def _keep_alive(self, index: int) -> None:
+        loop = asyncio.get_running_loop()
+        delay_s = RESTART_DELAY_S
+        while True:
+            started = loop.time()
+            status = await self._processes[index].wait()
+            self.restarts += 1
+            log.error("a process of [%s] ended with status %s; it is started again", self._name, status)
+            if loop.time() - started > RESTART_DELAY_CAP_S:
+                delay_s = RESTART_DELAY_S
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, RESTART_DELAY_CAP_S)
+            await self._spawn(index)
+
+
+def processes(wanted: int) -> int:
+    """How many processes to start; for 0 one for every two CPUs that this process may use, 1 to 4.
+
+    A front and the workers share the CPUs about evenly when models are small, which is when a front is the limit.
+    """
+    return wanted or min(max(len(os.sched_getaffinity(0)) // 2, 1), PROCESSES_CAP)
+
+
+def http_front(settings: HttpSettings, control_path: Path) -> FrontProcess:
+    """The HTTP processes, which accept on one inherited socket. They are told every key of `[http]`."""
+
+    def arguments(listener: socket.socket) -> dict[str, Any]:
+        own = {"listen_fd": listener.fileno(), "control_path": os.fspath(control_path)}
+        return {**settings.model_dump(mode="json"), **own}
+
+    return FrontProcess("http", "millhand.serving.http", settings, arguments)
+
+
+def _bind(name: str, address: Address, listening: bool) -> socket.socket:
+    try:
+        if not listening:
+            _open(address).close()  # with SO_REUSEPORT, a port that another program shares would look free
+        bound = _open(address, share_port=not listening)
+        if listening:
+            bound.listen(BACKLOG)
+    except OSError as error:
+        raise ConfigError(
+            f"[{name}] host = '{address.host}', port = {address.port} cannot be bound: {error.strerror or error}",
+            hint=f"choose another [{name}] port, or stop what listens there",
+        ) from error
+    return bound
+
+
+def _open(address: Address, share_port: bool = False) -> socket.socket:
+    opened = socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if share_port:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        opened.bind((address.host, address.port))
+    except OSError:
+        opened.close()
+        raise
+    return opened
