@@ -5,80 +5,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from millhand import metrics
 from millhand.control import Handler
-from millhand.errors import ConfigError, MillhandError, ModelError, WorkerError, suggestion
+from millhand.errors import MillhandError, ModelError, WorkerError
 from millhand.registry import Registry
 from millhand.serving.client import deadline_ns
 from millhand.serving.lanes import LoadRequest
-from millhand.serving.manifest import Manifest, TensorSpec
+from millhand.serving.load_request import batch_cap, load_request
+from millhand.serving.manifest import Manifest
 from millhand.serving.process import WorkerProcess
 from millhand.serving.repository import ModelFolder, Repository
+from millhand.serving.served import Served, bad_entry, entry, metadata
 from millhand.serving.settings import ModelSettings, WorkerDefaults
 from millhand.serving.supervision import Key, SupervisedWorker
 from millhand.serving.tensors import Tensors
 from millhand.serving.worker_metrics import export_workers
 
 log = logging.getLogger("millhand.serving")
-
-
-@dataclass(frozen=True)
-class BackendSource:
-    """Where a backend comes from: what a worker imports, and the plugin's validated table as plain data."""
-
-    name: str
-    module: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-def backend_sources(registry: Registry) -> dict[str, BackendSource]:
-    """Backend name -> where it comes from, of every loaded plugin; the first of a name wins."""
-    sources: dict[str, BackendSource] = {}
-    for plugin_name, backend in registry.collect("millhand_backends"):
-        plugin = registry.plugins[plugin_name]
-        options = {} if plugin.config is None else plugin.config.model_dump(mode="json")
-        module = plugin.module.partition(":")[0]
-        sources.setdefault(backend.name, BackendSource(backend.name, module, options))
-    return sources
-
-
-@dataclass
-class Served:
-    """What the pool knows of one model that it serves, or tried to."""
-
-    folder: ModelFolder
-    worker: SupervisedWorker
-    reason: str = ""
-    """Why the model is not what the owner asked for: a failed load, a version that was taken back."""
-    banned: set[int] = field(default_factory=set)
-    deaths: deque[tuple[float, int]] = field(default_factory=deque)
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
-    def wanted(self) -> list[int]:
-        return sorted(version for name, version in self.worker.wanted if name == self.name)
-
-    @property
-    def ready(self) -> list[int]:
-        return sorted(version for name, version in self.worker.ready if name == self.name)
-
-    @property
-    def state(self) -> str:
-        """ready, restarting, failed or unloaded."""
-        if self.ready:
-            return "ready"
-        if self.wanted:
-            return "restarting"
-        return "failed" if self.reason else "unloaded"
 
 
 class ModelPool:
@@ -156,10 +103,10 @@ class ModelPool:
         DeadlineError, or WorkerError (retriable: the worker died, hangs or is being restarted).
         """
         served = self._find(model)
-        chosen = self._choose(served, version)
+        chosen = served.choose(version)
         client = served.worker.client
         if client is None:
-            raise self._restarting(served)
+            raise served.restarting()
         deadline = deadline_ns(self._settings.deadline_ms if deadline_ms is None else deadline_ms)
         answer = await client.infer(model, tensors, version=chosen, deadline=deadline, priority=priority)
         return answer.outputs, answer.version
@@ -204,35 +151,18 @@ class ModelPool:
     def index(self) -> list[dict[str, Any]]:
         """Every model of the repository, served or not, then the folders that are bad."""
         entries = [self._entry(name) for name in sorted({*self._repository.models, *self._served})]
-        bad = [
-            {"name": folder.path.name, "state": "bad", "reason": folder.message, "hint": folder.hint, "versions": []}
-            for folder in self._repository.bad
-        ]
-        return entries + bad
+        return entries + [bad_entry(folder) for folder in self._repository.bad]
 
     def metadata(self, name: str) -> dict[str, Any]:
         """What a model takes and gives, where it lives, and its versions. Raises ModelError for an unknown one."""
         served = self._served.get(name)
         folder = served.folder if served else self._repository.find(name)
-        manifest = folder.manifest
-        return {
-            **self._entry(name),
-            "licence": manifest.licence,
-            "backend": manifest.backend,
-            "path": str(folder.path),
-            "policy": manifest.policy,
-            "max_batch": self._max_batch(folder),
-            "inputs": [_tensor(spec) for spec in manifest.inputs],
-            "outputs": [_tensor(spec) for spec in manifest.outputs],
-            "needs": [] if manifest.window is None else [*manifest.window.signals, *manifest.window.waveforms],
-            "rules": [rule.name for rule in manifest.rules],
-            "metadata": manifest.metadata,
-        }
+        return metadata(folder, served, batch_cap(folder, self._defaults))
 
     def manifest(self, name: str) -> Manifest:
         """The model.toml of a model in the repository, its `max_batch` within the profile's. Raises ModelError."""
         folder = self._repository.find(name)
-        return folder.manifest.model_copy(update={"max_batch": self._max_batch(folder)})
+        return folder.manifest.model_copy(update={"max_batch": batch_cap(folder, self._defaults)})
 
     async def stats(self) -> dict[str, Any]:
         """`models`: counters of every loaded version (see LaneStats); `workers`: pid, restarts, in flight."""
@@ -255,18 +185,7 @@ class ModelPool:
 
     def routes(self) -> dict[str, Any]:
         """What another process needs to send requests itself: model -> state, metadata, version -> worker socket."""
-        models: dict[str, Any] = {}
-        for name, served in self._served.items():
-            process = served.worker.process
-            manifest = served.folder.manifest
-            models[name] = {
-                "state": served.state,
-                "reason": served.reason,
-                "backend": manifest.backend,
-                "inputs": [_tensor(spec) for spec in manifest.inputs],
-                "outputs": [_tensor(spec) for spec in manifest.outputs],
-                "sockets": {} if process is None else {str(n): str(process.path) for n in served.ready},
-            }
+        models = {name: served.route() for name, served in self._served.items()}
         return {"generation": self._generation, "models": models, "deadline_ms": self._settings.deadline_ms}
 
     async def watch_routes(self) -> AsyncIterator[dict[str, Any]]:
@@ -301,25 +220,6 @@ class ModelPool:
             raise ModelError(f"model '{name}' is not loaded", hint=f"load it: add '{name}' to [models] load")
         return served
 
-    def _choose(self, served: Served, version: int | None) -> int:
-        ready = served.ready
-        if version is None and ready:
-            return ready[-1]
-        if version is not None and version in ready:
-            return version
-        if served.state == "restarting":
-            raise self._restarting(served)
-        if served.state != "ready":
-            why = f": {served.reason}" if served.reason else ""
-            raise ModelError(f"model '{served.name}' is {served.state}{why}", hint="load it again once that is mended")
-        raise ModelError(
-            f"model '{served.name}' has no version {version}; ready: {', '.join(map(str, ready))}",
-            hint="ask for one of these, or for none in particular",
-        )
-
-    def _restarting(self, served: Served) -> WorkerError:
-        return WorkerError(f"the worker of model '{served.name}' is being restarted", hint="send the request again")
-
     def _existing(self, folder: ModelFolder, version: int) -> int:
         if version not in folder.versions:
             known = ", ".join(map(str, folder.versions))
@@ -348,37 +248,8 @@ class ModelPool:
         return await WorkerProcess.start(name, path, self._defaults.accelerator, self._settings, self._defaults)
 
     def _request(self, folder: ModelFolder, version: int) -> LoadRequest:
-        manifest = folder.manifest
-        sources = backend_sources(self._registry)
-        source = sources.get(manifest.backend)
-        if source is None:
-            raise ConfigError(
-                f"model '{folder.name}': key 'backend' = '{manifest.backend}' is not known"
-                f"{suggestion(manifest.backend, sources)}",
-                hint=f"loaded plugins bring: {', '.join(sources) or 'none'}; add the plugin to the config",
-            )
         self._repository.check_proof(folder, version)
-        threads = self._settings.threads or self._defaults.threads
-        plugin_options = {**source.options, "threads": source.options.get("threads") or threads}
-        return LoadRequest(
-            model=folder.name,
-            version=version,
-            artifact=str(folder.artifact(version)),
-            backend=source.name,
-            module=source.module,
-            plugin_options=plugin_options,
-            options=manifest.options,
-            accelerator=self._defaults.accelerator,
-            inputs=manifest.specs(manifest.inputs),
-            outputs=manifest.specs(manifest.outputs),
-            max_batch=self._max_batch(folder),
-            max_delay_us=manifest.max_delay_us,
-            queue=self._settings.queue,
-            warmup=manifest.warmup,
-        )
-
-    def _max_batch(self, folder: ModelFolder) -> int:
-        return min(folder.manifest.max_batch, self._defaults.max_batch or folder.manifest.max_batch)
+        return load_request(folder, version, self._registry, self._settings, self._defaults)
 
     def _died(self, blamed: Key | None, reason: str) -> None:
         """A worker died; count it against the version that ran, and take that version back after too many."""
@@ -422,18 +293,4 @@ class ModelPool:
 
     def _entry(self, name: str) -> dict[str, Any]:
         served = self._served.get(name)
-        folder = served.folder if served else self._repository.models[name]
-        return {
-            "name": name,
-            "description": folder.manifest.description,
-            "state": served.state if served else "unloaded",
-            "reason": served.reason if served else "",
-            "versions": served.ready if served else [],
-            "available": list(folder.versions),
-            "proof": {str(version): folder.proof(version)[0] for version in folder.versions},
-            "worker": served.worker.name if served else "",
-        }
-
-
-def _tensor(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape), "unit": spec.unit}
+        return entry(served.folder if served else self._repository.models[name], served)
