@@ -82,6 +82,26 @@ class Session(Protocol):
         """Free the model's memory."""
 
 
+@runtime_checkable
+class DeadlineSession(Protocol):
+    """A session that waits for something outside the worker, and therefore keeps the deadline itself."""
+
+    def run_until(self, inputs: Mapping[str, NDArray[Any]], deadline_ns: int) -> dict[str, NDArray[Any]]:
+        """As `Session.run`, until `deadline_ns` (CLOCK_MONOTONIC; 0 for none): the latest of the batch's requests.
+
+        Raises DeadlineError where it passes, WorkerError where what it waits for fails. Both end the whole batch: its
+        requests are not tried one by one. A WorkerError in the warm-up does not fail the load.
+        """
+
+
+@runtime_checkable
+class CountingSession(Protocol):
+    """A session that counts, such as `local`: how often it answered from a local artifact; shown in its stats."""
+
+    counts: Mapping[str, int]
+    """What happened -> how often since the load. The same mapping for life, with all its keys from the beginning."""
+
+
 class Backend(Protocol):
     """Loads artifacts; lives in a worker. `accelerator` is "cpu" or a GPU/MIG UUID."""
 
@@ -90,6 +110,21 @@ class Backend(Protocol):
 
     def load(self, artifact: Path, accelerator: str, options: Mapping[str, Any]) -> Session:
         """Raises ModelError naming the file and the remedy."""
+
+
+@runtime_checkable
+class DeclaredBackend(Protocol):
+    """A backend whose artifact does not say what the model takes and gives: it is told what model.toml declares."""
+
+    def load_declared(
+        self,
+        artifact: Path,
+        accelerator: str,
+        options: Mapping[str, Any],
+        inputs: Mapping[str, tuple[str, tuple[int, ...]]],
+        outputs: Mapping[str, tuple[str, tuple[int, ...]]],
+    ) -> Session:
+        """In place of `Backend.load`. `inputs`, `outputs`: as `Session` has them."""
 
 
 class Builder(Protocol):

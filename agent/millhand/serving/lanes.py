@@ -8,8 +8,10 @@ from __future__ import annotations
 import ctypes
 import importlib
 import inspect
+import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +20,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from millhand.errors import MillhandError, ModelError, PluginError, suggestion
+from millhand.errors import DeadlineError, MillhandError, ModelError, PluginError, WorkerError, suggestion
+from millhand.hookspecs import CountingSession, DeadlineSession, DeclaredBackend
 from millhand.serving.batcher import Batch, Lane, Request
 from millhand.serving.tensors import check_inputs, check_session, zeros
+
+log = logging.getLogger("millhand.worker")
 
 Spec = "tuple[str, tuple[int, ...]]"
 
@@ -60,6 +65,8 @@ class LaneStats(msgspec.Struct):
     queue_ns: int = 0
     compute_ns: int = 0
     batch_rows: Counter[int] = msgspec.field(default_factory=Counter)
+    session: Mapping[str, int] = {}
+    """What the session itself counts."""
 
 
 class LoadedModel:
@@ -74,9 +81,8 @@ class LoadedModel:
         started = time.monotonic()
         backend = find_backend(request.module, request.backend, request.plugin_options)
         try:
-            self.session = backend.load(
-                Path(request.artifact), request.accelerator, {**request.plugin_options, **request.options}
-            )
+            self.session = _load(backend, request)
+            self._keeps_deadline = isinstance(self.session, DeadlineSession)
         except MillhandError:
             raise
         except Exception as error:
@@ -84,13 +90,14 @@ class LoadedModel:
         try:
             check_session(self.name, "input", request.inputs, self.session.inputs)
             check_session(self.name, "output", request.outputs, self.session.outputs)
-            for _ in range(request.warmup):
-                self._run(zeros(self.inputs, 1), 1)
+            self._warm_up(request.warmup)
         except BaseException as error:
             self.session.close()
             if isinstance(error, MillhandError):
                 raise
             raise self._failure(error, "failed its warm-up") from error
+        if isinstance(self.session, CountingSession):
+            self.stats.session = self.session.counts
         self.load_ms = (time.monotonic() - started) * 1e3
         self.lane = Lane(request.max_batch, request.max_delay_us * 1000, request.queue, owner=self)
 
@@ -103,7 +110,10 @@ class LoadedModel:
         requests = batch.requests
         started_ns = time.monotonic_ns()
         try:
-            outputs = self._run(_joined(requests), sum(request.rows for request in requests))
+            outputs = self._run(_joined(requests), sum(request.rows for request in requests), _latest(requests))
+        except (DeadlineError, WorkerError) as error:  # no request is at fault
+            self.stats.failed += len(requests)
+            return [(request, error) for request in requests]
         except Exception as error:
             if len(requests) > 1:  # one bad request must not fail its neighbours
                 return [part for request in requests for part in self.run(Batch(batch.lane, [request], []))]
@@ -138,8 +148,17 @@ class LoadedModel:
             "load_ms": self.load_ms,
         }
 
-    def _run(self, inputs: dict[str, NDArray[Any]], rows: int) -> dict[str, NDArray[Any]]:
-        outputs: dict[str, NDArray[Any]] = self.session.run(inputs)
+    def _warm_up(self, count: int) -> None:
+        try:
+            for _ in range(count):
+                self._run(zeros(self.inputs, 1), 1)
+        except WorkerError as error:  # what it waits for may come up later
+            log.warning("model '%s' is loaded, but cannot answer yet: %s", self.name, error.message)
+
+    def _run(self, inputs: dict[str, NDArray[Any]], rows: int, deadline_ns: int = 0) -> dict[str, NDArray[Any]]:
+        outputs: dict[str, NDArray[Any]] = (
+            self.session.run_until(inputs, deadline_ns) if self._keeps_deadline else self.session.run(inputs)
+        )
         for name, array in outputs.items():
             if array.ndim == 0 or array.shape[0] != rows:
                 raise ModelError(
@@ -162,6 +181,19 @@ class LoadedModel:
             f"model '{self.name}' version {self.version} {what}: {type(error).__name__}: {error}",
             hint="report this to the author of the model or of its backend",
         )
+
+
+def _load(backend: Any, request: LoadRequest) -> Any:
+    artifact, options = Path(request.artifact), {**request.plugin_options, **request.options}
+    if isinstance(backend, DeclaredBackend):
+        return backend.load_declared(artifact, request.accelerator, options, request.inputs, request.outputs)
+    return backend.load(artifact, request.accelerator, options)
+
+
+def _latest(requests: list[Request]) -> int:
+    """The latest deadline; 0 where one has none."""
+    deadlines = [request.deadline_ns for request in requests]
+    return max(deadlines) if all(deadlines) else 0
 
 
 def _joined(requests: list[Request]) -> dict[str, NDArray[Any]]:

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 
+from millhand.errors import WorkerError
 from millhand.hookspecs import hookimpl
 
 
@@ -71,6 +72,31 @@ class RowsSession(Session):
         return {"y": x * 2, "rows": np.full((len(x), 1), len(x), dtype=np.int64)}
 
 
+class DeclaredBackend(Backend):
+    """Takes its shapes from model.toml; its session waits for something outside that is away while `gate` is missing.
+
+    y = the milliseconds left until the deadline, 0 for none.
+    """
+
+    name = "declared"
+
+    def load_declared(self, artifact, accelerator, options, inputs, outputs):
+        return OutsideSession(artifact.parent / "gate", inputs, outputs)
+
+
+class OutsideSession(Session):
+    def __init__(self, gate, inputs, outputs):
+        self.gate, self.inputs, self.outputs = gate, inputs, outputs
+        self.counts = {"runs": 0}
+
+    def run_until(self, inputs, deadline_ns):
+        self.counts["runs"] += 1
+        if not self.gate.exists():
+            raise WorkerError("the outside is away")
+        left_ms = (deadline_ns - time.monotonic_ns()) / 1e6 if deadline_ns else 0
+        return {"y": np.full_like(inputs["x"], left_ms)}
+
+
 @hookimpl
 def millhand_backends():
-    return [Backend(), SlowSumBackend()]
+    return [Backend(), SlowSumBackend(), DeclaredBackend()]
