@@ -40,8 +40,12 @@ def create_adapter(settings: AssetSettings, kinds: Mapping[str, AdapterKind]) ->
     return kind.create(settings.name, options)
 
 
-def check_asset_options(config: Config, registry: Registry) -> None:
-    """Check every asset's adapter and options. Raises ConfigError for the first that is wrong."""
-    kinds = adapter_kinds(registry)
+def faulty_assets(config: Config, registry: Registry) -> list[ConfigError]:
+    """What is wrong with each asset's adapter and options; empty where nothing is."""
+    kinds, faults = adapter_kinds(registry), []
     for settings in config.assets:
-        asset_options(settings, kinds)
+        try:
+            asset_options(settings, kinds)
+        except ConfigError as error:
+            faults.append(error)
+    return faults

@@ -177,8 +177,7 @@ class Calls:
     async def hardware(self) -> list[tuple[str, str]]:
         """Rows of name and value for people; `millhand hw show` tells more."""
         daemon = self._daemon
-        reasons = "; ".join(daemon.match.reasons[:1])
-        return [*_hardware_rows(daemon.hardware), ("Profile", f"{daemon.match.profile.name}: {reasons}")]
+        return [*_hardware_rows(daemon.hardware), ("Profile", daemon.match.reasons[0])]
 
     async def telemetry_status(self) -> dict[str, Any]:
         publisher = self._daemon.publisher

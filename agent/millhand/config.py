@@ -105,14 +105,17 @@ def load_config(path: Path | None = None, environment: Mapping[str, str] | None 
         label = f"config '{source}'"
     else:
         data, label = {}, "config (defaults)"
-    _overlay(data, environment)
+    variables = _overlay(data, environment)
     if model_path := environment.get("MODEL_PATH"):
         models = data.setdefault("models", {})
         models["paths"] = [*models.get("paths", []), *model_path.split(os.pathsep)]
-    return validate(Config, data, label)
+        variables["models", "paths"] = "MODEL_PATH"
+    return validate(Config, data, label, variables)
 
 
-def _overlay(data: dict[str, Any], environment: Mapping[str, str]) -> None:
+def _overlay(data: dict[str, Any], environment: Mapping[str, str]) -> dict[tuple[str, ...], str]:
+    """Lay the environment over `data`; returns key path -> the variable that set it. Raises ConfigError."""
+    variables: dict[tuple[str, ...], str] = {}
     for name, text in sorted(environment.items()):
         if not name.startswith(PREFIX) or name in NOT_KEYS:
             continue
@@ -123,9 +126,16 @@ def _overlay(data: dict[str, Any], environment: Mapping[str, str]) -> None:
                 hint=f"write {PREFIX}<SECTION>__<KEY>, for example {PREFIX}NODE__ID",
             )
         table = data
-        for key in keys[:-1]:
+        for depth, key in enumerate(keys[:-1], start=1):
             table = table.setdefault(key, {})
+            if not isinstance(table, dict):
+                raise ConfigError(
+                    f"environment variable '{name}': key '{'.'.join(keys[:depth])}' is no table",
+                    hint="a variable sets one key of a table; write lists such as assets in the file",
+                )
         table[keys[-1]] = _value(text)
+        variables[tuple(keys)] = name
+    return variables
 
 
 def _value(text: str) -> Any:

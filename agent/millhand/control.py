@@ -184,7 +184,24 @@ class ControlClient:
 
 def _write(connection: socket.socket, name: str, arguments: dict[str, Any]) -> None:
     body = json.dumps({"call": name, "args": arguments}, separators=(",", ":")).encode()
-    connection.sendall(FRAME.pack(len(body)) + body)
+    if len(body) > FRAME_BYTES_CAP:
+        raise errors.ControlError(f"a request of {len(body)} bytes is too large", hint="send less at once")
+    try:
+        connection.sendall(FRAME.pack(len(body)) + body)
+    except TimeoutError as error:
+        raise _overdue() from error
+    except OSError as error:
+        raise _closed() from error
+
+
+def _overdue() -> errors.ControlError:
+    return errors.ControlError(
+        "the daemon did not answer in time", hint="look at its log; is it overloaded?", retriable=True
+    )
+
+
+def _closed() -> errors.ControlError:
+    return errors.ControlError("the daemon closed the connection", hint="look at its log", retriable=True)
 
 
 def _read(connection: socket.socket) -> dict[str, Any]:
@@ -199,11 +216,11 @@ def _read_exactly(connection: socket.socket, size: int) -> bytes:
         try:
             part = connection.recv(min(size - len(parts), 1 << 20))
         except TimeoutError as error:
-            raise errors.ControlError(
-                "the daemon did not answer in time", hint="look at its log; is it overloaded?", retriable=True
-            ) from error
+            raise _overdue() from error
+        except OSError as error:
+            raise _closed() from error
         if not part:
-            raise errors.ControlError("the daemon closed the connection", hint="look at its log", retriable=True)
+            raise _closed()
         parts += part
     return bytes(parts)
 

@@ -62,7 +62,24 @@ def diagnose(config_path: Path | None) -> list[Finding]:
             findings += check(config)
         except MillhandError as error:
             findings.append(_of_error(check.__name__.strip("_"), error))
-    return findings
+    return _merged(findings)
+
+
+def _merged(findings: list[Finding]) -> list[Finding]:
+    """One finding an asset and a model: what the files say and what the daemon says of it."""
+    merged: dict[str, Finding] = {}
+    for index, finding in enumerate(findings):
+        of_one = finding.name.startswith(("asset ", "model "))
+        key = finding.name if of_one else f"{index}"
+        merged[key] = _both(merged[key], finding) if key in merged else finding
+    return list(merged.values())
+
+
+def _both(first: Finding, second: Finding) -> Finding:
+    if "ok" in (first.level, second.level) or first.message == second.message:
+        return first if second.level == "ok" else second
+    level: Level = "error" if "error" in (first.level, second.level) else "warning"
+    return Finding(first.name, level, f"{first.message}; {second.message}", first.hint or second.hint)
 
 
 def _of_error(name: str, error: MillhandError) -> Finding:
@@ -108,7 +125,7 @@ def _hardware(config: Config) -> Iterator[Finding]:
     hardware, found = _node(config)
     for problem in hardware.problems:
         yield Finding("hardware", "warning", f"{problem.source}: {problem.message}", problem.hint)
-    yield Finding("profile", "ok", f"{found.profile.name}: {found.reasons[0] if found.reasons else 'matched'}")
+    yield Finding("profile", "ok", found.reasons[0])
     for problem in found.profile.limits.problems(hardware):
         yield Finding("temperature", "warning", f"{problem.field} is at {problem.message}", problem.hint)
     yield _memory(config, hardware, found)

@@ -138,7 +138,7 @@ class Match:
 
     profile: Profile
     reasons: list[str] = field(default_factory=list)
-    """In words: why this one, why not the next, and what could not be had."""
+    """In words: why this one (`name: why`, always there), why not the next, and what could not be had."""
     workers: tuple[WorkerDefaults, ...] = (WorkerDefaults(),)
     """One for each accelerator or MIG slice that the profile isolates, at least one."""
     tensor_parallel: int = 1

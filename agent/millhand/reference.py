@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -52,11 +53,45 @@ def _rows(model: type[BaseModel]) -> Iterator[str]:
         yield f"| `{name}` | {kind} | {_default(field)} | {meaning} |"
 
 
+class Key(NamedTuple):
+    """One key of a table, nested ones dotted: `window.length`, `registers[].address`, `rules.<name>.raise_above`."""
+
+    name: str
+    kind: str
+    default: str
+    """As the page writes it; `required` where there is none."""
+    meaning: str
+
+
+def keys(model: type[BaseModel], prefix: str = "", above: tuple[type[BaseModel], ...] = ()) -> Iterator[Key]:
+    """Every key of a table and of the tables inside it. A table within itself is named, not entered again."""
+    schema = model.model_json_schema()
+    for name, field in model.model_fields.items():
+        kind = _kind(schema["properties"][name], schema.get("$defs", {}))
+        meaning = " ".join((field.description or "").split())
+        inner = _table_of(field.annotation)
+        default = "see below" if isinstance(field.default, BaseModel) else _default(field)
+        yield Key(prefix + name, kind.replace("`", ""), default.replace("`", ""), meaning)
+        if inner is not None and inner not in (*above, model):
+            yield from keys(inner, f"{prefix}{name}{_step(field.annotation)}", (*above, model))
+
+
+def _step(annotation: Any) -> str:
+    """What leads from a key to the keys of its table: `.`, or through a list or a mapping of tables."""
+    origin = get_origin(annotation)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return ".<name>."
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return "[]."
+    steps = [_step(argument) for argument in get_args(annotation)]
+    return next((step for step in steps if step != "."), ".")
+
+
 def _kind(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     if "$ref" in schema:
         return _kind(definitions[schema["$ref"].rsplit("/", 1)[-1]], definitions)
     if "enum" in schema:
-        return " or ".join(f"`{value}`" for value in schema["enum"])
+        return " or ".join(f"`{value}`" if value else '`""`' for value in schema["enum"])
     if "const" in schema:
         return f"`{schema['const']}`"
     if "anyOf" in schema:
@@ -79,6 +114,8 @@ def _default(field: Any) -> str:
         value = str(value)
     if isinstance(value, tuple | list | dict):
         return "empty" if not value else f"`{json.dumps(value, default=str)}`"
+    if isinstance(value, float) and math.isinf(value):
+        return "`inf`" if value > 0 else "`-inf`"
     return f"`{json.dumps(value, default=str)}`"
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import pluggy
+from pydantic import BaseModel
 
 from millhand.errors import MillhandError, PluginError, suggestion
 from millhand.hookspecs import Hooks
@@ -83,6 +86,32 @@ class Registry:
                 continue
             for item in produced:
                 yield plugin.name, item
+
+    def tables(self, name: str) -> dict[str, type[BaseModel]]:
+        """The tables that an installed plugin reads, title -> model, whether or not config names the plugin.
+
+        Adapters that need a required key of the plugin's own table are left out until config gives it. Raises
+        PluginError where the plugin cannot be imported.
+        """
+        try:
+            module = importlib.import_module(self._points[name].module)
+            hook = getattr(module, "millhand_config", None)
+            model = hook() if hook is not None else None
+        except Exception as error:
+            hint = error.hint if isinstance(error, MillhandError) else _import_hint(error)
+            raise PluginError(f"plugin '{name}' cannot be imported: {_describe(error)}", hint=hint) from error
+        tables = {} if model is None else {f"[plugins.{name}]": model}
+        config = self.plugins[name].config if name in self.plugins else None
+        with suppress(Exception):  # it wants a table that config does not give; `plugin list` says what it raises
+            adapters = module.millhand_adapters
+            wants_config = bool(inspect.signature(adapters).parameters)
+            kinds = adapters(config or (model and model())) if wants_config else adapters()
+            tables |= {f'[assets.options] of adapter "{kind.name}"': kind.options for kind in kinds}
+        return tables
+
+    def hooks(self, name: str) -> list[str]:
+        """The hooks that an installed plugin implements. Import it first (`load` or `tables`)."""
+        return _implemented_hooks(sys.modules[self._points[name].module])
 
     def listing(self) -> list[PluginState]:
         """Every installed plugin, also those that config does not name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,13 +33,25 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"'{path}' is not valid TOML: {error}", hint="mend the named line") from error
 
 
-def validate(model: type[Table], data: Any, source: str) -> Table:
-    """Check `data` against `model`. Raises ConfigError that lists every fault as `source: key 'a.b' ...`."""
+def validate(
+    model: type[Table], data: Any, source: str, variables: Mapping[tuple[str, ...], str] | None = None
+) -> Table:
+    """Check `data` against `model`. Raises ConfigError that lists every fault as `source: key 'a.b' ...`.
+
+    variables: where keys of `data` come from the environment, key path -> variable, to be named beside the key.
+    """
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [_describe(model, item, source) for item in error.errors(include_url=False)]
+        items = error.errors(include_url=False)
+        lines = [_describe(model, item, source) + _set_by(item["loc"], variables or {}) for item in items]
         raise ConfigError("\n".join(lines), hint="mend the keys named above") from error
+
+
+def _set_by(key: tuple[int | str, ...], variables: Mapping[tuple[str, ...], str]) -> str:
+    """The variables that set the faulty key, or something in the faulty table."""
+    names = [name for path, name in variables.items() if path[: len(key)] == key[: len(path)]]
+    return f" (set by {', '.join(names)})" if key and names else ""
 
 
 def _describe(model: type[BaseModel], item: Any, source: str) -> str:

@@ -190,6 +190,16 @@ def test_the_state_names_the_asset_that_fails(agent: Agent) -> None:
     assert all(len(line) <= 80 for line in run.stdout.splitlines())
 
 
+def test_check_says_one_thing_of_an_asset(agent: Agent) -> None:
+    run = agent.millhand("check", "--json")
+    found = [finding for finding in json.loads(run.stdout)["findings"] if finding["name"].startswith("asset ")]
+    assert [finding["name"] for finding in found] == ["asset node", "asset lost"]
+    assert [finding["level"] for finding in found] == ["ok", "error"]
+    profile = next(line for line in agent.millhand("check").stdout.splitlines() if "profile" in line)
+    assert profile.count("generic-cpu") == 1
+    assert agent.client.call("hardware")[-1] == ["Profile", "generic-cpu: it fits any node"]
+
+
 def test_telemetry_that_is_off(agent: Agent) -> None:
     assert agent.millhand("telemetry", "status").stdout.startswith("Telemetry is off")
 

@@ -128,6 +128,19 @@ def test_config_validate_checks_asset_options(config: Path) -> None:
     assert "did you mean 'path'" in run.stderr.replace("\n       ", " ")
 
 
+def test_config_validate_names_every_fault_of_plugins_and_assets(config: Path) -> None:
+    with config.open("a") as file:
+        file.write("[plugins.webhook]\n[plugins.nosuch]\n")
+        for name in ("a", "b"):
+            file.write(f'[[assets]]\nname = "{name}"\nadapter = "file"\noptions = {{ pth = "x.csv" }}\n')
+    run = millhand("config", "validate", config=config)
+    message = json.loads(millhand("config", "validate", "--json", config=config).stderr)["error"]["message"]
+    assert run.returncode == EXIT_CODES["error"]
+    for part in ("'nosuch' is not installed", "key 'url' is missing", "'a' options: key 'pth'", "'b' options: key"):
+        assert part in message
+    assert run.stderr.startswith("Error: plugin"), "the log does not say it before"
+
+
 def test_config_schema_is_json_schema() -> None:
     run = millhand("config", "schema")
     assert json.loads(run.stdout)["properties"]["node"]
@@ -154,6 +167,30 @@ def test_plugin_list_names_every_first_party_plugin(config: Path) -> None:
     assert states["boards"] == "loaded"
     assert states["modbus"] == "available"
     assert set(states) >= {"file", "host", "modbus", "onnxruntime", "orders", "rig", "turbofan", "webhook", "boards"}
+
+
+def test_a_plugin_that_fails_is_shown_in_the_table_alone(config: Path) -> None:
+    with config.open("a") as file:
+        file.write("[plugins.webhook]\n")
+    run = millhand("plugin", "list", config=config)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "webhook      failed" in run.stdout
+    assert max(map(len, run.stdout.splitlines())) <= 80
+    assert "key 'url' is missing" in millhand("plugin", "show", "webhook", config=config).stdout
+
+
+def test_plugin_show_tells_the_options_of_any_installed_plugin(config: Path) -> None:
+    webhook = millhand("plugin", "show", "webhook", config=config)
+    assert "webhook (millhand" in webhook.stdout and "available" in webhook.stdout
+    assert "  url: string, required" in webhook.stdout
+    assert "millhand_sinks" in webhook.stdout
+    modbus = millhand("plugin", "show", "modbus", config=config)
+    assert "  registers[].address: integer, required" in modbus.stdout
+    assert "  waveforms[].scale_register.address: integer, required" in modbus.stdout
+    assert max(map(len, modbus.stdout.splitlines())) <= 80
+    options = json.loads(millhand("plugin", "show", "modbus", "--json", config=config).stdout)["options"]
+    keys = {key["name"]: key for key in options['[assets.options] of adapter "modbus"']}
+    assert keys["poll_ms"]["default"] == "1000" and keys["poll_ms"]["meaning"]
 
 
 def test_plugin_test_reads_the_host(config: Path) -> None:

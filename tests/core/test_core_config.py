@@ -68,6 +68,23 @@ def test_environment_overlays_the_file(tmp_path: Path) -> None:
     assert (config.node.id, config.http.port, config.http.enabled) == ("press-7", 9001, False)
 
 
+def test_a_fault_from_the_environment_names_key_and_variable(tmp_path: Path) -> None:
+    path = write(tmp_path, "[node]\nidd = 'x'\n")
+    environment = {"MILLHAND_HTTP__PORT": "lots", "MILLHAND_TELEMETRY__ENABLED": "true", "MODEL_PATH": "/two"}
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, environment)
+    lines = caught.value.message.splitlines()
+    assert any("'http.port' = 'lots'" in line and line.endswith("(set by MILLHAND_HTTP__PORT)") for line in lines)
+    assert any("'telemetry'" in line and line.endswith("(set by MILLHAND_TELEMETRY__ENABLED)") for line in lines)
+    assert any("'node.idd'" in line and "set by" not in line for line in lines), "this one is the file's"
+
+
+def test_a_variable_reaches_into_tables_alone(tmp_path: Path) -> None:
+    path = write(tmp_path, "[[assets]]\nname = 'press'\nadapter = 'host'\n")
+    with pytest.raises(ConfigError, match=r"'MILLHAND_ASSETS__PRESS__NAME': key 'assets' is no table"):
+        load_config(path, {"MILLHAND_ASSETS__PRESS__NAME": "x"})
+
+
 def test_environment_variable_without_a_key_is_refused() -> None:
     with pytest.raises(ConfigError, match="MILLHAND_NODE"):
         load_config(None, {"MILLHAND_NODE": "x"})

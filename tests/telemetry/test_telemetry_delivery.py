@@ -35,7 +35,9 @@ async def test_what_is_not_acknowledged_is_sent_again(kit, nats_broker, listen, 
         await commit(kit, store, 1, 5)
         await kit.until(lambda: len(sequences(listener.heard)) >= 10, "the rows again")
         assert sequences(listener.heard)[:10] == [(n, False) for n in range(1, 6)] + [(n, True) for n in range(1, 6)]
-        assert "does not acknowledge" in (await publisher.status())["error"]
+        status = await publisher.status()
+        assert "does not acknowledge" in status["error"]
+        assert status["hub_silent_s"] >= 0.3, "counted from the first row on, not from the repeats"
         listener.acknowledge("another epoch", bulk=5)
         listener.publish("spBv1.0/plant/NCMD/node-1", b"\xff\xff garbage")
         listener.publish("spBv1.0/plant/NCMD/node-1", b"")
@@ -57,6 +59,7 @@ async def test_what_is_not_acknowledged_is_sent_again(kit, nats_broker, listen, 
             return not (await publisher.status())["queued_rows"]
 
         await kit.until(drained, "the end of the queue")
+        assert (await publisher.status())["hub_silent_s"] is None
 
 
 def test_patience_with_a_deaf_hub_grows_and_comes_back():

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from millhand.cli.state import telemetry_text
+
 PROCESS = Path(__file__).with_name("publisher_process.py")
 
 
@@ -125,6 +127,32 @@ async def test_the_node_is_killed_ten_times(kit, nats_broker, hub, tmp_path):
 def held(center):
     rows = center.query("SELECT held FROM streams WHERE stream = 'bulk'")
     return rows[0][0] if rows else 0
+
+
+async def test_a_dead_hub_is_told_at_once(kit, nats_broker, hub, tmp_path):
+    """Its will says so, long before the acknowledgement is overdue."""
+    center = hub(nats_broker.url)
+    async with kit.opened(tmp_path / "s.db") as store, kit.publishing(store, nats_broker.url) as publisher:
+        await feed(kit, store, 0, 50)
+        await drain(kit, publisher)
+        assert (await publisher.status())["hosts_offline"] == []
+        center.kill()
+
+        async def told():
+            return (await publisher.status())["hosts_offline"] == ["millhand-hub"]
+
+        await kit.until(told, "the hub's will")
+        await feed(kit, store, 50, 60)
+
+        async def silent():
+            return (await publisher.status())["hub_silent_s"]
+
+        await kit.until(silent, "the silence")
+        text = telemetry_text({"enabled": True, **await publisher.status()})
+        assert "hub millhand-hub is offline, 10 rows wait" in text
+        center.start()
+        await drain(kit, publisher)
+        assert (await publisher.status())["hosts_offline"] == []
 
 
 async def test_a_hub_that_lost_its_database(kit, nats_broker, hub, tmp_path):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import textwrap
-
 import click
 
-from millhand.cli.output import LINE_CHARACTERS, Output, json_option, plural
+from millhand.cli.output import Output, json_option, plural, silence_registry, wrapped
 
 MARKS = {"ok": "ok  ", "warning": "WARN", "error": "FAIL"}
 
@@ -23,16 +21,16 @@ def command(ctx: click.Context) -> None:
     from millhand.diagnosis import diagnose
 
     output: Output = ctx.obj
+    silence_registry()
     findings = diagnose(output.config_path)
     errors = sum(finding.level == "error" for finding in findings)
     warnings = sum(finding.level == "warning" for finding in findings)
     lines = []
     for finding in findings:
         head = f"{MARKS[finding.level]}  {finding.name}: {finding.message}"
-        lines += textwrap.wrap(head, LINE_CHARACTERS, subsequent_indent=" " * 6)
+        lines += wrapped(head, rest=" " * 6)
         if finding.hint and finding.level != "ok":
-            hint = f"Try: {finding.hint}"
-            lines += textwrap.wrap(hint, LINE_CHARACTERS, initial_indent=" " * 6, subsequent_indent=" " * 11)
+            lines += wrapped(f"Try: {finding.hint}", " " * 6, " " * 11)
     lines.append(f"{plural(errors, 'error')}, {plural(warnings, 'warning')}.")
     output.emit({"errors": errors, "warnings": warnings, "findings": [f.to_dict() for f in findings]}, lines)
     ctx.exit(EXIT_CODES["check_errors"] if errors else EXIT_CODES["check_warnings"] if warnings else EXIT_CODES["ok"])

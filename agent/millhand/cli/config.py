@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from millhand.cli.output import Output, json_option
+from millhand.cli.output import Output, json_option, plural, silence_registry
 
 SECRET_WORDS = ("password", "secret", "token", "passphrase")
 SECRET_SHOWN = "(not shown)"  # noqa: S105 - a placeholder, not a secret
@@ -35,23 +35,25 @@ def show(ctx: click.Context) -> None:
 @click.pass_context
 def validate(ctx: click.Context, path: Path | None) -> None:
     """Check the configuration (or the file PATH), the tables of its plugins and the options of its assets."""
-    from millhand.assets import check_asset_options
+    from millhand.assets import faulty_assets
     from millhand.config import load_config
+    from millhand.errors import ConfigError
     from millhand.registry import Registry
 
     output: Output = ctx.obj
     config = load_config(path or output.config_path)
+    silence_registry()
     registry = Registry()
     registry.load(config.plugin_tables())
-    check_asset_options(config, registry)
-    failed = [plugin.to_dict() for plugin in registry.plugins.values() if plugin.state == "failed"]
-    from millhand.errors import ConfigError
-
-    if failed:
-        first = failed[0]
-        raise ConfigError(f"plugin '{first['name']}': {first['error']}", hint=first["hint"])
+    failed = [plugin for plugin in registry.plugins.values() if plugin.state == "failed"]
+    faults = [(f"plugin '{plugin.name}': {plugin.error}", plugin.hint) for plugin in failed]
+    faults += [(error.message, error.hint) for error in faulty_assets(config, registry)]
+    if faults:
+        hints = dict.fromkeys(hint for _, hint in faults if hint)
+        raise ConfigError("\n".join(message for message, _ in faults), hint="\n".join(hints))
     output.emit(
-        {"valid": True, "assets": len(config.assets)}, f"The configuration is valid: {len(config.assets)} assets."
+        {"valid": True, "assets": len(config.assets)},
+        f"The configuration is valid: {plural(len(config.assets), 'asset')}.",
     )
 
 

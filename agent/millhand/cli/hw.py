@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from millhand.cli.output import LINE_CHARACTERS, Output, json_option, table
+from millhand.cli.output import Output, json_option, table, wrapped
 
 if TYPE_CHECKING:
     from millhand.hardware import Accelerator, Hardware, Jetson, Problem
@@ -144,28 +143,16 @@ def _grouped(problems: tuple[Problem, ...]) -> Iterator[list[str]]:
         more = f" and {len(fields) - 3} more" if len(fields) > 3 else ""
         where = ", ".join(dict.fromkeys(field for field in fields[:3] if field)) + more
         head = f"{source}: {where}: {message}" if where else f"{source}: {message}"
-        lines = _indented(head, "  ", "    ")
+        lines = wrapped(head, "  ", "    ")
         if hint:
-            lines += _indented(f"Try: {hint}", "    ", " " * 9)
+            lines += wrapped(f"Try: {hint}", "    ", " " * 9)
         yield lines
 
 
 def _wrap(label: str, text: str) -> list[str]:
     if not text:
         return []
-    return _indented(text, f"{label:<{LABEL_CHARACTERS}}", " " * LABEL_CHARACTERS)
-
-
-def _indented(text: str, first: str, rest: str) -> list[str]:
-    """Wrap at blanks only: commands and paths stay whole."""
-    return textwrap.wrap(
-        text,
-        LINE_CHARACTERS,
-        initial_indent=first,
-        subsequent_indent=rest,
-        break_on_hyphens=False,
-        break_long_words=False,
-    )
+    return wrapped(text, f"{label:<{LABEL_CHARACTERS}}", " " * LABEL_CHARACTERS)
 
 
 def _join(*parts: str) -> str:

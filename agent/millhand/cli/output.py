@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from millhand.control import ControlClient
 
 LINE_CHARACTERS = 80
+LABEL_CHARACTERS = 10
 
 
 @dataclass(frozen=True)
@@ -60,17 +62,43 @@ def json_option(function: Any) -> Any:
     )(function)
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """Lay out rows in aligned columns, numbers to the right."""
+def table(headers: Sequence[str], rows: Iterable[Sequence[Any]], characters: int | None = None) -> list[str]:
+    """Lay out rows in aligned columns, numbers to the right.
+
+    characters: cut the last column, so that lines are no longer.
+    """
     body = [["" if cell is None else str(cell) for cell in row] for row in rows]
     widths = [max([len(header), *(len(row[i]) for row in body)]) for i, header in enumerate(headers)]
     numeric = [bool(body) and all(_is_number(row[i]) for row in body if row[i]) for i in range(len(headers))]
 
     def line(cells: Sequence[str]) -> str:
         parts = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(cells, widths, numeric, strict=True))
-        return "  ".join(parts).rstrip()
+        text = "  ".join(parts).rstrip()
+        return text if characters is None or len(text) <= characters else f"{text[: characters - 1].rstrip()}…"
 
     return [line([header.upper() for header in headers]), *(line(row) for row in body)]
+
+
+def wrapped(text: str, first: str = "", rest: str = "") -> list[str]:
+    """`text` as lines of at most LINE_CHARACTERS that begin with `first` and `rest`; commands and paths stay whole."""
+    return textwrap.wrap(
+        text,
+        LINE_CHARACTERS,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+
+
+def labelled(label: str, text: str) -> list[str]:
+    """A label and what it is, `Hooks     a, b`; no line where there is no text."""
+    return wrapped(text, f"{label:<{LABEL_CHARACTERS}}", " " * LABEL_CHARACTERS)
+
+
+def silence_registry() -> None:
+    """Keep plugins' failures off stderr, in a command that shows them itself."""
+    logging.getLogger("millhand.registry").addHandler(logging.NullHandler())
 
 
 def shorten(text: str, characters: int) -> str:

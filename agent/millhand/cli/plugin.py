@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from millhand.cli.output import Output, json_option, table
+from millhand.cli.output import LINE_CHARACTERS, Output, json_option, labelled, silence_registry, table, wrapped
 from millhand.errors import PluginError, suggestion
 
 if TYPE_CHECKING:
+    from millhand.reference import Key
     from millhand.registry import PluginState, Registry
 
 
@@ -30,7 +31,7 @@ def list_(ctx: click.Context) -> None:
         (p["name"], p["state"], p["distribution"], p["version"], p["error"].splitlines()[0] if p["error"] else "")
         for p in plugins
     ]
-    output.emit(plugins, table(["name", "state", "package", "version", "error"], rows))
+    output.emit(plugins, table(["name", "state", "package", "version", "error"], rows, LINE_CHARACTERS))
 
 
 @command.command("show")
@@ -39,24 +40,29 @@ def list_(ctx: click.Context) -> None:
 @click.pass_context
 def show(ctx: click.Context, name: str) -> None:
     """Show one plugin: its hooks, its options with their defaults, its last error."""
+    from millhand.reference import keys
+
     output: Output = ctx.obj
     registry = _registry(output)
     plugin = _find(registry, name)
-    data = {**plugin.to_dict(), "options": _options(registry, plugin)}
+    tables: dict[str, Any] = {}
+    try:
+        tables = registry.tables(name)
+        plugin.hooks = plugin.hooks or registry.hooks(name)
+    except PluginError as error:
+        plugin.error, plugin.hint = plugin.error or error.message, plugin.hint or error.hint
+    options = {title: list(keys(model)) for title, model in tables.items()}
     lines = [
-        f"Plugin   {plugin.name} ({plugin.distribution} {plugin.version}), {plugin.state}",
-        f"Module   {plugin.module}",
-        f"Hooks    {', '.join(plugin.hooks) or 'none seen: config does not name this plugin'}",
+        *labelled("Plugin", f"{plugin.name} ({plugin.distribution} {plugin.version}), {plugin.state}"),
+        *labelled("Module", plugin.module),
+        *labelled("Hooks", ", ".join(plugin.hooks) or "none"),
+        *labelled("Error", plugin.error),
+        *labelled("Try", plugin.hint if plugin.error else ""),
     ]
-    if plugin.error:
-        lines += [f"Error    {plugin.error}", f"Try      {plugin.hint}"]
-    for title, fields in data["options"].items():
-        lines += [
-            "",
-            f"Options of {title}",
-            *table(["key", "type", "default"], [(f["key"], f["type"], f["default"]) for f in fields]),
-        ]
-    output.emit(data, lines)
+    for title, found in options.items():
+        lines += ["", f"Options of {title}", *(line for key in found for line in _key_lines(key))]
+    data = {title: [key._asdict() for key in found] for title, found in options.items()}
+    output.emit({**plugin.to_dict(), "options": data}, lines)
 
 
 @command.command("test")
@@ -108,6 +114,7 @@ async def _read_once(adapter: Any, timeout_s: float) -> dict[str, Any]:
 def _registry(output: Output, extra: dict[str, dict[str, Any]] | None = None) -> Registry:
     from millhand.registry import Registry
 
+    silence_registry()  # the command itself shows what failed
     registry = Registry()
     registry.load({**output.config().plugin_tables(), **(extra or {})})
     return registry
@@ -120,29 +127,10 @@ def _find(registry: Registry, name: str) -> PluginState:
     return plugins[name]
 
 
-def _options(registry: Registry, plugin: PluginState) -> dict[str, list[dict[str, Any]]]:
-    models = {}
-    if plugin.config is not None:
-        models[f"[plugins.{plugin.name}]"] = type(plugin.config)
-    for owner, kind in registry.collect("millhand_adapters"):
-        if owner == plugin.name:
-            models[f'[assets.options] of adapter "{kind.name}"'] = kind.options
-    return {title: _fields(model) for title, model in models.items()}
-
-
-def _fields(model: Any) -> list[dict[str, Any]]:
-    schema = model.model_json_schema()
-    required = set(schema.get("required", ()))
-    return [
-        {
-            "key": key,
-            "type": field.get("type")
-            or " or ".join(sorted({str(o.get("type", "table")) for o in field.get("anyOf", [{}])})),
-            "default": "required" if key in required else field.get("default"),
-            "description": field.get("description", ""),
-        }
-        for key, field in schema.get("properties", {}).items()
-    ]
+def _key_lines(key: Key) -> list[str]:
+    default = key.default if key.default in ("required", "computed") else f"default {key.default}"
+    head = wrapped(f"{key.name}: {key.kind}, {default}", "  ", " " * 6)
+    return head + wrapped(key.meaning, " " * 6, " " * 6)
 
 
 def _label(item: Any) -> str:

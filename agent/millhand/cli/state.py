@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from datetime import UTC, datetime
 from typing import Any
 
-from millhand.cli.output import LINE_CHARACTERS, Output, shorten
+from millhand.cli.output import LINE_CHARACTERS, Output, plural, shorten, wrapped
 from millhand.errors import ControlError
 
 FAULTS_SHOWN = 3
+SILENCE_SHOWN_S = 3.0
+"""A hub acknowledges after each of its commits: some tens of milliseconds, by default."""
 
 
 def show_state(output: Output) -> None:
@@ -38,9 +42,10 @@ def state_lines(state: dict[str, Any]) -> list[str]:
         *_faults(state["assets"]),
         f"Models     {_models(state['models'], state['http'])}",
         f"Alerts     {alerts['open']} open, {alerts['acked']} acknowledged; {state['orders']} work orders",
-        f"Telemetry  {_telemetry(telemetry)}",
+        f"Telemetry  {telemetry_text(telemetry)}",
+        f"Next step  {state['next_step']}",
     ]
-    return [*lines, f"Next step  {state['next_step']}"]
+    return [part for line in lines for part in wrapped(line, rest=" " * 11)]
 
 
 def duration(seconds: float) -> str:
@@ -80,8 +85,20 @@ def _version(model: dict[str, Any]) -> str:
     return f" v{versions}" if versions else ""
 
 
-def _telemetry(telemetry: dict[str, Any]) -> str:
+def telemetry_text(telemetry: dict[str, Any]) -> str:
+    """The connection, a hub that does not answer, the queue."""
     if not telemetry.get("enabled"):
         return "off (no broker configured)"
-    link = "connected to" if telemetry.get("connected") else "NOT connected to"
-    return f"{link} {telemetry.get('broker')}, {telemetry.get('queued_rows', 0)} rows wait"
+    link = "connected to" if telemetry["connected"] else "NOT connected to"
+    hub = hub_fault(telemetry)
+    return f"{link} {telemetry['broker']}, {f'{hub}, ' if hub else ''}{plural(telemetry['queued_rows'], 'row')} wait"
+
+
+def hub_fault(telemetry: dict[str, Any]) -> str:
+    """What is known of a hub that does not answer, before the publisher's own patience ends; "" for nothing."""
+    if telemetry["hosts_offline"]:
+        return f"hub {' and '.join(telemetry['hosts_offline'])} is offline"
+    silent_s = telemetry["hub_silent_s"] or 0.0
+    if silent_s < SILENCE_SHOWN_S:
+        return ""
+    return f"hub silent since {datetime.fromtimestamp(time.time() - silent_s, UTC):%H:%M:%SZ}"

@@ -10,6 +10,7 @@ import click
 
 from millhand.cli.alert import moment
 from millhand.cli.output import LINE_CHARACTERS, Output, json_option, plural
+from millhand.cli.state import hub_fault
 
 
 @click.group("telemetry")
@@ -50,6 +51,7 @@ def _lines(status: dict[str, Any]) -> list[str]:
     facts = [
         ("Connected", "yes" if status["connected"] else "no"),
         ("Broker", status["broker"]),
+        ("Hub", hub_fault(status)),
         ("Waiting", f"{plural(status['queued_rows'], 'row')}, the oldest since {status['oldest_unsent_s']:g} s"),
         ("Acknowledged", acked),
         (

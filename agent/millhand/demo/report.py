@@ -55,7 +55,7 @@ def _context(outcome: Outcome) -> dict[str, Any]:
         "spectrum": spectrum and {"text": spectrum[0], "chart": spectrum[1]},
         "orders": outcome.orders,
         "telemetry": _telemetry(outcome),
-        "hardware": [(name, _once(value, outcome.profile)) for name, value in outcome.hardware],
+        "hardware": outcome.hardware,
     }
 
 
@@ -175,11 +175,6 @@ def _telemetry(outcome: Outcome) -> list[tuple[str, str]]:
         ("Rows acknowledged by the hub: readings, predictions, alerts, orders", f"{outcome.acked:,}"),
         ("Broker", outcome.broker),
     ]
-
-
-def _once(value: str, profile: str) -> str:
-    """The profile's row without a second naming of it."""
-    return value.replace(f"{profile}: {profile}: ", f"{profile}: ")
 
 
 def _words(kind: str) -> str:

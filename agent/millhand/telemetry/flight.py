@@ -49,6 +49,7 @@ class Flight:
         """Rows up to here were there before the birth, or were sent before: they are historical."""
         self._first_timeout_s = self._timeout_s = ack_timeout_s
         self._due_s = 0.0
+        self._silent_since_s: float | None = None
 
     def begin(self, epoch: str, acked: Mapping[Stream, int], last: Mapping[Stream, int]) -> None:
         """A birth: go on behind what the hub has; what is there already is historical."""
@@ -56,6 +57,7 @@ class Flight:
         self.acked, self.sent, self._told = dict(acked), dict(acked), dict(last)
         for stream in STREAMS:
             self._drop_sizes(stream, everything=True)
+        self._silent_since_s = None
         self._restart_clock()
 
     def room(self, stream: Stream) -> int:
@@ -71,6 +73,8 @@ class Flight:
         """The row `seq` of `row_bytes` is sent, and with it everything up to it."""
         if not self.is_awaiting:
             self._restart_clock()
+        if self._silent_since_s is None:
+            self._silent_since_s = time.monotonic()
         self.sent[stream] = seq
         self._sizes[stream].append((seq, row_bytes))
         self._bytes[stream] += row_bytes
@@ -81,6 +85,7 @@ class Flight:
         self.sent[stream] = max(self.sent[stream], upto)
         self._drop_sizes(stream)
         self._timeout_s = self._first_timeout_s
+        self._silent_since_s = time.monotonic() if self.is_awaiting else None
         self._restart_clock()
 
     def rewind(self) -> int:
@@ -103,6 +108,11 @@ class Flight:
     @property
     def is_awaiting(self) -> bool:
         return any(self.sent[stream] > self.acked[stream] for stream in STREAMS)
+
+    @property
+    def silent_s(self) -> float | None:
+        """How long nothing that was sent has been acknowledged, repeats included; None when nothing is awaited."""
+        return None if self._silent_since_s is None else time.monotonic() - self._silent_since_s
 
     @property
     def patience_s(self) -> float | None:

@@ -45,6 +45,12 @@ class Hosts:
         self._states[host] = (online, time_ms)
         return host, online
 
+    @property
+    def all_offline(self) -> list[str]:
+        """The hosts, where some are known and none of them is online; else nothing."""
+        online = any(online for online, _ in self._states.values())
+        return [] if online else sorted(self._states)
+
     def is_online(self, host: str) -> bool | None:
         """None: nothing was heard of it."""
         return self._states[host][0] if host in self._states else None

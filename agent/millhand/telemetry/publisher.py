@@ -104,7 +104,12 @@ class Publisher:
         self._wake.set()
 
     async def status(self) -> dict[str, Any]:
-        """Connection, queue and acknowledgements; rates are those of the last ten seconds."""
+        """Connection, queue and acknowledgements; rates are those of the last ten seconds.
+
+        `hub_silent_s`: how long the hub has left what was sent unacknowledged; None when nothing is awaited.
+        `hosts_offline`: the Sparkplug hosts on the broker, where none of them is online.
+        """
+        silent_s = self._flight.silent_s if self._session else None
         last = {stream: await self._store.last(stream) for stream in STREAMS}
         acked = {stream: await self._store.acked(stream) for stream in STREAMS}
         return {
@@ -112,6 +117,8 @@ class Publisher:
             "broker": self._session.url if self._session else ", ".join(self._settings.brokers),
             "delivery": self._settings.delivery,
             "queued_rows": sum(last[stream] - acked[stream] for stream in STREAMS),
+            "hub_silent_s": None if silent_s is None else round(silent_s, 1),
+            "hosts_offline": self._hosts.all_offline if self._session else [],
             "oldest_unsent_s": await self._oldest_unsent_s(acked),
             "sent_rows_per_s": round(self._sent_rate.rows_per_s, 1),
             "acked_rows_per_s": round(self._acked_rate.rows_per_s, 1),
