@@ -6,28 +6,40 @@ Imported by workers: Python 3.10.
 from __future__ import annotations
 
 import ctypes
-import importlib
-import inspect
 import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from millhand.errors import DeadlineError, MillhandError, ModelError, PluginError, WorkerError, suggestion
-from millhand.hookspecs import CountingSession, DeadlineSession, DeclaredBackend
+from millhand.errors import DeadlineError, MillhandError, ModelError, WorkerError
+from millhand.hookspecs import CountingSession, DeadlineSession
 from millhand.serving.batcher import Batch, Lane, Request
+from millhand.serving.ensemble import EnsembleSession, open_session
+from millhand.serving.sessions import Sessions
 from millhand.serving.tensors import check_inputs, check_session, zeros
 
 log = logging.getLogger("millhand.worker")
 
 Spec = "tuple[str, tuple[int, ...]]"
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """One step of an ensemble: either something to load, or a transform."""
+
+    label: str
+    """Number and name: `2 (softmax)`."""
+    inputs: dict[str, str] = {}
+    """As `graph.Node` has them."""
+    outputs: dict[str, str] = {}
+    load: LoadRequest | None = None
+    """Empty `inputs` and `outputs` in it mean: as the artifact has them."""
+    transform: str = ""
+    options: dict[str, Any] = {}
 
 
 class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +62,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     max_delay_us: int = 0
     queue: int = 256
     warmup: int = 1
+    steps: tuple[Step, ...] = ()
+    """An ensemble's; its `artifact` is its model.toml, and it has no backend."""
 
 
 class LaneStats(msgspec.Struct):
@@ -67,21 +81,26 @@ class LaneStats(msgspec.Struct):
     batch_rows: Counter[int] = msgspec.field(default_factory=Counter)
     session: Mapping[str, int] = {}
     """What the session itself counts."""
+    steps_ns: Mapping[str, int] = {}
+    """An ensemble's steps -> time over all batches that came through."""
 
 
 class LoadedModel:
     """One model version that is ready; owns its lane."""
 
-    def __init__(self, request: LoadRequest) -> None:
-        """Load, check against model.toml and warm up. Raises ModelError or PluginError; then nothing stays loaded."""
+    def __init__(self, request: LoadRequest, sessions: Sessions | None = None) -> None:
+        """Load, check against model.toml and warm up. `sessions`: the worker's, to share what is loaded already.
+
+        Raises ModelError or PluginError; then nothing stays loaded.
+        """
         self.name = request.model
         self.version = request.version
         self.stats = LaneStats()
         self.inputs, self.outputs = request.inputs, request.outputs
         started = time.monotonic()
-        backend = find_backend(request.module, request.backend, request.plugin_options)
+        self._sessions = sessions = Sessions() if sessions is None else sessions
         try:
-            self.session = _load(backend, request)
+            self.session: Any = open_session(request, sessions)
             self._keeps_deadline = isinstance(self.session, DeadlineSession)
         except MillhandError:
             raise
@@ -92,12 +111,15 @@ class LoadedModel:
             check_session(self.name, "output", request.outputs, self.session.outputs)
             self._warm_up(request.warmup)
         except BaseException as error:
-            self.session.close()
+            sessions.close(self.session)
             if isinstance(error, MillhandError):
                 raise
             raise self._failure(error, "failed its warm-up") from error
         if isinstance(self.session, CountingSession):
             self.stats.session = self.session.counts
+        if isinstance(self.session, EnsembleSession):
+            self.session.forget_times()
+            self.stats.steps_ns = self.session.steps_ns
         self.load_ms = (time.monotonic() - started) * 1e3
         self.lane = Lane(request.max_batch, request.max_delay_us * 1000, request.queue, owner=self)
 
@@ -132,7 +154,7 @@ class LoadedModel:
 
     def close(self) -> None:
         """Free the model's memory and give it back to the system."""
-        self.session.close()
+        self._sessions.close(self.session)
         del self.session
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -183,13 +205,6 @@ class LoadedModel:
         )
 
 
-def _load(backend: Any, request: LoadRequest) -> Any:
-    artifact, options = Path(request.artifact), {**request.plugin_options, **request.options}
-    if isinstance(backend, DeclaredBackend):
-        return backend.load_declared(artifact, request.accelerator, options, request.inputs, request.outputs)
-    return backend.load(artifact, request.accelerator, options)
-
-
 def _latest(requests: list[Request]) -> int:
     """The latest deadline; 0 where one has none."""
     deadlines = [request.deadline_ns for request in requests]
@@ -200,23 +215,3 @@ def _joined(requests: list[Request]) -> dict[str, NDArray[Any]]:
     if len(requests) == 1:
         return dict(requests[0].inputs)
     return {name: np.concatenate([request.inputs[name] for request in requests]) for name in requests[0].inputs}
-
-
-def find_backend(module_name: str, backend_name: str, options: dict[str, Any]) -> Any:
-    """Import the plugin and return its backend of that name. Raises PluginError, whatever the plugin does."""
-    try:
-        hook = importlib.import_module(module_name).millhand_backends
-        config = SimpleNamespace(**options)
-        found = hook(config) if inspect.signature(hook).parameters else hook()
-        backends = {backend.name: backend for backend in found}
-    except Exception as error:
-        raise PluginError(
-            f"plugin '{module_name}' gave no backend: {type(error).__name__}: {error}",
-            hint="install what it needs for the workers' interpreter, or report this to its author",
-        ) from error
-    if backend_name not in backends:
-        raise PluginError(
-            f"plugin '{module_name}' has no backend '{backend_name}'{suggestion(backend_name, backends)}",
-            hint=f"it has {', '.join(backends)}",
-        )
-    return backends[backend_name]

@@ -38,6 +38,11 @@ def fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     return len(shape) == len(wanted) and all(b in (-1, a) for a, b in zip(shape, wanted))  # noqa: B905 (lengths equal)
 
 
+def may_fit(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a tensor of `shape` can fit `wanted`, where -1 on either side may turn out to be any size."""
+    return len(shape) == len(wanted) and all(a == b or -1 in (a, b) for a, b in zip(shape, wanted))  # noqa: B905
+
+
 def check_inputs(model: str, specs: Specs, tensors: Tensors, max_batch: int) -> int:
     """Check a request's tensors and return its number of rows.
 

@@ -31,6 +31,7 @@ from millhand.serving.batcher import Batch, Batcher, Request
 from millhand.serving.blackbox import LOAD, RUN, Blackbox
 from millhand.serving.connection import Connection, Origin
 from millhand.serving.lanes import LoadedModel, LoadRequest
+from millhand.serving.sessions import Sessions
 
 log = logging.getLogger("millhand.worker")
 
@@ -58,6 +59,7 @@ class Worker:
         self._blackbox = Blackbox(settings.blackbox_fd)
         self._batcher = Batcher()
         self._models: dict[str, dict[int, LoadedModel]] = {}
+        self._sessions = Sessions()
         self._load_lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -249,7 +251,7 @@ class Worker:
                 raise ModelError(f"model '{request.model}' version {request.version} is loaded already")
             self._blackbox.begin(LOAD, request.model, request.version)
             try:
-                model = LoadedModel(request)
+                model = LoadedModel(request, self._sessions)
             finally:
                 self._blackbox.end(LOAD)
             self._batcher.add(model.lane)
