@@ -12,7 +12,7 @@ import msgspec
 
 from millhand import __version__
 from millhand.errors import InputError, suggestion
-from millhand.metrics import DAEMON
+from millhand.metrics import DAEMON, TRITON
 from millhand.records import Alert, AlertState, WorkOrder
 from millhand.store.rows import STREAMS, Bulk, Gap, Row
 from millhand.store.store import END_NS
@@ -85,9 +85,12 @@ class Calls:
     async def reload(self) -> dict[str, Any]:
         return {"needs_restart": await self._daemon.reload()}
 
-    async def metrics(self) -> str:
+    async def metrics(self, names: str = "") -> str:
+        """The text of /metrics; with names "triton" as Triton has them. Raises InputError for other names."""
+        if names not in ("", TRITON):
+            raise InputError(f"metrics: names = '{names}' is not known", hint=f"leave it out, or ask for '{TRITON}'")
         await self._daemon.metrics.refresh()
-        return DAEMON.render()
+        return DAEMON.render(names)
 
     async def asset_list(self) -> list[dict[str, Any]]:
         return self._daemon.fleet.statuses()

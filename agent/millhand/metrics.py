@@ -1,9 +1,10 @@
 """What a node measures of itself, in Prometheus' text format; docs/metrics.md lists every family.
 
-A family is made once: at the foot of this module where it is set as things happen, in millhand.node_metrics where it
-is taken from what the parts count. Names carry units; the prefix is `millhand_`, except where a name that dashboards
-already know means the same (Triton's `nv_inference_*`). Why not prometheus_client:
-docs/decisions/0004-own-metrics-writer.md.
+A family is made once: at the foot of this module where it is set as things happen, in millhand.node_metrics and
+millhand.serving.worker_metrics where it is taken from what the parts count, in millhand.serving.front_metrics where a
+front process counts. Names carry units; the prefix is `millhand_`, except where a name that dashboards already know
+means the same (Triton's `nv_*`). Why not prometheus_client: docs/decisions/0004-own-metrics-writer.md; why there are
+two pages: docs/decisions/0007-two-pages-of-metrics.md.
 """
 
 from __future__ import annotations
@@ -15,15 +16,25 @@ from typing import Any
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
+TRITON = "triton"
+"""The page whose names and types are Triton's own, whether Prometheus' linter likes them or not."""
+
+
 class Family:
     """One metric family; `labels` are the names of its labels, in order."""
 
     kind = "untyped"
 
-    def __init__(self, registry: Registry, name: str, text: str, labels: Sequence[str] = ()) -> None:
+    def __init__(
+        self, registry: Registry, name: str, text: str, labels: Sequence[str] = (), *, plain_kind: str | None = None
+    ) -> None:
+        """`plain_kind`: the type that the plain page gives a name whose own type breaks Prometheus' rules for names;
+        empty where no type mends it, and the plain page leaves the family out.
+        """
         self.name = name
         self.text = text
         self.labels = tuple(labels)
+        self.plain_kind = self.kind if plain_kind is None else plain_kind
         self._values: dict[tuple[str, ...], Any] = {}
         registry.add(self)
 
@@ -35,6 +46,20 @@ class Family:
         """The sample lines."""
         for key, value in sorted(self._values.items()):
             yield f"{self.name}{_labels(self.labels, key)} {number(value)}"
+
+    def snapshot(self) -> dict[str, Any]:
+        """The family with its values as plain data, for `Registry.merge` in another process."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "text": self.text,
+            "labels": self.labels,
+            "values": [[key, value] for key, value in self._values.items()],
+        }
+
+    def merge(self, key: tuple[str, ...], value: Any) -> None:
+        """Add another registry's value of the series `key`."""
+        self._values[key] = self._values.get(key, 0) + value
 
     def _key(self, labels: Mapping[str, Any]) -> tuple[str, ...]:
         if set(labels) != set(self.labels):
@@ -78,25 +103,42 @@ class Histogram(Family):
 
     def observe(self, value: float, count: int = 1, **labels: Any) -> None:
         """Count `count` observations of `value`."""
-        key = self._key(labels)
-        if key not in self._values:
-            self._values[key] = ([0] * (len(self.bounds) + 1), [0.0])
-        counts, total = self._values[key]
-        counts[bisect.bisect_left(self.bounds, value)] += count
-        total[0] += value * count
+        series = self._series(self._key(labels))
+        series[bisect.bisect_left(self.bounds, value)] += count
+        series[-1] += value * count
+
+    def add_counts(self, counts: Sequence[int], total: float, **labels: Any) -> None:
+        """Add what another process observed: a count for each bound and one above them all, and the sum."""
+        self.merge(self._key(labels), [*counts, total])
+
+    def merge(self, key: tuple[str, ...], value: Sequence[float]) -> None:
+        series = self._series(key)
+        for place, part in enumerate(value):
+            series[place] += part
 
     def samples(self) -> Iterable[str]:
-        for key, (counts, total) in sorted(self._values.items()):
+        for key, (*counts, total) in sorted(self._values.items()):
             below = 0
             for bound, count in zip((*self.bounds, float("inf")), counts, strict=True):
                 below += count
                 yield f"{self.name}_bucket{_labels((*self.labels, 'le'), (*key, number(bound)))} {below}"
-            yield f"{self.name}_sum{_labels(self.labels, key)} {number(total[0])}"
+            yield f"{self.name}_sum{_labels(self.labels, key)} {number(total)}"
             yield f"{self.name}_count{_labels(self.labels, key)} {below}"
+
+    def snapshot(self) -> dict[str, Any]:
+        return {**super().snapshot(), "bounds": self.bounds}
+
+    def _series(self, key: tuple[str, ...]) -> list[float]:
+        """Counts for each bound and one above them all, then the sum of the values."""
+        series: list[float] = self._values.setdefault(key, [0] * (len(self.bounds) + 2))
+        return series
+
+
+KINDS: dict[str, Callable[..., Family]] = {"gauge": Gauge, "counter": Counter, "histogram": Histogram}
 
 
 class Registry:
-    """A process's families; `refresh` callbacks run before each rendering."""
+    """A process's families; `refresh` callbacks run before each rendering and each snapshot. Not thread-safe."""
 
     def __init__(self) -> None:
         self._families: dict[str, Family] = {}
@@ -112,21 +154,42 @@ class Registry:
         self._refreshers.append(refresher)
         return lambda: self._refreshers.remove(refresher)
 
-    def render(self) -> str:
-        """Everything that has a value, in Prometheus' text format 0.0.4."""
-        for refresher in self._refreshers:
-            refresher()
+    def render(self, page: str = "") -> str:
+        """Everything that has a value, in Prometheus' text format 0.0.4; `page` may be `TRITON`."""
+        self._refresh()
         lines: list[str] = []
         for family in self._families.values():
-            samples = list(family.samples())
+            kind = family.kind if page == TRITON else family.plain_kind
+            samples = list(family.samples()) if kind else []
             if samples:
-                lines += [f"# HELP {family.name} {_escape(family.text, False)}", f"# TYPE {family.name} {family.kind}"]
+                lines += [f"# HELP {family.name} {_escape(family.text, False)}", f"# TYPE {family.name} {kind}"]
                 lines += samples
         return "\n".join(lines) + "\n" if lines else ""
+
+    def snapshot(self) -> list[dict[str, Any]]:
+        """Every family as plain data, which JSON can carry to `merge`."""
+        self._refresh()
+        return [family.snapshot() for family in self._families.values()]
+
+    def merge(self, snapshot: Iterable[Mapping[str, Any]], kinds: Sequence[str] = tuple(KINDS)) -> None:
+        """Add the values of another registry's snapshot, in families of these kinds; families come as needed."""
+        for data in snapshot:
+            if data["kind"] not in kinds or not data["values"]:
+                continue
+            family = self._families.get(data["name"])
+            if family is None:
+                bounds = {"bounds": data["bounds"]} if "bounds" in data else {}
+                family = KINDS[data["kind"]](self, data["name"], data["text"], data["labels"], **bounds)
+            for key, value in data["values"]:
+                family.merge(tuple(key), value)
 
     def catalogue(self) -> list[tuple[str, str, str]]:
         """(name, type, help) of every family."""
         return [(family.name, family.kind, family.text) for family in self._families.values()]
+
+    def _refresh(self) -> None:
+        for refresher in self._refreshers:
+            refresher()
 
 
 def _labels(names: Sequence[str], values: Sequence[str]) -> str:
@@ -151,23 +214,6 @@ def number(value: float) -> str:
 # ---- families that are set as it happens -----------------------------------------------------------------------------
 
 DAEMON = Registry()
-_MODEL = ("model", "version")
-
-MODEL_READY = Gauge(DAEMON, "millhand_model_ready", "1 while the version answers.", _MODEL)
-WORKER_RESTARTS = Counter(DAEMON, "millhand_worker_restarts_total", "Restarts after a death or a hang.", ["worker"])
-SUCCESS = Counter(DAEMON, "nv_inference_request_success", "Requests answered with a result.", _MODEL)
-FAILURE = Counter(
-    DAEMON, "nv_inference_request_failure", "Requests answered with an error, by reason.", [*_MODEL, "reason"]
-)
-ROWS = Counter(DAEMON, "nv_inference_count", "Rows inferred.", _MODEL)
-BATCHES = Counter(DAEMON, "nv_inference_exec_count", "Batches run.", _MODEL)
-QUEUE_TIME = Counter(DAEMON, "nv_inference_queue_duration_us", "Time that requests waited, summed.", _MODEL)
-COMPUTE_TIME = Counter(DAEMON, "nv_inference_compute_infer_duration_us", "Time that batches ran, summed.", _MODEL)
-PENDING = Gauge(DAEMON, "nv_inference_pending_request_count", "Requests that wait now.", _MODEL)
-EXPIRED = Counter(DAEMON, "millhand_inference_expired_total", "Requests dropped after their deadline, not run.", _MODEL)
-BATCH_ROWS = Histogram(
-    DAEMON, "millhand_inference_batch_rows", "Rows of the batches run.", _MODEL, bounds=(1, 2, 4, 8, 16, 32, 64, 128)
-)
 LATENCY = Histogram(
     DAEMON,
     "millhand_prediction_latency_seconds",

@@ -7,6 +7,7 @@ configuration or the code gives (assets, models, sinks, streams, reasons), so th
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -26,7 +27,7 @@ _ASSET = ["asset"]
 _STREAM = ["stream"]
 
 START_TIME = Gauge(DAEMON, "millhand_start_time_seconds", "When the daemon started, Unix time.")
-MEMORY = Gauge(DAEMON, "millhand_process_resident_memory_bytes", "Resident memory.", ["process"])
+MEMORY = Gauge(DAEMON, "millhand_process_resident_memory_bytes", "Resident memory, summed by kind.", ["process"])
 ASSETS = Gauge(DAEMON, "millhand_assets", "Assets by what their runner does.", ["state"])
 PLUGINS = Gauge(DAEMON, "millhand_plugins", "Plugins by state.", ["state"])
 
@@ -94,9 +95,11 @@ STORE_DROPPED = Counter(
 
 
 class Sampled(Family):
-    """A gauge whose labels come ready written from the hardware sampler."""
+    """A family whose labels come ready written from the hardware sampler."""
 
-    kind = "gauge"
+    def __init__(self, name: str, text: str, kind: str = "gauge", plain_kind: str | None = None) -> None:
+        self.kind = kind
+        super().__init__(DAEMON, name, text, plain_kind=plain_kind)
 
     def take(self, labels: str, value: float) -> None:
         self._values[(labels,)] = value
@@ -107,21 +110,25 @@ class Sampled(Family):
 
 
 HARDWARE = {
-    key: Sampled(DAEMON, f"millhand_{key}", text)
-    for key, text in {
-        "cpu_percent": "Load of all CPUs since the last reading.",
-        "memory_total_bytes": "Main memory.",
-        "memory_available_bytes": "Main memory that programs could still take.",
-        "disk_total_bytes": "Size of the data folder's file system.",
-        "disk_free_bytes": "Free space of the data folder's file system.",
-        "temperature_celsius": "Temperature of a thermal zone.",
-        "rail_power_watts": "Power on a rail of a Jetson.",
-        "gpu_utilisation_percent": "Load of a GPU.",
-        "gpu_memory_total_bytes": "Memory of a GPU.",
-        "gpu_memory_used_bytes": "Memory of a GPU that is taken.",
-        "gpu_temperature_celsius": "Temperature of a GPU.",
-        "gpu_power_watts": "Power that a GPU draws.",
-    }.items()
+    family.name: family
+    for family in (
+        Sampled("nv_cpu_utilization", "Load of all CPUs since the last reading, 0 to 1."),
+        Sampled("nv_cpu_memory_total_bytes", "Main memory."),
+        Sampled("nv_cpu_memory_used_bytes", "Main memory that programs could not have."),
+        Sampled("nv_gpu_utilization", "Load of a GPU, 0 to 1."),
+        Sampled("nv_gpu_memory_total_bytes", "Memory of a GPU; of a Jetson, all of its memory."),
+        Sampled("nv_gpu_memory_used_bytes", "Memory of a GPU that is taken."),
+        Sampled("nv_gpu_power_usage", "Power that a GPU draws, in watts; on a Jetson that of the rail that feeds it."),
+        Sampled("nv_gpu_power_limit", "Power at which a GPU is held back, in watts."),
+        Sampled(
+            "nv_energy_consumption", "Energy that a GPU took since the agent's start, in joules.", "counter", "untyped"
+        ),
+        Sampled("millhand_gpu_temperature_celsius", "Temperature of a GPU."),
+        Sampled("millhand_temperature_celsius", "Temperature of a thermal zone."),
+        Sampled("millhand_rail_power_watts", "Power on a rail of a Jetson."),
+        Sampled("millhand_disk_total_bytes", "Size of the data folder's file system."),
+        Sampled("millhand_disk_free_bytes", "Free space of the data folder's file system."),
+    )
 }
 
 
@@ -222,12 +229,14 @@ def _take_memory() -> None:
     MEMORY.set(daemon.memory_info().rss, process="daemon")
     for child in daemon.children():
         with suppress(psutil.NoSuchProcess):
-            MEMORY.set(child.memory_info().rss, process=_process_name(child.cmdline(), child.pid))
+            MEMORY.merge((_process_name(child.cmdline()),), child.memory_info().rss)
 
 
-def _process_name(command: Sequence[str], pid: int) -> str:
-    for word in command:
-        if word.startswith("millhand.serving."):
-            name = word.removeprefix("millhand.serving.")
-            return name if name == "http" else f"{name}-{pid}"
-    return f"child-{pid}"
+def _process_name(command: Sequence[str]) -> str:
+    """`worker-` and its name, else the module of ours that the process runs; several may share a name."""
+    with suppress(ValueError, TypeError, KeyError, IndexError):
+        argument = json.loads(command[-1])
+        if "blackbox_fd" in argument:
+            return f"worker-{argument['name']}"
+    module = next((word for word in command if word.startswith("millhand.")), "millhand.other")
+    return module.rpartition(".")[2]

@@ -17,8 +17,8 @@ from millhand.serving.front import http_front
 from millhand.serving.settings import HttpSettings
 
 
-async def render():
-    return metrics.DAEMON.render()
+async def render(names):
+    return metrics.DAEMON.render(names)
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ class Application:
         return _json(encode_response(name, answer.version, wanted, answer.outputs))
 
     async def _metrics(self, request: Request) -> Response:
-        text = await control_call(self._control_path, "metrics")
+        text = await control_call(self._control_path, "metrics", names=request.query_params.get("names", ""))
         return PlainTextResponse(text + HTTP.render(), media_type=CONTENT_TYPE)
 
     async def _body(self, request: Request) -> bytes:

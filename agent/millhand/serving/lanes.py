@@ -5,6 +5,7 @@ Imported by workers: Python 3.10.
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import logging
 import time
@@ -24,6 +25,11 @@ from millhand.serving.sessions import Sessions
 from millhand.serving.tensors import check_inputs, check_session, zeros
 
 log = logging.getLogger("millhand.worker")
+
+# Upper bounds of the histograms of time.
+DURATION_BOUNDS_NS = tuple(
+    int(ms * 1e6) for ms in (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000)
+)
 
 Spec = "tuple[str, tuple[int, ...]]"
 
@@ -66,9 +72,15 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     """An ensemble's; its `artifact` is its model.toml, and it has no backend."""
 
 
-class LaneStats(msgspec.Struct):
-    """Counts since the version was loaded. Sums are nanoseconds over answered requests, compute_ns over batches."""
+def _buckets() -> list[int]:
+    return [0] * (len(DURATION_BOUNDS_NS) + 1)
 
+
+class LaneStats(msgspec.Struct):
+    """Counts since the version was loaded. Counts by duration: one for each of DURATION_BOUNDS_NS, one above them."""
+
+    loaded_ns: int = msgspec.field(default_factory=time.monotonic_ns)
+    """CLOCK_MONOTONIC at the load; tells two loads of one version apart."""
     success: int = 0
     failed: int = 0
     expired: int = 0
@@ -77,12 +89,36 @@ class LaneStats(msgspec.Struct):
     batches: int = 0
     rows: int = 0
     queue_ns: int = 0
+    """Over answered requests, from the arrival to the batch's start."""
     compute_ns: int = 0
+    """Over batches."""
+    request_compute_ns: int = 0
+    """Over answered requests, each with the time of the batch that it ran in."""
+    queue_counts: list[int] = msgspec.field(default_factory=_buckets)
+    """Answered requests by the time that they waited."""
+    compute_counts: list[int] = msgspec.field(default_factory=_buckets)
+    """Batches by the time that they ran."""
     batch_rows: Counter[int] = msgspec.field(default_factory=Counter)
     session: Mapping[str, int] = {}
     """What the session itself counts."""
     steps_ns: Mapping[str, int] = {}
     """An ensemble's steps -> time over all batches that came through."""
+
+    def add_batch(self, requests: list[Request], started_ns: int, ended_ns: int) -> None:
+        """Count a batch that was answered."""
+        compute_ns, rows = ended_ns - started_ns, 0
+        for request in requests:
+            queue_ns = started_ns - request.arrival_ns
+            self.queue_ns += queue_ns
+            self.queue_counts[bisect.bisect_left(DURATION_BOUNDS_NS, queue_ns)] += 1
+            rows += request.rows
+        self.compute_ns += compute_ns
+        self.request_compute_ns += compute_ns * len(requests)
+        self.compute_counts[bisect.bisect_left(DURATION_BOUNDS_NS, compute_ns)] += 1
+        self.success += len(requests)
+        self.batches += 1
+        self.rows += rows
+        self.batch_rows[rows] += 1
 
 
 class LoadedModel:
@@ -141,7 +177,7 @@ class LoadedModel:
                 return [part for request in requests for part in self.run(Batch(batch.lane, [request], []))]
             self.stats.failed += 1
             return [(requests[0], error if isinstance(error, MillhandError) else self._failure(error, "failed"))]
-        self._count(requests, started_ns)
+        self.stats.add_batch(requests, started_ns, time.monotonic_ns())
         if len(requests) == 1:
             return [(requests[0], outputs)]
         parts: list[tuple[Request, dict[str, NDArray[Any]] | Exception]] = []
@@ -188,15 +224,6 @@ class LoadedModel:
                     hint="export the model with a free first dimension on every input and output",
                 )
         return outputs
-
-    def _count(self, requests: list[Request], started_ns: int) -> None:
-        stats, rows = self.stats, sum(request.rows for request in requests)
-        stats.compute_ns += time.monotonic_ns() - started_ns
-        stats.queue_ns += sum(started_ns - request.arrival_ns for request in requests)
-        stats.success += len(requests)
-        stats.batches += 1
-        stats.rows += rows
-        stats.batch_rows[rows] += 1
 
     def _failure(self, error: BaseException, what: str) -> ModelError:
         return ModelError(

@@ -11,6 +11,7 @@ import socket
 import sys
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -98,11 +99,16 @@ class WorkerProcess:
             raise
         return self
 
-    async def stop(self, grace_s: float = 5.0) -> None:
-        """Let waiting requests run, then end the process; after `grace_s` without mercy."""
+    async def stop(self, grace_s: float = 5.0) -> list[dict[str, Any]]:
+        """Let waiting requests run, then end the process; after `grace_s` without mercy.
+
+        Returns the stats of every loaded version after its last request; none where the worker did not answer.
+        """
+        stats: list[dict[str, Any]] = []
         with contextlib.suppress(WorkerError):
-            await self.client.call("shutdown", timeout_s=grace_s)
+            stats = (await self.client.call("shutdown", timeout_s=grace_s))["stats"]
         await self.kill()
+        return stats
 
     async def kill(self) -> int:
         """End the process now and return its exit status (negative: the signal)."""

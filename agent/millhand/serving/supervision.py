@@ -20,6 +20,7 @@ from millhand.serving.client import WorkerClient
 from millhand.serving.lanes import LoadRequest
 from millhand.serving.process import WorkerProcess, describe_exit
 from millhand.serving.settings import ModelSettings
+from millhand.serving.worker_metrics import Ledger
 
 log = logging.getLogger("millhand.serving")
 
@@ -46,8 +47,8 @@ class SupervisedWorker:
         self.ready: dict[Key, dict[str, Any]] = {}
         """Versions that answer now, with their metadata."""
         self.restarts = 0
-        self.stats: list[dict[str, Any]] = []
-        """The counters of every loaded version at the last heartbeat (see LaneStats)."""
+        self.ledger = Ledger()
+        """The counters of every version as of the last heartbeat, those of dead workers included."""
         self.process: WorkerProcess | None = None
         self._launch = launch
         self._settings = settings
@@ -93,7 +94,10 @@ class SupervisedWorker:
             elif was_ready and self.client is not None:
                 with contextlib.suppress(WorkerError):  # a worker that dies over it is restarted without the version
                     model, version = key
-                    await self.client.call("unload", self._settings.load_timeout_s, model=model, version=version)
+                    answer = await self.client.call(
+                        "unload", self._settings.load_timeout_s, model=model, version=version
+                    )
+                    self.ledger.take(answer["stats"])
 
     async def stop(self) -> None:
         """End the worker."""
@@ -126,7 +130,9 @@ class SupervisedWorker:
         process, self.process = self.process, None
         self.ready.clear()
         if process is not None:
-            await process.stop()
+            stats = await process.stop()
+            if stats:
+                self.ledger.take(stats)
         self._on_change()
 
     async def _load(self, request: LoadRequest) -> dict[str, Any]:
@@ -194,7 +200,7 @@ class SupervisedWorker:
         if running is not None and running[2] > limit_ms * 1e6:
             return f"hangs: model '{running[0]}' version {running[1]} runs for more than {limit_ms:g} ms"
         try:
-            self.stats = await process.client.call("stats", limit_ms / 1e3)
+            self.ledger.take(await process.client.call("stats", limit_ms / 1e3))
         except WorkerError:
             return "" if self._lost.is_set() else f"hangs: no answer to a heartbeat within {limit_ms:g} ms"
         return ""

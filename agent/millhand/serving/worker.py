@@ -262,11 +262,12 @@ class Worker:
         with self._load_lock:
             loaded = self._model(model, version)
             self._batcher.remove(loaded.lane)
+            stats = self._stats()
             del self._models[model][version]
             if not self._models[model]:
                 del self._models[model]
             loaded.close()
-            return {"models_left": sum(len(versions) for versions in self._models.values())}
+            return {"models_left": sum(len(versions) for versions in self._models.values()), "stats": stats}
 
     def _shutdown(self) -> dict[str, Any]:
         """Run what waits, then exit (the caller closes the control connection)."""
@@ -274,7 +275,7 @@ class Worker:
             for versions in self._models.values():
                 for model in versions.values():
                     self._batcher.remove(model.lane)
-        return {}
+        return {"stats": self._stats()}
 
     def _model(self, name: str, version: int) -> LoadedModel:
         versions = self._models.get(name)
