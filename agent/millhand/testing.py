@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +129,9 @@ class Agent:
         return code
 
 
-@pytest.fixture
-def millhand_agent(tmp_path: Path) -> Iterator[Callable[..., Agent]]:
-    """Start agents: call with the TOML that follows `[node]`; all are ended after the test."""
+@contextmanager
+def millhand_agents(folder: Path) -> Iterator[Callable[..., Agent]]:
+    """What the fixture `millhand_agent` gives, for fixtures of a wider scope: agents with their folders in `folder`."""
     agents: list[Agent] = []
 
     def start(
@@ -140,15 +141,24 @@ def millhand_agent(tmp_path: Path) -> Iterator[Callable[..., Agent]]:
         prefix: Sequence[str] = (),
         started: bool = True,
     ) -> Agent:
-        folder = tmp_path / f"agent-{len(agents)}"
-        folder.mkdir()
-        agent = Agent(folder, config, environment, prefix)
+        own = folder / f"agent-{len(agents)}"
+        own.mkdir()
+        agent = Agent(own, config, environment, prefix)
         agents.append(agent)
         return agent.start() if started else agent
 
-    yield start
-    for agent in agents:
-        if agent.process is not None:
-            agent.process.kill()
-            agent.process.wait()
-        shutil.rmtree(agent.run_dir)
+    try:
+        yield start
+    finally:
+        for agent in agents:
+            if agent.process is not None:
+                agent.process.kill()
+                agent.process.wait()
+            shutil.rmtree(agent.run_dir)
+
+
+@pytest.fixture
+def millhand_agent(tmp_path: Path) -> Iterator[Callable[..., Agent]]:
+    """Start agents: call with the TOML that follows `[node]`; all are ended after the test."""
+    with millhand_agents(tmp_path) as start:
+        yield start

@@ -1,20 +1,18 @@
-"""`model` and `predict` against a real daemon's calls on a real control socket."""
+"""`model list` and `model show` against a real daemon's calls on a real control socket."""
 
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import threading
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 from serving_kit import backends, scale, write_model
 
 from millhand.cli import root as millhand
 from millhand.control import ControlServer
-from millhand.errors import ControlError, InputError, ModelError
+from millhand.errors import ControlError, ModelError
 from millhand.serving.pool import ModelPool
 from millhand.serving.repository import Repository
 from millhand.serving.settings import ModelSettings, WorkerDefaults
@@ -76,38 +74,3 @@ def test_without_a_daemon_the_repository_is_read(config):
     assert json.loads(run(config, "model", "show", "scale", "--json"))["available"] == [1]
     with pytest.raises(ControlError, match="no daemon answers"):
         run(config, "predict", "scale", "-i", "-", stdin='{"inputs": []}')
-
-
-def test_predict_takes_json_csv_and_npy(config, daemon, tmp_path):
-    body = {"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}]}
-    answer = json.loads(run(config, "predict", "scale", "--input", "-", "--json", stdin=json.dumps(body)))
-    assert answer["outputs"][0]["data"] == [2.0, 4.0]
-    table = tmp_path / "rows.csv"
-    table.write_text("a,b\n1,2\n3,4\n")
-    assert "[2, 2]" in run(config, "predict", "scale", "-i", str(table), "--version", "1", "--deadline-ms", "5000")
-    buffer = io.BytesIO()
-    np.save(buffer, np.array([5.0, 6.0]))
-    (tmp_path / "one.npy").write_bytes(buffer.getvalue())
-    assert "10, 12" in run(config, "predict", "scale", "-i", str(tmp_path / "one.npy"))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.csv", "1,2\n3,x\n", "row 2: could not convert string to float: 'x'"),
-        ("a.csv", "1,2\n3\n", "row 2 has 1 cells, the first has 2"),
-        ("a.csv", "a,b\n", "holds no row of numbers"),
-        ("a.csv", "1,nan\n", "something else than finite numbers"),
-        ("a.csv", "1,2,3\n", r"has shape \[1, 3\], expected \[-1, 2\]"),
-        ("a.npy", "no array", "cannot be read as .npy"),
-        ("a.json", "{", "is not valid JSON"),
-        ("a.json", '{"inputs": [NaN]}', "NaN is no JSON number"),
-        ("a.json", "[]", "has no key 'inputs'"),
-        ("a.json", '{"inputs": [{"name": "x"}]}', "no inference request"),
-    ],
-)
-def test_bad_input_is_named(config, daemon, tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_text(content)
-    with pytest.raises(InputError, match=message):
-        run(config, "predict", "scale", "-i", str(path))

@@ -6,17 +6,14 @@ import csv
 import io
 import itertools
 import json
-import os
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import click
 
+from millhand.cli.files import written_text
 from millhand.cli.output import Output
 from millhand.errors import InputError
 
@@ -57,41 +54,12 @@ def command(
     arguments = {"asset": asset, "names": list(names), "since_ns": time_ns(since), "until_ns": time_ns(until)}
     chunks = output.daemon().stream("readings.export", **arguments)
     first: list[Any] = next(chunks, [])  # before any output: the daemon may not run, or refuse
-    with _opened(path) as handle:
+    with written_text(path) as handle:
         if not output.as_json:
             handle.write(_csv_line(COLUMNS))
         for row in itertools.chain(first, itertools.chain.from_iterable(chunks)):
             line = json.dumps(dict(zip(COLUMNS, row, strict=True))) + "\n" if output.as_json else _csv_row(row)
             handle.write(line)
-
-
-@contextmanager
-def _opened(path: Path | None) -> Iterator[TextIO]:
-    """Standard output, or a file that takes its name only when it is whole. Raises InputError."""
-    if path is None:
-        yield sys.stdout
-        return
-    target = path.resolve()
-    partial: Path | None = None
-    try:
-        if target.exists() and not target.is_file() and not target.is_dir():  # a pipe or a device
-            with target.open("w", newline="", encoding="utf-8") as handle:
-                yield handle
-            return
-        number, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        partial = Path(name)
-        with os.fdopen(number, "w", newline="", encoding="utf-8") as handle:
-            yield handle
-        partial.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o644)
-        partial.replace(target)
-    except OSError as error:
-        raise InputError(
-            f"'{path}' cannot be written: {error.strerror or error}",
-            hint="name a file in a folder that you may write, on a disk with room",
-        ) from error
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
 
 
 def time_ns(text: str | None) -> int | None:

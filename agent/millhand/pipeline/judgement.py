@@ -25,30 +25,36 @@ def output_spec(manifest: Manifest) -> OutputSpec:
 
 
 def judge(manifest: Manifest, outputs: Mapping[str, NDArray[Any]], rows: int) -> Sequence[Answer | None]:
-    """Read `rows` answers; None for one that holds a number that is not finite, and so says nothing.
+    """`read_answers` of a model by its manifest."""
+    return read_answers(manifest.name, output_spec(manifest), outputs, rows)
+
+
+def read_answers(
+    model: str, spec: OutputSpec, outputs: Mapping[str, NDArray[Any]], rows: int
+) -> Sequence[Answer | None]:
+    """Read `rows` answers of `model`; None for one that holds a number that is not finite, and so says nothing.
 
     outputs: output name -> [rows, ...]. classification: [rows, labels], probabilities or logits; values hold each
     label's probability and `fault` = 1 - healthy. regression: [rows] or [rows, 1]; the value is scaled and clipped.
     Raises ModelError for a missing output, a wrong shape, or where no row is finite.
     """
-    spec = output_spec(manifest)
     tensor = outputs.get(spec.output)
     if tensor is None:
         raise ModelError(
-            f"model '{manifest.name}': [prediction] output '{spec.output}' is not among {sorted(outputs)}",
+            f"model '{model}': [prediction] output '{spec.output}' is not among {sorted(outputs)}",
             hint="mend model.toml",
         )
     width = len(spec.labels) if spec.task == "classification" else 1
     if tensor.size != rows * width:
         raise ModelError(
-            f"model '{manifest.name}': output '{spec.output}' has shape {list(tensor.shape)}, wanted [{rows}, {width}]",
+            f"model '{model}': output '{spec.output}' has shape {list(tensor.shape)}, wanted [{rows}, {width}]",
             hint="mend [prediction] in model.toml, or the model",
         )
     values = np.asarray(tensor, np.float64).reshape(rows, width)
     finite: NDArray[np.bool_] = np.asarray(np.isfinite(values).all(axis=1))
     if rows and not finite.any():
         raise ModelError(
-            f"model '{manifest.name}': output '{spec.output}' holds numbers that are not finite",
+            f"model '{model}': output '{spec.output}' holds numbers that are not finite",
             hint="the model is damaged, or its input is far from what it was trained on",
         )
     read = _classes(spec, values[finite]) if spec.task == "classification" else _numbers(spec, values[finite, 0])

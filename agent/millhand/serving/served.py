@@ -98,7 +98,7 @@ def bad_entry(folder: BadFolder) -> dict[str, Any]:
 
 def metadata(folder: ModelFolder, served: Served | None, max_batch: int) -> dict[str, Any]:
     """The entry, and what the model takes and gives and where it lives."""
-    manifest = folder.manifest
+    manifest, prediction = folder.manifest, folder.manifest.prediction
     return {
         **entry(folder, served),
         "licence": manifest.licence,
@@ -110,6 +110,7 @@ def metadata(folder: ModelFolder, served: Served | None, max_batch: int) -> dict
         "outputs": [tensor(spec) for spec in manifest.outputs],
         "needs": [] if manifest.window is None else [*manifest.window.signals, *manifest.window.waveforms],
         "rules": [rule.name for rule in manifest.rules],
+        "prediction": prediction and prediction.model_dump(mode="json", exclude_defaults=True),
         "metadata": manifest.metadata,
     }
 
