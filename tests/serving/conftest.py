@@ -32,7 +32,7 @@ async def make_pool(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Callable[..., Awaitable[ModelPool]]]:
     """Start a pool on `root`; settings as keywords. Every pool is stopped at the end."""
-    monkeypatch.setenv("PYTHONPATH", os.fspath(KIT))
+    monkeypatch.setenv("PYTHONPATH", os.fspath(KIT), prepend=os.pathsep)
     async with contextlib.AsyncExitStack() as stack:
 
         async def make(**options: Any) -> ModelPool:

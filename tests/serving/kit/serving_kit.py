@@ -23,6 +23,8 @@ from millhand.serving.blackbox import Blackbox
 from millhand.serving.client import BlockingWorkerClient
 
 KIT = Path(__file__).parent
+KIT_PATH = os.pathsep.join(filter(None, [os.fspath(KIT), os.environ.get("PYTHONPATH", "")]))
+"""What a worker of the tests imports from: the caller's own places stay."""
 
 
 def backends() -> Registry:
@@ -48,7 +50,7 @@ class Worker:
         self.process = subprocess.Popen(
             [sys.executable, "-c", *start, json.dumps({"name": "test", **names})],
             pass_fds=list(names.values()),
-            env={**os.environ, "PYTHONPATH": os.fspath(KIT), "HOME": os.fspath(folder)},
+            env={**os.environ, "PYTHONPATH": KIT_PATH, "HOME": os.fspath(folder)},
         )
         far.close()
         listener.close()
