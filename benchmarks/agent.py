@@ -31,13 +31,14 @@ level = "warning"
 class BenchAgent:
     """Use as a context manager: started and ready inside, ended after."""
 
-    def __init__(self, config: str, *, keep: bool = False) -> None:
+    def __init__(self, config: str, *, keep: bool = False, environment: dict[str, str] | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="mhb-"))
         self.config_path = self.folder / "millhand.toml"
         self.config_path.write_text(BASE.format(folder=self.folder) + config)
         self.log_path = self.folder / "agent.log"
         self.start_s = 0.0
         self._keep = keep
+        self._environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", **(environment or {})}
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> BenchAgent:
@@ -70,7 +71,7 @@ class BenchAgent:
                 [sys.executable, "-m", "millhand", "--config", str(self.config_path), "run"],
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "ORT_DISABLE_TELEMETRY": "1"},
+                env=self._environment,
             )
         self.wait(self._ready, "readiness", 60, every_s=0.01)
         self.start_s = time.monotonic() - begin

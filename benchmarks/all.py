@@ -13,6 +13,8 @@ SCRIPTS: list[tuple[str, list[str]]] = [
     ("footprint", ["footprint.py"]),
     ("pipeline", ["pipeline.py"]),
     ("worker_protocol", ["worker_protocol.py"]),
+    ("serving", ["serving.py", "--peers"]),
+    ("serving_ablation", ["serving.py", "--ablation"]),
     ("rig", ["eval/rig.py"]),
 ]
 SUBSETS = ("FD001", "FD002", "FD003", "FD004")
