@@ -102,6 +102,22 @@ class CountingSession(Protocol):
     """What happened -> how often since the load. The same mapping for life, with all its keys from the beginning."""
 
 
+@runtime_checkable
+class ProvingSession(Session, Protocol):
+    """A session on an accelerator, which may be missing or fall back: it proves itself before it serves."""
+
+    proof: Mapping[str, Any]
+    """The evidence, plain data for `model show`: at least `provider`, `nodes` and `gpu_nodes` (of the graph),
+    `max_difference` (from the CPU's answer, as a share of the largest value; None where the CPU cannot run it)."""
+
+    def prove(self, inputs: Mapping[str, tuple[str, tuple[int, ...]]], max_batch: int) -> None:
+        """Run a real inference and set `proof`. Called once after the load, before any `run`.
+
+        inputs: as `Session.inputs`, as model.toml declares them. max_batch: the most rows that a run will usually
+        bring. Raises ModelError where the accelerator is not used, or gives wrong answers.
+        """
+
+
 class Backend(Protocol):
     """Loads artifacts; lives in a worker. `accelerator` is "cpu" or a GPU/MIG UUID."""
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from serving_kit import action
 
-from millhand.errors import WorkerError
+from millhand.errors import ModelError, WorkerError
 from millhand.serving.batcher import Batch, Request
 from millhand.serving.lanes import LoadedModel, LoadRequest
 
@@ -57,3 +57,28 @@ def test_an_outside_that_fails_is_not_asked_again_for_each_request(model: Loaded
     assert all(isinstance(outcome, WorkerError) for outcome in run(model, 0, 0, 0))
     assert model.stats.session["runs"] == before + 1
     assert model.stats.failed == 3
+
+
+def proving(artifact: Path) -> LoadRequest:
+    x = {"x": ("float32", (-1, 2))}
+    y = {"y": ("float32", (-1, 2))}
+    return LoadRequest(
+        model="m", version=1, artifact=str(artifact), backend="proving", module="millhand_faulty", max_batch=8,
+        inputs=x, outputs=y,
+    )  # fmt: skip
+
+
+def test_a_session_proves_its_accelerator_before_anything_runs(tmp_path: Path) -> None:
+    artifact = tmp_path / "model.json"
+    artifact.write_text("")
+    model = LoadedModel(proving(artifact))
+    assert model.session._session.runs == ["prove", "run"]
+    assert model.metadata()["proof"] == {"provider": "Fast", "inputs": ["x"], "max_batch": 8}
+
+
+def test_a_session_that_cannot_prove_its_accelerator_fails_the_load_and_is_closed(tmp_path: Path) -> None:
+    artifact = tmp_path / "model.json"
+    artifact.write_text("fall back")
+    with pytest.raises(ModelError, match="ran on the CPU"):
+        LoadedModel(proving(artifact))
+    assert (tmp_path / "closed").exists()

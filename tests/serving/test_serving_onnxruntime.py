@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 from millhand.errors import InputError, ModelError
 from millhand_plugins import onnxruntime as plugin
+from millhand_plugins.onnxruntime.artifact import PROVIDERS, why_not_loaded
 from millhand_plugins.onnxruntime.backend import OnnxruntimeBackend
 from millhand_plugins.onnxruntime.settings import OnnxruntimeSettings
 
@@ -94,10 +95,48 @@ def test_a_silent_fall_back_is_an_error(artifact, monkeypatch):
         onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
     )
     monkeypatch.setattr(
-        onnxruntime, "InferenceSession", lambda path, made, providers: real(path, made, ["CPUExecutionProvider"])
+        onnxruntime, "InferenceSession", lambda path, made, **_: real(path, made, ["CPUExecutionProvider"])
     )
-    with pytest.raises(ModelError, match="left out the provider 'cuda' and would run on CPUExecutionProvider"):
+    with pytest.raises(
+        ModelError, match="left out the provider 'cuda' and would run on CPUExecutionProvider"
+    ) as caught:
         OnnxruntimeBackend().load(artifact, "GPU-123", {})
+    assert "nvidia-smi" in caught.value.hint and "providers = ['cpu']" in caught.value.hint
+
+
+def test_the_library_that_a_provider_misses_is_named():
+    import onnxruntime
+
+    assert why_not_loaded(onnxruntime, "absent").endswith(
+        "libonnxruntime_providers_absent.so: cannot open shared object file: No such file or directory"
+    )
+
+
+def test_a_worker_without_a_gpu_says_so_before_cuda_is_tried(artifact, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ModelError, match="asks for the provider 'cuda', but this worker sees no GPU") as caught:
+        OnnxruntimeBackend().load(artifact, "cpu", {"providers": ["cuda"]})
+    assert "millhand profile match" in caught.value.hint
+
+
+def test_an_error_of_cuda_is_not_blamed_on_the_file(artifact, monkeypatch):
+    import onnxruntime
+
+    def fail(*_, **__):
+        raise RuntimeError("CUDA failure 100: no CUDA-capable device is detected ; GPU=0\nstack")
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+    with pytest.raises(ModelError, match=r"cannot be loaded: CUDA failure 100.*GPU=0$") as caught:
+        OnnxruntimeBackend().load(artifact, "GPU-123", {})
+    assert "driver" in caught.value.hint
+
+
+def test_a_cpu_session_may_run_several_batches_at_once(artifact):
+    assert OnnxruntimeBackend().load(artifact, "cpu", {}).concurrent is True
 
 
 def test_sample_readme_and_settings_agree():

@@ -84,6 +84,7 @@ def _describe(model: dict[str, Any], running: bool) -> list[str]:
         ("proof", _proofs(model)),
         ("backend", f"{model['backend']}, at most {model['max_batch']} rows a batch"),
         ("worker", model["worker"]),
+        ("gpu", "; ".join(_evidence(*item) for item in model.get("accelerator", {}).items())),
         ("needs", ", ".join(model["needs"])),
         ("rules", ", ".join(model["rules"])),
         ("licence", model["licence"]),
@@ -106,3 +107,11 @@ def _numbers(versions: list[int]) -> str:
 
 def _proofs(model: dict[str, Any]) -> str:
     return ", ".join(f"{version} {state}" for version, state in model.get("proof", {}).items())
+
+
+def _evidence(version: str, proof: dict[str, Any]) -> str:
+    """What a session proved of the accelerator at its load, in words."""
+    where = f"{version}: {proof['gpu_nodes']} of {proof['nodes']} nodes on {proof['provider']}"
+    if proof["max_difference"] is None:
+        return f"{where}, the CPU cannot run it"
+    return f"{where}, answers within {proof['max_difference']:.1g} of the CPU's"

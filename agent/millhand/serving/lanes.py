@@ -204,6 +204,7 @@ class LoadedModel:
             "outputs": self.outputs,
             "max_batch": self.lane.max_batch,
             "load_ms": self.load_ms,
+            "proof": getattr(self.session, "proof", {}),
         }
 
     def _warm_up(self, count: int) -> None:

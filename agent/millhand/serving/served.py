@@ -112,7 +112,16 @@ def metadata(folder: ModelFolder, served: Served | None, max_batch: int) -> dict
         "rules": [rule.name for rule in manifest.rules],
         "prediction": prediction and prediction.model_dump(mode="json", exclude_defaults=True),
         "metadata": manifest.metadata,
+        "accelerator": _evidence(served),
     }
+
+
+def _evidence(served: Served | None) -> dict[str, Any]:
+    """Ready version -> what its session proved of the accelerator at its load; see hookspecs.ProvingSession."""
+    if served is None:
+        return {}
+    loaded = {version: served.worker.ready[served.name, version] for version in served.ready}
+    return {str(version): metadata["proof"] for version, metadata in loaded.items() if metadata.get("proof")}
 
 
 def tensor(spec: TensorSpec) -> dict[str, Any]:

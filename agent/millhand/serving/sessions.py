@@ -19,8 +19,8 @@ import msgspec
 from numpy.typing import NDArray
 
 from millhand.errors import PluginError, suggestion
-from millhand.hookspecs import CountingSession, DeadlineSession, DeclaredBackend
-from millhand.serving.tensors import Specs, Tensors
+from millhand.hookspecs import CountingSession, DeadlineSession, DeclaredBackend, ProvingSession
+from millhand.serving.tensors import Specs, Tensors, check_session
 
 if TYPE_CHECKING:
     from millhand.hookspecs import Session
@@ -78,6 +78,8 @@ class OneAtATime:
         self.outputs: Specs = session.outputs
         if isinstance(session, CountingSession):
             self.counts = session.counts
+        if isinstance(session, ProvingSession):
+            self.proof = session.proof
         self._session = session
         self._turn = threading.Lock()
 
@@ -105,6 +107,14 @@ def _load(request: LoadRequest, artifact: Path, options: Mapping[str, Any]) -> S
     if isinstance(backend, DeclaredBackend):
         return backend.load_declared(artifact, request.accelerator, options, request.inputs, request.outputs)
     session: Session = backend.load(artifact, request.accelerator, options)
+    if isinstance(session, ProvingSession):
+        try:
+            inputs = request.inputs or session.inputs  # a step's own artifact says itself what it takes
+            check_session(request.model, "input", inputs, session.inputs)
+            session.prove(inputs, request.max_batch)
+        except BaseException:
+            session.close()
+            raise
     return session
 
 

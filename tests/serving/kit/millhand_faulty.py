@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from millhand.errors import WorkerError
+from millhand.errors import ModelError, WorkerError
 from millhand.hookspecs import hookimpl
 
 
@@ -97,6 +97,35 @@ class OutsideSession(Session):
         return {"y": np.full_like(inputs["x"], left_ms)}
 
 
+class ProvingBackend(Backend):
+    """Its session proves an accelerator; an artifact that says `fall back` makes it find the CPU instead."""
+
+    name = "proving"
+
+    def load(self, artifact, accelerator, options):
+        return AcceleratedSession(artifact)
+
+
+class AcceleratedSession(Session):
+    def __init__(self, artifact):
+        self.artifact = artifact
+        self.proof = {}
+        self.runs = []
+
+    def prove(self, inputs, max_batch):
+        if self.artifact.read_text() == "fall back":
+            raise ModelError("all nodes ran on the CPU", hint="mend the driver")
+        self.runs.append("prove")
+        self.proof = {"provider": "Fast", "inputs": list(inputs), "max_batch": max_batch}
+
+    def run(self, inputs):
+        self.runs.append("run")
+        return super().run(inputs)
+
+    def close(self):
+        self.artifact.with_name("closed").touch()
+
+
 @hookimpl
 def millhand_backends():
-    return [Backend(), SlowSumBackend(), DeclaredBackend()]
+    return [Backend(), SlowSumBackend(), DeclaredBackend(), ProvingBackend()]
