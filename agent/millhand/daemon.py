@@ -96,7 +96,7 @@ class Daemon:
         self.pool = ModelPool(
             repository,
             config.models,
-            defaults=self.match.worker,
+            hosts=self.match.workers,
             registry=self.registry,
             run_dir=config.node.run_dir,
         )

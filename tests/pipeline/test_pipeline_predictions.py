@@ -198,7 +198,7 @@ async def pool(tmp_path: Path) -> AsyncIterator[ModelPool]:
     registry = Registry()
     registry.load({"onnxruntime": {}})
     settings = ModelSettings(paths=(root,), restart_delay_ms=20)
-    pool = ModelPool(Repository([root], False), settings, WorkerDefaults(), registry, tmp_path / "run")
+    pool = ModelPool(Repository([root], False), settings, [WorkerDefaults()], registry, tmp_path / "run")
     (tmp_path / "run").mkdir()
     await pool.start()
     yield pool

@@ -36,10 +36,10 @@ async def make_pool(
     async with contextlib.AsyncExitStack() as stack:
 
         async def make(**options: Any) -> ModelPool:
-            defaults = options.pop("defaults", WorkerDefaults())
+            hosts = options.pop("hosts", [WorkerDefaults()])
             settings = ModelSettings(paths=(root,), **{"restart_delay_ms": 20, **options})
             repository = Repository([root], settings.require_proof)
-            pool = ModelPool(repository, settings, defaults, backends(), tmp_path / "run")
+            pool = ModelPool(repository, settings, hosts, backends(), tmp_path / "run")
             stack.push_async_callback(pool.stop)
             await pool.start()
             return pool

@@ -34,7 +34,7 @@ def daemon(config, root, tmp_path):
 
     async def serve():
         settings = ModelSettings(paths=(root,))
-        pool = ModelPool(Repository([root]), settings, WorkerDefaults(), backends(), tmp_path / "run")
+        pool = ModelPool(Repository([root]), settings, [WorkerDefaults()], backends(), tmp_path / "run")
         await pool.start()
         control = ControlServer(tmp_path / "run/control.sock", pool.control_handlers())
         await control.start()

@@ -25,7 +25,7 @@ def ones(rows=1):
 
 async def process_of(pool, model):
     """The psutil process of a model's worker."""
-    worker = pool._served[model].worker
+    worker = pool._served[model].workers[0]
     await until(lambda: worker.process is not None and worker.ready)
     return psutil.Process(worker.process.pid)
 

@@ -72,7 +72,7 @@ def _offline_pool(output: Output) -> ModelPool:
     registry.load(config.plugin_tables())
     shipped = [Path(folder) for _, folder in registry.collect("millhand_models")]
     repository = Repository.from_settings(config.models, shipped)
-    return ModelPool(repository, config.models, WorkerDefaults(), registry, config.node.run_dir)
+    return ModelPool(repository, config.models, [WorkerDefaults()], registry, config.node.run_dir)
 
 
 def _describe(model: dict[str, Any], running: bool) -> list[str]:

@@ -70,6 +70,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     warmup: int = 1
     steps: tuple[Step, ...] = ()
     """An ensemble's; its `artifact` is its model.toml, and it has no backend."""
+    fingerprint: str = ""
+    """Of the artifact's files, so that the daemon sees when they have changed; the worker does not look at it."""
 
 
 def _buckets() -> list[int]:

@@ -67,4 +67,5 @@ def load_request(
         max_delay_us=manifest.max_delay_us,
         queue=settings.queue,
         warmup=manifest.warmup,
+        fingerprint=folder.fingerprint(version),
     )

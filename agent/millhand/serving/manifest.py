@@ -153,6 +153,10 @@ class Manifest(StrictTable):
     """Backend options for this model alone; they win over the plugin's table."""
     isolation: Literal["auto", "shared", "own"] = "auto"
     """Which worker: auto = its own on an accelerator, one shared by all models on the CPU."""
+    accelerator: Literal["auto", "cpu"] = "auto"
+    """auto: where the profile puts models; cpu: on the CPU even where there is an accelerator."""
+    spread: bool = False
+    """With several accelerators: live on all and share out the requests, else on the one with the most free memory."""
 
     def specs(self, tensors: tuple[TensorSpec, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Tensor name -> (NumPy dtype name, shape), as sessions state theirs."""

@@ -42,9 +42,9 @@ class ModelCalls:
         """`ModelPool.load`."""
         return await self._pool.load(model, version)
 
-    async def unload(self, model: str) -> dict[str, Any]:
+    async def unload(self, model: str, version: int | None = None) -> dict[str, Any]:
         """`ModelPool.unload`."""
-        return await self._pool.unload(model)
+        return await self._pool.unload(model, version)
 
     async def infer(self, model: str, request: dict[str, Any], version: int | None = None) -> dict[str, Any]:
         """One Open Inference Protocol v2 request and its response, as plain data."""

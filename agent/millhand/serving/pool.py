@@ -14,10 +14,9 @@ from millhand.control import Handler
 from millhand.errors import MillhandError, ModelError, WorkerError
 from millhand.registry import Registry
 from millhand.serving.client import deadline_ns
-from millhand.serving.lanes import LoadRequest
 from millhand.serving.load_request import batch_cap, load_request
 from millhand.serving.manifest import Manifest
-from millhand.serving.process import WorkerProcess
+from millhand.serving.placement import Placement
 from millhand.serving.repository import ModelFolder, Repository
 from millhand.serving.served import Served, bad_entry, entry, metadata
 from millhand.serving.settings import ModelSettings, WorkerDefaults
@@ -35,21 +34,30 @@ class ModelPool:
         self,
         repository: Repository,
         settings: ModelSettings,
-        defaults: WorkerDefaults,
+        hosts: Sequence[WorkerDefaults],
         registry: Registry,
         run_dir: Path,
     ) -> None:
-        """`registry` brings backends; its plugins may come up later. Starts nothing."""
+        """`hosts`: what the profile says of workers, one for each accelerator. `registry` brings backends; its plugins
+        may come up later. Starts nothing."""
         self._repository = repository
         self._settings = settings
-        self._defaults = defaults
         self._registry = registry
         self._run_dir = run_dir
         self._served: dict[str, Served] = {}
-        self._workers: dict[str, SupervisedWorker] = {}
+        self._placement = Placement(
+            hosts,
+            settings,
+            run_dir,
+            on_death=self._died,
+            on_change=self._touch,
+            on_load_failed=self._failed_after_restart,
+        )
+        self._workers = self._placement.workers
         self._changed = asyncio.Event()
         self._generation = 0
-        self._load_lock = asyncio.Lock()
+        self._loading = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._unhook: Callable[[], None] = lambda: None
 
     # ---- for the daemon ---------------------------------------------------------------------------------------------
@@ -82,6 +90,9 @@ class ModelPool:
         """Let waiting requests run, then end every worker."""
         self._unhook()
         self._unhook = lambda: None
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(worker.stop() for worker in self._workers.values()))
         self._served.clear()
         self._workers.clear()
@@ -103,66 +114,69 @@ class ModelPool:
         DeadlineError, or WorkerError (retriable: the worker died, hangs or is being restarted).
         """
         served = self._find(model)
-        chosen = served.choose(version)
-        client = served.worker.client
-        if client is None:
-            raise served.restarting()
         deadline = deadline_ns(self._settings.deadline_ms if deadline_ms is None else deadline_ms)
-        answer = await client.infer(model, tensors, version=chosen, deadline=deadline, priority=priority)
-        return answer.outputs, answer.version
+        client, chosen = served.choose(version)
+        while True:
+            try:
+                answer = await client.infer(model, tensors, version=chosen, deadline=deadline, priority=priority)
+                return answer.outputs, answer.version
+            except ModelError as error:
+                asked = client, chosen
+                client, chosen = served.choose(version)
+                if not error.retriable or asked == (client, chosen):
+                    raise error  # else the version was unloaded while the request was on its way
 
     async def load(self, name: str, version: int | None = None) -> dict[str, Any]:
         """Read the repository anew and serve the model's version, or those of its policy.
 
-        What served before goes only when the new is ready; a failed load changes nothing and says why. Returns the
-        model's entry of `index`. Raises ModelError, ConfigError, PluginError or WorkerError.
+        What is new or has changed is loaded, and what served before goes only when that is ready; where a load fails,
+        the old serves on. Returns the model's entry of `index`. Raises ModelError, ConfigError, PluginError or
+        WorkerError.
         """
-        async with self._load_lock:
-            self._repository.scan()
-            folder = self._repository.find(name)
-            served = self._served.get(name) or self._admit(folder)
+        async with self._loading:  # one after the other, so that each one's memory can be told
+            await asyncio.to_thread(self._repository.scan)
+            served = self._served.get(name)
             try:
+                folder = self._repository.find(name)
                 chosen = folder.chosen() if version is None else (self._existing(folder, version),)
-                for number in chosen:
-                    if (name, number) not in served.worker.wanted:
-                        await served.worker.load(self._request(folder, number))
             except MillhandError as error:
-                served.reason = error.message
-                self._touch()
+                if served is not None:
+                    served.reasons[0] = error.message
                 raise
-            served.folder, served.reason = folder, ""
-            served.banned.difference_update(chosen)
-            for number in served.wanted:
-                if number not in chosen:
-                    await served.worker.unload((name, number))
-            self._touch()
+            if served is None:
+                served = self._served[name] = Served(folder, [])
+            async with served.lock:
+                await self._exchange(served, folder, chosen)
             return self._entry(name)
 
-    async def unload(self, name: str) -> dict[str, Any]:
-        """Stop serving a model; the last one of a worker ends it. Raises ModelError for an unknown one."""
-        async with self._load_lock:
-            served = self._find(name)
-            served.reason = ""
-            for number in served.wanted:
-                await served.worker.unload((name, number))
-            self._touch()
+    async def unload(self, name: str, version: int | None = None) -> dict[str, Any]:
+        """Stop serving a model, or one version; the last one of a worker ends it. Raises ModelError where it is not
+        loaded."""
+        served = self._find(name)
+        async with served.lock:
+            if version is not None and version not in served.wanted:
+                loaded = ", ".join(map(str, served.wanted)) or "none"
+                raise ModelError(f"model '{name}' has no version {version} loaded", hint=f"loaded: {loaded}")
+            served.reasons.clear()
+            await self._remove(served, served.wanted if version is None else [version])
             return self._entry(name)
 
     def index(self) -> list[dict[str, Any]]:
         """Every model of the repository, served or not, then the folders that are bad."""
-        entries = [self._entry(name) for name in sorted({*self._repository.models, *self._served})]
-        return entries + [bad_entry(folder) for folder in self._repository.bad]
+        names = {*self._repository.models, *self._served}
+        bad = [bad_entry(folder) for folder in self._repository.bad if folder.path.name not in names]
+        return [self._entry(name) for name in sorted(names)] + bad
 
     def metadata(self, name: str) -> dict[str, Any]:
         """What a model takes and gives, where it lives, and its versions. Raises ModelError for an unknown one."""
         served = self._served.get(name)
         folder = served.folder if served else self._repository.find(name)
-        return metadata(folder, served, batch_cap(folder, self._defaults))
+        return {**self._entry(name), **metadata(folder, batch_cap(folder, self._placement.defaults(folder)))}
 
     def manifest(self, name: str) -> Manifest:
         """The model.toml of a model in the repository, its `max_batch` within the profile's. Raises ModelError."""
         folder = self._repository.find(name)
-        return folder.manifest.model_copy(update={"max_batch": batch_cap(folder, self._defaults)})
+        return folder.manifest.model_copy(update={"max_batch": batch_cap(folder, self._placement.defaults(folder))})
 
     async def stats(self) -> dict[str, Any]:
         """`models`: counters of every loaded version (see LaneStats); `workers`: pid, restarts, in flight."""
@@ -217,7 +231,7 @@ class ModelPool:
         served = self._served.get(name)
         if served is None:
             self._repository.find(name)
-            raise ModelError(f"model '{name}' is not loaded", hint=f"load it: add '{name}' to [models] load")
+            raise ModelError(f"model '{name}' is not loaded", hint=f"millhand model load {name}")
         return served
 
     def _existing(self, folder: ModelFolder, version: int) -> int:
@@ -226,30 +240,64 @@ class ModelPool:
             raise ModelError(f"model '{folder.name}' has no version {version}", hint=f"its folder holds {known}")
         return version
 
-    # ---- workers ----------------------------------------------------------------------------------------------------
+    # ---- versions in workers -----------------------------------------------------------------------------------------
 
-    def _admit(self, folder: ModelFolder) -> Served:
-        own = folder.manifest.isolation == "own" or (
-            folder.manifest.isolation == "auto" and self._defaults.accelerator != "cpu"
-        )
-        label = folder.name if own else "shared"
-        worker = self._workers.get(label)
-        if worker is None:
-            worker = SupervisedWorker(
-                label, self._launch, self._settings, self._died, self._touch, self._failed_after_restart
-            )
-            self._workers[label] = worker
-        served = self._served[folder.name] = Served(folder, worker)
-        return served
+    async def _exchange(self, served: Served, folder: ModelFolder, chosen: Sequence[int]) -> None:
+        """Load `chosen` where they are missing or have changed, then unload all others. A failure leaves the others."""
+        before = list(served.workers)
+        workers = self._placement.place(folder, before)
+        served.workers = list(dict.fromkeys([*before, *workers]))
+        served.loading.update(chosen)
+        failure: MillhandError | None = None
+        for number in chosen:
+            try:
+                await self._load_version(folder, number, workers)
+                served.reasons.pop(number, None)
+                served.banned.discard(number)
+            except MillhandError as error:
+                served.reasons[number] = error.message
+                failure = failure or error
+            finally:
+                served.loading.discard(number)
+                self._touch()
+        if failure is not None:
+            served.workers = [worker for worker in served.workers if _lives_in(served.name, worker)] or workers
+            raise failure
+        served.folder, served.reasons = folder, {}
+        await self._remove(served, [number for number in served.wanted if number not in chosen])
+        for worker in before:
+            if worker not in workers:
+                await self._remove(served, chosen, [worker])
+        served.workers = workers
+        self._touch()
 
-    async def _launch(self, name: str, generation: int) -> WorkerProcess:
-        number = list(self._workers).index(name)  # short, for the kernel's limit on socket paths
-        path = self._run_dir / f"worker-{number}-{generation}.sock"
-        return await WorkerProcess.start(name, path, self._defaults.accelerator, self._settings, self._defaults)
+    async def _load_version(self, folder: ModelFolder, version: int, workers: Sequence[SupervisedWorker]) -> None:
+        await asyncio.to_thread(self._repository.check_proof, folder, version)
+        key = (folder.name, version)
+        fresh: list[SupervisedWorker] = []
+        try:
+            for worker in workers:
+                request = load_request(folder, version, self._registry, self._settings, worker.host)
+                if worker.wanted.get(key) != request:
+                    known = key in worker.wanted
+                    await worker.load(request)
+                    if not known:
+                        fresh.append(worker)
+        except MillhandError:
+            for worker in fresh:
+                await worker.unload(key)
+            raise
 
-    def _request(self, folder: ModelFolder, version: int) -> LoadRequest:
-        self._repository.check_proof(folder, version)
-        return load_request(folder, version, self._registry, self._settings, self._defaults)
+    async def _remove(
+        self, served: Served, versions: Sequence[int], workers: Sequence[SupervisedWorker] | None = None
+    ) -> None:
+        for worker in served.workers if workers is None else workers:
+            for number in versions:
+                if (served.name, number) in worker.wanted:
+                    await worker.unload((served.name, number))
+        self._touch()
+
+    # ---- deaths -----------------------------------------------------------------------------------------------------
 
     def _died(self, blamed: Key | None, reason: str) -> None:
         """A worker died; count it against the version that ran, and take that version back after too many."""
@@ -265,21 +313,36 @@ class ModelPool:
             self._take_back(served, version, reason)
 
     def _take_back(self, served: Served, version: int, reason: str) -> None:
-        served.banned.add(version)
         served.deaths.clear()
-        served.worker.wanted.pop((served.name, version), None)
-        earlier = [n for n in served.folder.versions if n < version and n not in served.banned]
+        for worker in served.workers:
+            worker.wanted.pop((served.name, version), None)
         count, period = self._settings.deaths_cap, self._settings.deaths_period_s
-        served.reason = f"version {version} took its worker down {count} times within {period:g} s ({reason})"
-        if earlier and not served.wanted:
-            served.worker.wanted[served.name, earlier[-1]] = self._request(served.folder, earlier[-1])
-            served.reason += f"; version {earlier[-1]} came back"
-        log.error("model '%s': %s", served.name, served.reason)
+        self._fall_back(served, version, f"took its worker down {count} times within {period:g} s ({reason})")
 
     def _failed_after_restart(self, key: Key, error: MillhandError) -> None:
-        served = self._served[key[0]]
-        served.reason = f"version {key[1]} could not be loaded after a restart: {error.message}"
-        log.error("model '%s': %s", served.name, served.reason)
+        name, version = key
+        self._fall_back(self._served[name], version, f"could not be loaded after a restart: {error.message}")
+
+    def _fall_back(self, served: Served, version: int, why: str) -> None:
+        """A version is given up: say why, and serve the one before it where no other serves."""
+        served.banned.add(version)
+        reason = f"version {version} {why}"
+        earlier = [n for n in served.folder.versions if n < version and n not in served.banned]
+        if earlier and not served.wanted:
+            try:
+                self._repository.check_proof(served.folder, earlier[-1])
+                for worker in served.workers:
+                    request = load_request(served.folder, earlier[-1], self._registry, self._settings, worker.host)
+                    worker.wanted[served.name, earlier[-1]] = request
+                reason += f"; version {earlier[-1]} came back"
+            except MillhandError as error:
+                reason += f"; version {earlier[-1]} cannot come back: {error.message}"
+        served.reasons[version] = reason
+        log.error("model '%s': %s", served.name, reason)
+        for worker in served.workers:
+            task = asyncio.create_task(worker.settle())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     def _export_metrics(self) -> None:
         """Called before each rendering; worker counters are as old as their last heartbeat."""
@@ -293,4 +356,11 @@ class ModelPool:
 
     def _entry(self, name: str) -> dict[str, Any]:
         served = self._served.get(name)
-        return entry(served.folder if served else self._repository.models[name], served)
+        folder = self._repository.models.get(name)  # as it is on disk, which may be newer than what serves
+        if folder is None:
+            folder = served.folder if served else self._repository.find(name)
+        return entry(folder, served)
+
+
+def _lives_in(name: str, worker: SupervisedWorker) -> bool:
+    return any(model == name for model, _ in worker.wanted)

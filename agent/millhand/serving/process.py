@@ -48,10 +48,8 @@ class WorkerProcess:
         self._stderr = asyncio.create_task(self._read_stderr())
 
     @classmethod
-    async def start(
-        cls, name: str, path: Path, accelerator: str, settings: ModelSettings, defaults: WorkerDefaults
-    ) -> WorkerProcess:
-        """Start a worker and wait for its hello. Raises WorkerError naming the remedy."""
+    async def start(cls, name: str, path: Path, settings: ModelSettings, host: WorkerDefaults) -> WorkerProcess:
+        """Start a worker on `host` and wait for its hello. Raises WorkerError naming the remedy."""
         listener = _listen(path)
         near, far = socket.socketpair()
         blackbox, blackbox_fd = Blackbox.create()
@@ -61,16 +59,16 @@ class WorkerProcess:
                 "control_fd": far.fileno(),
                 "blackbox_fd": blackbox_fd,
                 "listen_fd": listener.fileno(),
-                "cpus": settings.cpus or defaults.cpus,
+                "cpus": settings.cpus or host.cpus,
             }
-            interpreter = settings.interpreter or defaults.interpreter
+            interpreter = settings.interpreter or host.interpreter
             process = await asyncio.create_subprocess_exec(
                 *_command(interpreter, msgspec.json.encode(argument).decode()),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
                 pass_fds=(far.fileno(), blackbox_fd, listener.fileno()),
-                env=_environment(accelerator, settings.threads or defaults.threads),
+                env=_environment(host.accelerator, settings.threads or host.threads),
                 start_new_session=True,  # Ctrl-C reaches the daemon alone, which ends workers in order
             )
         except OSError as error:

@@ -17,6 +17,8 @@ from millhand.errors import MillhandError, ModelError, suggestion
 from millhand.serving.manifest import Manifest, read_manifest
 from millhand.serving.settings import ModelSettings
 
+PROOF = "proof.json"
+
 
 @dataclass(frozen=True)
 class ModelFolder:
@@ -48,12 +50,23 @@ class ModelFolder:
             )
         return tuple(sorted(self.manifest.versions))
 
+    def fingerprint(self, version: int) -> str:
+        """Changes with any file of the version but its proof: names, sizes and times of change."""
+        root = self.path / str(version)
+        try:
+            files = [(path, path.stat()) for path in sorted(root.rglob("*")) if path.name != PROOF]
+        except OSError as error:
+            raise ModelError(
+                f"model '{self.name}' version {version} changes while it is read: {error}", hint="load it again"
+            ) from error
+        return ";".join(f"{path.relative_to(root)}:{at.st_ino}:{at.st_size}:{at.st_mtime_ns}" for path, at in files)
+
     def proof(self, version: int) -> tuple[str, dict[str, Any]]:
         """("proved", what was measured) where proof.json names this very artifact's SHA-256, else ("unproved", {...}).
 
         An unproved version's second part says why under `reason`.
         """
-        path = self.path / str(version) / "proof.json"
+        path = self.path / str(version) / PROOF
         try:
             proof: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             claimed = proof["sha256"]

@@ -143,7 +143,16 @@ class Routes:
                 retriable=True,
             )
         chosen = version or max(model["sockets"], key=int)
-        return await self._client(model["sockets"][chosen]), int(chosen)
+        return await self._least_busy(model["sockets"][chosen]), int(chosen)
+
+    async def _least_busy(self, paths: list[str]) -> WorkerClient:
+        """Of a model's workers that answer. Raises what the last of them raised where none does."""
+        clients = await asyncio.gather(*map(self._client, paths), return_exceptions=True)
+        living = [client for client in clients if isinstance(client, WorkerClient)]
+        for failure in clients:
+            if isinstance(failure, BaseException) and not living:
+                raise failure
+        return min(living, key=lambda client: client.in_flight)
 
     async def _client(self, path: str) -> WorkerClient:
         task = self._clients.get(path)
@@ -160,7 +169,7 @@ class Routes:
         return client
 
     def _forget_workers(self) -> None:
-        living = {path for model in self._models.values() for path in model["sockets"].values()}
+        living = {path for model in self._models.values() for paths in model["sockets"].values() for path in paths}
         for path in [path for path in self._clients if path not in living]:
             self._forget(path)
 

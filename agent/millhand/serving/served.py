@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
 from millhand.errors import ModelError, WorkerError
+from millhand.serving.client import WorkerClient
 from millhand.serving.manifest import TensorSpec
 from millhand.serving.repository import BadFolder, ModelFolder
 from millhand.serving.supervision import SupervisedWorker
@@ -17,11 +19,15 @@ class Served:
     """One model that the pool serves, or tried to."""
 
     folder: ModelFolder
-    worker: SupervisedWorker
-    reason: str = ""
-    """Why the model is not what the owner asked for: a failed load, a version that was taken back."""
+    workers: list[SupervisedWorker]
+    """Where it lives: one worker, or with `spread` one for each accelerator."""
+    reasons: dict[int, str] = field(default_factory=dict)
+    """Version -> why it does not serve as the owner asked: a failed load, too many deaths. 0: the model as a whole."""
+    loading: set[int] = field(default_factory=set)
     banned: set[int] = field(default_factory=set)
     deaths: deque[tuple[float, int]] = field(default_factory=deque)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while it is loaded or unloaded."""
 
     @property
     def name(self) -> str:
@@ -29,52 +35,88 @@ class Served:
 
     @property
     def wanted(self) -> list[int]:
-        return sorted(version for name, version in self.worker.wanted if name == self.name)
+        keys = {key for worker in self.workers for key in worker.wanted}
+        return sorted(version for name, version in keys if name == self.name)
 
     @property
     def ready(self) -> list[int]:
-        return sorted(version for name, version in self.worker.ready if name == self.name)
+        keys = {key for worker in self.workers for key in worker.ready}
+        return sorted(version for name, version in keys if name == self.name)
 
     @property
     def state(self) -> str:
-        """ready, restarting, failed or unloaded."""
+        """ready, loading, restarting, failed or unloaded."""
         if self.ready:
             return "ready"
+        if self.loading:
+            return "loading"
         if self.wanted:
             return "restarting"
-        return "failed" if self.reason else "unloaded"
+        return "failed" if self.reasons else "unloaded"
 
-    def choose(self, version: int | None) -> int:
-        """The ready version to ask, the highest for None. Raises ModelError, or WorkerError (retriable)."""
+    @property
+    def reason(self) -> str:
+        """Why the model is not what the owner asked for, of the highest version that is not."""
+        return self.reasons[max(self.reasons)] if self.reasons else ""
+
+    def version_state(self, version: int) -> str:
+        """The same words as `state`, of one version."""
+        if version in self.ready:
+            return "ready"
+        if version in self.loading:
+            return "loading"
+        if version in self.wanted:
+            return "restarting"
+        return "failed" if version in self.reasons else "unloaded"
+
+    def holders(self, version: int) -> list[SupervisedWorker]:
+        """The workers in which a version is ready."""
+        return [worker for worker in self.workers if (self.name, version) in worker.ready]
+
+    def choose(self, version: int | None) -> tuple[WorkerClient, int]:
+        """The connection and the version to ask, the highest for None; of several workers the least busy.
+
+        Raises ModelError, or WorkerError (retriable) while the worker is restarted.
+        """
         ready = self.ready
-        if version is None and ready:
-            return ready[-1]
-        if version is not None and version in ready:
-            return version
-        if self.state == "restarting":
-            raise self.restarting()
-        if self.state != "ready":
-            why = f": {self.reason}" if self.reason else ""
-            raise ModelError(f"model '{self.name}' is {self.state}{why}", hint="load it again once that is mended")
-        raise ModelError(
-            f"model '{self.name}' has no version {version}; ready: {', '.join(map(str, ready))}",
-            hint="ask for one of these, or for none in particular",
-        )
-
-    def restarting(self) -> WorkerError:
-        return WorkerError(f"the worker of model '{self.name}' is being restarted", hint="send the request again")
+        chosen = ready[-1] if version is None and ready else version
+        if chosen not in ready:
+            raise self._not_ready(version)
+        clients = [worker.client for worker in self.holders(chosen) if worker.client is not None]
+        if not clients:
+            raise self._restarting()
+        return min(clients, key=lambda client: client.in_flight), chosen
 
     def route(self) -> dict[str, Any]:
-        """What another process needs to send it requests: state, metadata, version -> worker socket."""
-        process, manifest = self.worker.process, self.folder.manifest
+        """What another process needs to send it requests: state, metadata, version -> sockets of workers."""
+        manifest = self.folder.manifest
+        sockets = {
+            str(version): [str(worker.process.path) for worker in self.holders(version) if worker.process is not None]
+            for version in self.ready
+        }
         return {
             "state": self.state,
             "reason": self.reason,
             "backend": manifest.backend,
             "inputs": [tensor(spec) for spec in manifest.inputs],
             "outputs": [tensor(spec) for spec in manifest.outputs],
-            "sockets": {} if process is None else {str(n): str(process.path) for n in self.ready},
+            "sockets": {version: paths for version, paths in sockets.items() if paths},
         }
+
+    def _not_ready(self, version: int | None) -> ModelError | WorkerError:
+        state, ready = self.state, self.ready
+        if state == "restarting":
+            return self._restarting()
+        if state != "ready":
+            why = f": {self.reason}" if self.reason else ""
+            return ModelError(f"model '{self.name}' is {state}{why}", hint=f"millhand model load {self.name}")
+        return ModelError(
+            f"model '{self.name}' has no version {version}; ready: {', '.join(map(str, ready))}",
+            hint="ask for one of these, or for none in particular",
+        )
+
+    def _restarting(self) -> WorkerError:
+        return WorkerError(f"the worker of model '{self.name}' is being restarted", hint="send the request again")
 
 
 def entry(folder: ModelFolder, served: Served | None) -> dict[str, Any]:
@@ -86,8 +128,20 @@ def entry(folder: ModelFolder, served: Served | None) -> dict[str, Any]:
         "reason": served.reason if served else "",
         "versions": served.ready if served else [],
         "available": list(folder.versions),
+        "details": [
+            _version(number, served) for number in sorted({*folder.versions, *(served.wanted if served else ())})
+        ],
         "proof": {str(version): folder.proof(version)[0] for version in folder.versions},
-        "worker": served.worker.name if served else "",
+        "worker": ", ".join(worker.name for worker in served.workers) if served else "",
+    }
+
+
+def _version(number: int, served: Served | None) -> dict[str, Any]:
+    """One version, as Triton's repository index tells of it."""
+    return {
+        "version": number,
+        "state": served.version_state(number) if served else "unloaded",
+        "reason": served.reasons.get(number, "") if served else "",
     }
 
 
@@ -96,11 +150,10 @@ def bad_entry(folder: BadFolder) -> dict[str, Any]:
     return {"name": folder.path.name, "state": "bad", "reason": folder.message, "hint": folder.hint, "versions": []}
 
 
-def metadata(folder: ModelFolder, served: Served | None, max_batch: int) -> dict[str, Any]:
-    """The entry, and what the model takes and gives and where it lives."""
+def metadata(folder: ModelFolder, max_batch: int) -> dict[str, Any]:
+    """What the model takes and gives, and where it lies."""
     manifest, prediction = folder.manifest, folder.manifest.prediction
     return {
-        **entry(folder, served),
         "licence": manifest.licence,
         "backend": manifest.backend,
         "path": str(folder.path),

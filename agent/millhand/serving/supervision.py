@@ -19,7 +19,7 @@ from millhand.serving.blackbox import LOAD, RUN
 from millhand.serving.client import WorkerClient
 from millhand.serving.lanes import LoadRequest
 from millhand.serving.process import WorkerProcess, describe_exit
-from millhand.serving.settings import ModelSettings
+from millhand.serving.settings import ModelSettings, WorkerDefaults
 from millhand.serving.worker_metrics import Ledger
 
 log = logging.getLogger("millhand.serving")
@@ -34,14 +34,18 @@ class SupervisedWorker:
     def __init__(
         self,
         name: str,
+        host: WorkerDefaults,
         launch: Callable[[str, int], Awaitable[WorkerProcess]],
         settings: ModelSettings,
+        *,
         on_death: Callable[[Key | None, str], None],
         on_change: Callable[[], None],
         on_load_failed: Callable[[Key, MillhandError], None],
     ) -> None:
         """`launch(name, generation)` starts a process. `on_death(blamed, reason)` may change `wanted`."""
         self.name = name
+        self.host = host
+        """What the profile says about it, the accelerator above all."""
         self.wanted: dict[Key, LoadRequest] = {}
         """Versions that run, or come back after a restart."""
         self.ready: dict[Key, dict[str, Any]] = {}
@@ -68,7 +72,10 @@ class SupervisedWorker:
         return None if process is None or process.client.closed else process.client
 
     async def load(self, request: LoadRequest) -> dict[str, Any]:
-        """Load a version, starting the worker if need be. Raises what the worker raised; then nothing has changed."""
+        """Load a version, starting the worker if need be; one that is loaded is replaced once the new one is ready.
+
+        Raises what the worker raised; then nothing has changed.
+        """
         async with self._lock:
             if self.process is None:
                 await self._begin()
@@ -87,17 +94,25 @@ class SupervisedWorker:
         """Let a version's waiting requests run, then free it; the last one ends the process."""
         async with self._lock:
             self.wanted.pop(key, None)
-            was_ready = self.ready.pop(key, None) is not None
+            if self.wanted:
+                await self._free(key)
+            else:
+                await self._end()
+
+    async def settle(self) -> None:
+        """Load what is wanted and unload what is not, where the worker lives: `wanted` was changed from outside."""
+        async with self._lock:
+            if self.client is None:
+                return
+            for key in [key for key in self.ready if key not in self.wanted]:
+                await self._free(key)
+            for key, request in list(self.wanted.items()):
+                if key not in self.ready:
+                    with contextlib.suppress(WorkerError):  # it died over it: a restart tries again
+                        await self._reload(key, request)
             self._on_change()
             if not self.wanted:
                 await self._end()
-            elif was_ready and self.client is not None:
-                with contextlib.suppress(WorkerError):  # a worker that dies over it is restarted without the version
-                    model, version = key
-                    answer = await self.client.call(
-                        "unload", self._settings.load_timeout_s, model=model, version=version
-                    )
-                    self.ledger.take(answer["stats"])
 
     async def stop(self) -> None:
         """End the worker."""
@@ -129,11 +144,11 @@ class SupervisedWorker:
                 await watch
         process, self.process = self.process, None
         self.ready.clear()
+        self._on_change()
         if process is not None:
             stats = await process.stop()
             if stats:
                 self.ledger.take(stats)
-        self._on_change()
 
     async def _load(self, request: LoadRequest) -> dict[str, Any]:
         if self.process is None:
@@ -153,6 +168,16 @@ class SupervisedWorker:
             ) from error
         self.ready[request.model, request.version] = metadata
         return metadata
+
+    async def _free(self, key: Key) -> None:
+        """Unload a version; new requests go elsewhere before those that wait are waited for."""
+        was_ready = self.ready.pop(key, None) is not None
+        self._on_change()
+        client = self.client
+        if was_ready and client is not None:
+            with contextlib.suppress(WorkerError):  # a worker that dies over it is restarted without the version
+                answer = await client.call("unload", self._settings.load_timeout_s, model=key[0], version=key[1])
+                self.ledger.take(answer["stats"])
 
     def _on_lost(self) -> None:
         self.ready.clear()

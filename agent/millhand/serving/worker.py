@@ -188,7 +188,13 @@ class Worker:
             request = Request(inputs, model.check(inputs), infer.deadline_ns, infer.priority)
             request.origin = Origin(connection, frame.request, slot, infer.outputs, model)
             connection.pending[frame.request] = request
-            self._batcher.submit(model.lane, request)
+            try:
+                self._batcher.submit(model.lane, request)
+            except ModelError:  # it is being unloaded; another may have come in its place
+                del connection.pending[frame.request]
+                if self._model(infer.model, infer.version) is model:
+                    raise
+                self._take_infer(connection, frame)
         except (MillhandError, ValueError, TypeError, OverflowError) as error:
             if isinstance(error, OverloadError):
                 model.stats.rejected += 1
@@ -246,16 +252,18 @@ class Worker:
     def _load(self, **arguments: Any) -> dict[str, Any]:
         request = msgspec.convert(arguments, LoadRequest)
         with self._load_lock:
-            versions = self._models.setdefault(request.model, {})
-            if request.version in versions:
-                raise ModelError(f"model '{request.model}' version {request.version} is loaded already")
             self._blackbox.begin(LOAD, request.model, request.version)
             try:
                 model = LoadedModel(request, self._sessions)
             finally:
                 self._blackbox.end(LOAD)
             self._batcher.add(model.lane)
+            versions = self._models.setdefault(request.model, {})
+            replaced = versions.get(request.version)
             versions[request.version] = model
+            if replaced is not None:
+                self._batcher.remove(replaced.lane)
+                replaced.close()
             return model.metadata()
 
     def _unload(self, model: str, version: int) -> dict[str, Any]:

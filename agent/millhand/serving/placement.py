@@ -1,0 +1,93 @@
+"""The workers of a node, and which of them a model lives in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from millhand.errors import MillhandError
+from millhand.serving.device_memory import device_memory
+from millhand.serving.process import WorkerProcess
+from millhand.serving.repository import ModelFolder
+from millhand.serving.settings import ModelSettings, WorkerDefaults
+from millhand.serving.supervision import Key, SupervisedWorker
+
+CPU = "cpu"
+SHARED = "shared"
+
+
+class Placement:
+    """Makes workers as models need them. A worker that holds no model is a name without a process."""
+
+    def __init__(
+        self,
+        hosts: Sequence[WorkerDefaults],
+        settings: ModelSettings,
+        run_dir: Path,
+        *,
+        on_death: Callable[[Key | None, str], None],
+        on_change: Callable[[], None],
+        on_load_failed: Callable[[Key, MillhandError], None],
+    ) -> None:
+        """`hosts`: what the profile gives, one for each accelerator; at least one. Starts nothing."""
+        self.hosts = tuple(hosts)
+        self.workers: dict[str, SupervisedWorker] = {}
+        self._settings = settings
+        self._run_dir = run_dir
+        self._on_death = on_death
+        self._on_change = on_change
+        self._on_load_failed = on_load_failed
+
+    def place(self, folder: ModelFolder, current: Sequence[SupervisedWorker] = ()) -> list[SupervisedWorker]:
+        """The workers that a model shall live in; one of `current` stays where model.toml still allows it."""
+        manifest = folder.manifest
+        hosts = self._hosts(manifest.accelerator)
+        own = manifest.isolation == "own" or (manifest.isolation == "auto" and hosts[0].accelerator != CPU)
+        names = {self._name(folder.name if own else SHARED, host): host for host in hosts}
+        if manifest.spread:
+            return [self._worker(name, host) for name, host in names.items()]
+        for worker in current:
+            if worker.name in names:
+                return [worker]
+        name = max(names, key=lambda name: self._room(names[name]))
+        return [self._worker(name, names[name])]
+
+    def defaults(self, folder: ModelFolder) -> WorkerDefaults:
+        """What the profile says of workers for this model; the same wherever it is placed, but for the accelerator."""
+        return self._hosts(folder.manifest.accelerator)[0]
+
+    def _hosts(self, accelerator: str) -> list[WorkerDefaults]:
+        if accelerator == CPU and self.hosts[0].accelerator != CPU:
+            return [self.hosts[0].model_copy(update={"accelerator": CPU, "cpus": ()})]
+        return list(self.hosts)
+
+    def _name(self, label: str, host: WorkerDefaults) -> str:
+        """A model's own worker is named after it; `@` marks one of several, or the CPU beside accelerators."""
+        if host not in self.hosts:
+            return f"{label}@{CPU}"
+        return label if len(self.hosts) == 1 else f"{label}@{self.hosts.index(host)}"
+
+    def _room(self, host: WorkerDefaults) -> tuple[int, int]:
+        """Free memory first, then the fewest models, where NVML says nothing of memory."""
+        memory = device_memory(host.accelerator) if host.accelerator != CPU else None
+        models = sum(len(worker.wanted) for worker in self.workers.values() if worker.host == host)
+        return memory.free if memory else 0, -models
+
+    def _worker(self, name: str, host: WorkerDefaults) -> SupervisedWorker:
+        worker = self.workers.get(name)
+        if worker is None:
+            worker = self.workers[name] = SupervisedWorker(
+                name,
+                host,
+                self._launch,
+                self._settings,
+                on_death=self._on_death,
+                on_change=self._on_change,
+                on_load_failed=self._on_load_failed,
+            )
+        return worker
+
+    async def _launch(self, name: str, generation: int) -> WorkerProcess:
+        number = list(self.workers).index(name)  # short, for the kernel's limit on socket paths
+        path = self._run_dir / f"worker-{number}-{generation}.sock"
+        return await WorkerProcess.start(name, path, self._settings, self.workers[name].host)
