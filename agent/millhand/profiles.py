@@ -50,8 +50,6 @@ class Worker(WorkerDefaults):
     """JetPack's major version -> the Python whose TensorRT that JetPack brings."""
     near_cpus: bool = False
     """Pin a GPU's worker to the CPUs of its own NUMA node, where the topology is known."""
-    max_delay_us: int = Field(default=0, ge=0, le=1_000_000)
-    """How long a batch may wait to fill."""
 
 
 class Limits(StrictTable):

@@ -33,13 +33,13 @@ def backend_sources(registry: Registry) -> dict[str, BackendSource]:
     return sources
 
 
-def batch_cap(folder: ModelFolder, defaults: WorkerDefaults) -> int:
+def batch_cap(folder: ModelFolder, host: WorkerDefaults) -> int:
     """Most rows in one inference: model.toml's, within the profile's."""
-    return min(folder.manifest.max_batch, defaults.max_batch or folder.manifest.max_batch)
+    return min(folder.manifest.max_batch, host.max_batch or folder.manifest.max_batch)
 
 
 def load_request(
-    folder: ModelFolder, version: int, registry: Registry, settings: ModelSettings, defaults: WorkerDefaults
+    folder: ModelFolder, version: int, registry: Registry, settings: ModelSettings, host: WorkerDefaults
 ) -> LoadRequest:
     """Describe one version for a worker. Raises ConfigError where no plugin brings the backend."""
     manifest = folder.manifest
@@ -51,7 +51,7 @@ def load_request(
             f"{suggestion(manifest.backend, sources)}",
             hint=f"loaded plugins bring: {', '.join(sources) or 'none'}; add the plugin to the config",
         )
-    threads = settings.threads or defaults.threads
+    threads = settings.threads or host.threads
     return LoadRequest(
         model=folder.name,
         version=version,
@@ -60,11 +60,11 @@ def load_request(
         module=source.module,
         plugin_options={**source.options, "threads": source.options.get("threads") or threads},
         options=manifest.options,
-        accelerator=defaults.accelerator,
+        accelerator=host.accelerator,
         inputs=manifest.specs(manifest.inputs),
         outputs=manifest.specs(manifest.outputs),
-        max_batch=batch_cap(folder, defaults),
-        max_delay_us=manifest.max_delay_us,
+        max_batch=batch_cap(folder, host),
+        max_delay_us=host.max_delay_us if manifest.max_delay_us is None else manifest.max_delay_us,
         queue=settings.queue,
         warmup=manifest.warmup,
         fingerprint=folder.fingerprint(version),

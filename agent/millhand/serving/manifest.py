@@ -138,7 +138,8 @@ class Manifest(StrictTable):
     versions: tuple[int, ...] = ()
     """policy `specific`: the versions to serve."""
     max_batch: int = Field(default=64, ge=1)
-    max_delay_us: int = Field(default=0, ge=0)
+    max_delay_us: int | None = Field(default=None, ge=0, le=1_000_000)
+    """How long a request may wait for others to share an inference with; none takes the profile's."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     window: WindowSpec | None = None

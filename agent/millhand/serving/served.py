@@ -73,6 +73,10 @@ class Served:
         """The workers in which a version is ready."""
         return [worker for worker in self.workers if (self.name, version) in worker.ready]
 
+    def loads(self) -> dict[int, dict[str, Any]]:
+        """Ready version -> what its worker told of the load; of several workers the first."""
+        return {version: self.holders(version)[0].ready[self.name, version] for version in self.ready}
+
     def choose(self, version: int | None) -> tuple[WorkerClient, int]:
         """The connection and the version to ask, the highest for None; of several workers the least busy.
 
@@ -150,7 +154,7 @@ def bad_entry(folder: BadFolder) -> dict[str, Any]:
     return {"name": folder.path.name, "state": "bad", "reason": folder.message, "hint": folder.hint, "versions": []}
 
 
-def metadata(folder: ModelFolder, max_batch: int) -> dict[str, Any]:
+def metadata(folder: ModelFolder, served: Served | None, max_batch: int) -> dict[str, Any]:
     """What the model takes and gives, and where it lies."""
     manifest, prediction = folder.manifest, folder.manifest.prediction
     return {
@@ -171,10 +175,8 @@ def metadata(folder: ModelFolder, max_batch: int) -> dict[str, Any]:
 
 def _evidence(served: Served | None) -> dict[str, Any]:
     """Ready version -> what its session proved of the accelerator at its load; see hookspecs.ProvingSession."""
-    if served is None:
-        return {}
-    loaded = {version: served.worker.ready[served.name, version] for version in served.ready}
-    return {str(version): metadata["proof"] for version, metadata in loaded.items() if metadata.get("proof")}
+    loads = served.loads() if served else {}
+    return {str(version): loaded["proof"] for version, loaded in loads.items() if loaded.get("proof")}
 
 
 def tensor(spec: TensorSpec) -> dict[str, Any]:

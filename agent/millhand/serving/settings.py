@@ -71,3 +71,5 @@ class WorkerDefaults(StrictTable):
     cpus: tuple[int, ...] = ()
     max_batch: int = Field(default=0, ge=0)
     """Upper bound for every model's `max_batch`; 0 sets none."""
+    max_delay_us: int = Field(default=0, ge=0, le=1_000_000)
+    """How long a request may wait for others to share an inference with, where model.toml does not say."""
