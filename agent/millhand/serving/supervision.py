@@ -166,6 +166,8 @@ class SupervisedWorker:
                 hint="look at the log; raise [models] load_timeout_s for a large model",
                 retriable=False,
             ) from error
+        if "replaced" in metadata:
+            self.ledger.replace(metadata.pop("replaced"))
         self.ready[request.model, request.version] = metadata
         return metadata
 

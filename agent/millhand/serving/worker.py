@@ -234,17 +234,8 @@ class Worker:
         return {"pid": os.getpid(), "uptime_s": time.monotonic() - self._started}
 
     def _stats(self) -> list[dict[str, Any]]:
-        """One entry a loaded version: the LaneStats and how many requests wait."""
-        return [
-            {
-                "model": model.name,
-                "version": model.version,
-                "waiting": len(model.lane.queue),
-                **msgspec.structs.asdict(model.stats),
-            }
-            for versions in list(self._models.values())
-            for model in list(versions.values())
-        ]
+        """One entry a loaded version; see `_counted`."""
+        return [_counted(model) for versions in list(self._models.values()) for model in list(versions.values())]
 
     def _metadata(self, model: str, version: int = 0) -> dict[str, Any]:
         return self._model(model, version).metadata()
@@ -261,10 +252,11 @@ class Worker:
             versions = self._models.setdefault(request.model, {})
             replaced = versions.get(request.version)
             versions[request.version] = model
-            if replaced is not None:
-                self._batcher.remove(replaced.lane)
-                replaced.close()
-            return model.metadata()
+            if replaced is None:
+                return model.metadata()
+            self._batcher.remove(replaced.lane)
+            replaced.close()
+            return {**model.metadata(), "replaced": _counted(replaced)}
 
     def _unload(self, model: str, version: int) -> dict[str, Any]:
         with self._load_lock:
@@ -323,6 +315,16 @@ class Worker:
                 request.origin.fail(outcome)
             else:
                 request.origin.succeed(outcome, started_ns - request.arrival_ns, compute_ns, rows)
+
+
+def _counted(model: LoadedModel) -> dict[str, Any]:
+    """The LaneStats, and how many requests wait."""
+    return {
+        "model": model.name,
+        "version": model.version,
+        "waiting": len(model.lane.queue),
+        **msgspec.structs.asdict(model.stats),
+    }
 
 
 def _moved(message: str) -> ModelError:

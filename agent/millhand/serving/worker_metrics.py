@@ -87,6 +87,11 @@ class Ledger:
                 self._ended[key] = _sum(self._ended[key], entry) if key in self._ended else entry
         self.running = fresh
 
+    def replace(self, entry: dict[str, Any]) -> None:
+        """Take the last word of a load that another has taken the place of."""
+        if not self._has_ended(entry):
+            self.running[entry["model"], entry["version"]] = entry
+
     def _has_ended(self, entry: Mapping[str, Any]) -> bool:
         """Whether this load was counted as ended already: a heartbeat may overtake the answer of an unload."""
         ended = self._ended.get((entry["model"], entry["version"]))
@@ -117,10 +122,12 @@ def export_workers(workers: Iterable[SupervisedWorker]) -> None:
     """Set the serving families from what each worker told last, and before it its predecessors."""
     for family in (*_COUNTED, PENDING, READY, LOAD_TIME, WORKER_RESTARTS):
         family.clear()
+    workers = list(workers)
+    answering = {key for worker in workers for key in worker.ready}  # one of a model's workers is enough
     for worker in workers:
         WORKER_RESTARTS.set_total(worker.restarts, worker=worker.name)
         for name, version in worker.wanted:
-            READY.set(int((name, version) in worker.ready), model=name, version=version)
+            READY.set(int((name, version) in answering), model=name, version=version)
         for (name, version), metadata in worker.ready.items():
             LOAD_TIME.set(metadata["load_ms"] / 1e3, model=name, version=version)
             if (name, version) in worker.ledger.running:
