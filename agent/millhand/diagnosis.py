@@ -151,8 +151,8 @@ def _memory(config: Config, hardware: Hardware, found: Match) -> Finding:
     if budget is None:
         return Finding("memory", "warning", f"the memory of '{device}' is not known", "millhand hw show")
     repository = _repository(config)
-    folders = [repository.models[name] for name in _used_models(config) if name in repository.models]
-    wanted = sum(folder.artifact(version).stat().st_size for folder in folders for version in folder.chosen())
+    needed = repository.needed(_used_models(config))
+    wanted = sum(file.stat().st_size for folder, version in needed for file in folder.files(version))
     text = f"models may take {budget >> 20} MiB of '{device}'; their files take {wanted >> 20} MiB"
     if wanted > budget:
         return Finding("memory", "error", text, "serve fewer or smaller models, or free memory on the node")
@@ -230,7 +230,8 @@ def _worker(config: Config) -> Iterator[Finding]:
     from millhand.serving.packages import look_into
 
     repository = _repository(config)
-    backends = {repository.models[name].manifest.backend for name in _used_models(config) if name in repository.models}
+    needed = repository.needed(_used_models(config))
+    backends = {backend for folder, _ in needed for backend in folder.manifest.backends}
     interpreter = str(config.models.interpreter or _node(config)[1].worker.interpreter or sys.executable)
     try:
         found = look_into(interpreter, [*WORKER_PACKAGES, *sorted(backends & BACKEND_PACKAGES)])

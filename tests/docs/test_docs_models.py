@@ -17,10 +17,12 @@ from millhand.pipeline.features import builtin_extractors
 from millhand.pipeline.rules import RuleEngine
 from millhand.pipeline.windows import WindowBuilder
 from millhand.records import Batch, Clock, Reading
-from millhand.serving.manifest import FeatureSpec, Manifest, OutputSpec, RuleSpec, TensorSpec, WindowSpec
+from millhand.serving.manifest import FeatureSpec, Manifest, OutputSpec, RuleSpec, StepSpec, TensorSpec, WindowSpec
+from millhand.serving.transforms import TRANSFORMS
 from millhand.validation import validate
 
 PAGE = (Path(__file__).parents[2] / "docs/models.md").read_text()
+EXAMPLES = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
 SECTIONS: dict[str, type[BaseModel]] = {
     "Top level": Manifest,
     "[[inputs]] and [[outputs]]": TensorSpec,
@@ -28,6 +30,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "[features]": FeatureSpec,
     "[prediction]": OutputSpec,
     "[[rules]]": RuleSpec,
+    "[[steps]]": StepSpec,
 }
 
 
@@ -76,8 +79,17 @@ def test_every_built_in_extractor_is_named() -> None:
     assert set(rows) == {extractor.name for extractor in builtin_extractors()}
 
 
+def test_every_transform_is_named_with_its_options() -> None:
+    rows = PAGE.partition("| transform |")[2].partition("\n\n")[0]
+    documented = {
+        name: re.findall(r"`(\w+)`", options)
+        for name, options in re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", rows, re.MULTILINE)
+    }
+    assert documented == {name: list(kind.__struct_fields__) for name, kind in TRANSFORMS.items()}
+
+
 def test_example_is_valid_and_fits_together() -> None:
-    model_toml, configuration = (tomllib.loads(text) for text in re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL))
+    model_toml, configuration = (tomllib.loads(text) for text in EXAMPLES[:2])
     manifest = validate(Manifest, model_toml, "docs/models.md")
     config = validate(Config, configuration, "docs/models.md")
     assert config.assets[0].models == (manifest.name,)

@@ -34,11 +34,12 @@ def show(ctx: click.Context) -> None:
 @json_option
 @click.pass_context
 def validate(ctx: click.Context, path: Path | None) -> None:
-    """Check the configuration (or the file PATH), the tables of its plugins and the options of its assets."""
+    """Check the configuration (or the file PATH), its plugins' tables, its assets' options and its models."""
     from millhand.assets import faulty_assets
     from millhand.config import load_config
     from millhand.errors import ConfigError
     from millhand.registry import Registry
+    from millhand.serving.repository import Repository
 
     output: Output = ctx.obj
     config = load_config(path or output.config_path)
@@ -48,6 +49,10 @@ def validate(ctx: click.Context, path: Path | None) -> None:
     failed = [plugin for plugin in registry.plugins.values() if plugin.state == "failed"]
     faults = [(f"plugin '{plugin.name}': {plugin.error}", plugin.hint) for plugin in failed]
     faults += [(error.message, error.hint) for error in faulty_assets(config, registry)]
+    shipped = [Path(folder) for _, folder in registry.collect("millhand_models")]
+    repository = Repository.from_settings(config.models, shipped)
+    # A root that is not there may well be there on the node that the file is for.
+    faults += [(bad.message, bad.hint) for bad in repository.bad if bad.path not in repository.roots]
     if faults:
         hints = dict.fromkeys(hint for _, hint in faults if hint)
         raise ConfigError("\n".join(message for message, _ in faults), hint="\n".join(hints))

@@ -108,16 +108,17 @@ class EnsembleSession:
         if step.load is None:
             transform = read_transform(step.transform, step.options)
             return TransformPart(transform), _run_transform(transform)
+        load = step.load
         try:
-            session = open_session(step.load, self._sessions)
+            session = open_session(load, self._sessions)
             self._opened.append(session)
-            check_session(step.load.model, "input", step.load.inputs, session.inputs)
-            check_session(step.load.model, "output", step.load.outputs, session.outputs)
+            if not load.inputs:  # a net of the ensemble's own: it says itself what it takes and gives
+                return ModelPart(session.inputs, session.outputs), _run_session(session)
+            check_session(load.model, "input", load.inputs, session.inputs)
+            check_session(load.model, "output", load.outputs, session.outputs)
         except MillhandError as error:
             raise _located(self._where(step.label), error) from error
-        # A step's own artifact is not described in model.toml: it says itself what it takes and gives.
-        part = ModelPart(step.load.inputs or session.inputs, step.load.outputs or session.outputs)
-        return part, _run_session(session)
+        return ModelPart(load.inputs, load.outputs), _run_session(session)
 
     def _run_step(self, step: _Stage, tensors: Arrays, deadline_ns: int) -> None:
         where = self._where(step.label)

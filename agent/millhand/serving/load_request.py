@@ -8,9 +8,11 @@ from typing import Any
 
 from millhand.errors import ConfigError, suggestion
 from millhand.registry import Registry
-from millhand.serving.lanes import LoadRequest
-from millhand.serving.repository import ModelFolder
+from millhand.serving.lanes import LoadRequest, Step
+from millhand.serving.manifest import StepSpec
+from millhand.serving.repository import ModelFolder, Repository
 from millhand.serving.settings import ModelSettings, WorkerDefaults
+from millhand.serving.steps import step_label, step_version
 
 
 @dataclass(frozen=True)
@@ -39,26 +41,51 @@ def batch_cap(folder: ModelFolder, host: WorkerDefaults) -> int:
 
 
 def load_request(
-    folder: ModelFolder, version: int, registry: Registry, settings: ModelSettings, host: WorkerDefaults
+    folder: ModelFolder,
+    version: int,
+    repository: Repository,
+    registry: Registry,
+    settings: ModelSettings,
+    host: WorkerDefaults,
 ) -> LoadRequest:
-    """Describe one version for a worker. Raises ConfigError where no plugin brings the backend."""
+    """Describe one version for a worker, and with it the steps of an ensemble, which live where the ensemble lives.
+
+    Raises ConfigError where no plugin brings a backend, ModelError where `repository` refuses a step's model.
+    """
     manifest = folder.manifest
-    sources = backend_sources(registry)
-    source = sources.get(manifest.backend)
-    if source is None:
-        raise ConfigError(
-            f"model '{folder.name}': key 'backend' = '{manifest.backend}' is not known"
-            f"{suggestion(manifest.backend, sources)}",
-            hint=f"loaded plugins bring: {', '.join(sources) or 'none'}; add the plugin to the config",
+
+    def describe_step(number: int, step: StepSpec) -> Step:
+        label, load = step_label(number, step), None
+        if step.model:
+            model = repository.find(step.model)
+            repository.check_proof(model, step_version(step, model))
+            load = load_request(model, step_version(step, model), repository, registry, settings, host)
+        elif step.artifact:
+            load = LoadRequest(
+                model=f"{folder.name}/{step.artifact}",
+                version=version,
+                artifact=str(folder.path / str(version) / step.artifact),
+                **_backend(f"model '{folder.name}': step {label}", step.backend, registry, settings, host),
+                options=step.options,
+                accelerator=host.accelerator,
+                inputs={},
+                outputs={},
+                max_batch=batch_cap(folder, host),
+            )
+        options = step.options if step.transform else {}
+        return Step(
+            label=label, inputs=step.inputs, outputs=step.outputs, load=load, transform=step.transform, options=options
         )
-    threads = settings.threads or host.threads
+
+    steps = tuple(describe_step(number, step) for number, step in enumerate(manifest.steps, 1))
+    backend: dict[str, Any] = {"backend": manifest.backend, "module": ""}
+    if not steps:
+        backend = _backend(f"model '{folder.name}'", manifest.backend, registry, settings, host)
     return LoadRequest(
         model=folder.name,
         version=version,
         artifact=str(folder.artifact(version)),
-        backend=source.name,
-        module=source.module,
-        plugin_options={**source.options, "threads": source.options.get("threads") or threads},
+        **backend,
         options=manifest.options,
         accelerator=host.accelerator,
         inputs=manifest.specs(manifest.inputs),
@@ -68,4 +95,24 @@ def load_request(
         queue=settings.queue,
         warmup=manifest.warmup,
         fingerprint=folder.fingerprint(version),
+        steps=steps,
     )
+
+
+def _backend(
+    owner: str, name: str, registry: Registry, settings: ModelSettings, host: WorkerDefaults
+) -> dict[str, Any]:
+    """The part of a LoadRequest that says which backend loads the artifact, and what its plugin says."""
+    sources = backend_sources(registry)
+    source = sources.get(name)
+    if source is None:
+        raise ConfigError(
+            f"{owner}: key 'backend' = '{name}' is not known{suggestion(name, sources)}",
+            hint=f"loaded plugins bring: {', '.join(sources) or 'none'}; add the plugin to the config",
+        )
+    threads = source.options.get("threads") or settings.threads or host.threads
+    return {
+        "backend": source.name,
+        "module": source.module,
+        "plugin_options": {**source.options, "threads": threads},
+    }

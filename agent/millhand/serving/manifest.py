@@ -11,6 +11,10 @@ from millhand.records import AssetState, Severity
 from millhand.serving.tensors import DATATYPES
 from millhand.validation import StrictTable, read_toml, validate
 
+MANIFEST = "model.toml"
+ENSEMBLE = "ensemble"
+"""The backend of a model with steps."""
+
 
 class TensorSpec(StrictTable):
     name: str
@@ -127,6 +131,40 @@ class RuleSpec(StrictTable):
         return self
 
 
+class StepSpec(StrictTable):
+    model: str = ""
+    """A model of the repository, which may be an ensemble itself."""
+    version: int | None = Field(default=None, ge=1)
+    """`model`: this version; none takes the highest that the model's policy serves."""
+    transform: str = ""
+    """A built-in transform."""
+    artifact: str = ""
+    """A file of the ensemble's own, inside each of its version's folders."""
+    backend: str = "onnxruntime"
+    """`artifact`: which backend loads it."""
+    inputs: dict[str, str] = {}
+    """Step input -> tensor; an input that is not named takes the tensor of its own name."""
+    outputs: dict[str, str] = {}
+    """Step output -> tensor, of those that are kept; empty keeps all under their own names."""
+    options: dict[str, Any] = {}
+    """The transform's options, or `artifact`'s backend options."""
+
+    @property
+    def name(self) -> str:
+        return self.model or self.transform or self.artifact
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> StepSpec:
+        kinds = [key for key in ("model", "transform", "artifact") if getattr(self, key)]
+        if len(kinds) != 1:
+            raise ValueError(f"give exactly one of model, transform and artifact, not {' and '.join(kinds) or 'none'}")
+        owners = {"version": ("model",), "backend": ("artifact",), "options": ("transform", "artifact")}
+        for key, owner in owners.items():
+            if key in self.model_fields_set and kinds[0] not in owner:
+                raise ValueError(f"key '{key}' goes with {' or '.join(owner)} only, not with {kinds[0]}")
+        return self
+
+
 class Manifest(StrictTable):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     description: str
@@ -158,6 +196,25 @@ class Manifest(StrictTable):
     """auto: where the profile puts models; cpu: on the CPU even where there is an accelerator."""
     spread: bool = False
     """With several accelerators: live on all and share out the requests, else on the one with the most free memory."""
+    steps: tuple[StepSpec, ...] = ()
+    """An ensemble: steps run one after another in place of an artifact."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ensemble_has_no_artifact(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not data.get("steps"):
+            return data
+        for key in ("artifact", "options"):
+            if key in data:
+                raise ValueError(f"key '{key}' does not go with [[steps]]; give it to the step or the model it is for")
+        if data.get("backend", ENSEMBLE) != ENSEMBLE:
+            raise ValueError(f"key 'backend' = {data['backend']!r} does not go with [[steps]]; leave it out")
+        return {**data, "artifact": MANIFEST, "backend": ENSEMBLE}
+
+    @property
+    def backends(self) -> set[str]:
+        """The backends that load the model's own artifacts."""
+        return {step.backend for step in self.steps if step.artifact} if self.steps else {self.backend}
 
     def specs(self, tensors: tuple[TensorSpec, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Tensor name -> (NumPy dtype name, shape), as sessions state theirs."""
@@ -166,5 +223,5 @@ class Manifest(StrictTable):
 
 def read_manifest(folder: Path) -> Manifest:
     """Read `folder/model.toml`. Raises ConfigError naming file, key and value."""
-    path = folder / "model.toml"
+    path = folder / MANIFEST
     return validate(Manifest, read_toml(path), f"model '{path}'")

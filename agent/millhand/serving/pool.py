@@ -277,7 +277,7 @@ class ModelPool:
         fresh: list[SupervisedWorker] = []
         try:
             for worker in workers:
-                request = load_request(folder, version, self._registry, self._settings, worker.host)
+                request = load_request(folder, version, self._repository, self._registry, self._settings, worker.host)
                 if worker.wanted.get(key) != request:
                     known = key in worker.wanted
                     await worker.load(request)
@@ -332,7 +332,9 @@ class ModelPool:
             try:
                 self._repository.check_proof(served.folder, earlier[-1])
                 for worker in served.workers:
-                    request = load_request(served.folder, earlier[-1], self._registry, self._settings, worker.host)
+                    request = load_request(
+                        served.folder, earlier[-1], self._repository, self._registry, self._settings, worker.host
+                    )
                     worker.wanted[served.name, earlier[-1]] = request
                 reason += f"; version {earlier[-1]} came back"
             except MillhandError as error:

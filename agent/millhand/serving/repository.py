@@ -8,14 +8,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from millhand.errors import MillhandError, ModelError, suggestion
-from millhand.serving.manifest import Manifest, read_manifest
+from millhand.serving.manifest import MANIFEST, Manifest, read_manifest
 from millhand.serving.settings import ModelSettings
+from millhand.serving.steps import resolve_ensembles, step_version
 
 PROOF = "proof.json"
 
@@ -33,7 +34,17 @@ class ModelFolder:
         return self.manifest.name
 
     def artifact(self, version: int) -> Path:
-        return self.path / str(version) / self.manifest.artifact
+        """The file to load; an ensemble's is its model.toml."""
+        return self.path / MANIFEST if self.manifest.steps else self.path / str(version) / self.manifest.artifact
+
+    def files(self, version: int) -> list[Path]:
+        """Everything of its own that makes the version what it is: the artifact, and those of an ensemble's steps."""
+        own = [step.artifact for step in self.manifest.steps if step.artifact]
+        return [self.artifact(version), *(self.path / str(version) / name for name in own)]
+
+    def with_max_batch(self, max_batch: int) -> ModelFolder:
+        """The same folder, its manifest with another `max_batch`."""
+        return replace(self, manifest=self.manifest.model_copy(update={"max_batch": max_batch}))
 
     def chosen(self) -> tuple[int, ...]:
         """The versions that the policy serves, ascending. Raises ModelError where it names one that is not there."""
@@ -64,15 +75,15 @@ class ModelFolder:
     def proof(self, version: int) -> tuple[str, dict[str, Any]]:
         """("proved", what was measured) where proof.json names this very artifact's SHA-256, else ("unproved", {...}).
 
-        An unproved version's second part says why under `reason`.
+        An ensemble's is that of its `files`, one after another. An unproved version's second part says why under
+        `reason`.
         """
         path = self.path / str(version) / PROOF
         try:
             proof: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             claimed = proof["sha256"]
-            artifact = self.artifact(version)
-            status = artifact.stat()
-            found = _digest(artifact, status.st_mtime_ns, status.st_size)
+            stamped = [(file, file.stat()) for file in self.files(version)]
+            found = _digest(tuple((file, status.st_mtime_ns, status.st_size) for file, status in stamped))
         except FileNotFoundError:
             return "unproved", {"reason": "there is no proof.json"}
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -120,7 +131,7 @@ class Repository:
         bad: list[BadFolder] = []
         for root in self.roots:
             try:
-                folders = sorted(path.parent for path in root.glob("*/model.toml"))
+                folders = sorted(path.parent for path in root.glob(f"*/{MANIFEST}"))
                 if not root.is_dir():
                     bad.append(BadFolder(root, f"'{root}' is no folder", "mend [models] paths or MODEL_PATH"))
             except OSError as error:
@@ -134,7 +145,8 @@ class Repository:
                     bad.append(BadFolder(folder, error.message, error.hint))
                 except OSError as error:
                     bad.append(BadFolder(folder, f"'{folder}' cannot be read: {error}", "check its permissions"))
-        self.models, self.bad = models, bad
+        self.models, refused = resolve_ensembles(models, {folder.path.name: folder.message for folder in bad})
+        self.bad = bad + [BadFolder(models[name].path, error.message, error.hint) for name, error in refused.items()]
 
     def find(self, name: str) -> ModelFolder:
         """Return a model. Raises ModelError naming what is there, or why its folder is bad."""
@@ -148,6 +160,25 @@ class Repository:
             hint=f"the repository has: {', '.join(sorted(self.models)) or 'no model'}",
         )
 
+    def needed(self, names: Iterable[str]) -> list[tuple[ModelFolder, int]]:
+        """Every (model, version) that serving these models loads: by their policies, and as steps of ensembles.
+
+        Names that are not in the repository are passed over. Raises ModelError as `ModelFolder.chosen`.
+        """
+        found: dict[tuple[str, int], ModelFolder] = {}
+        waiting = [
+            (self.models[name], number)
+            for name in names
+            if name in self.models
+            for number in self.models[name].chosen()
+        ]
+        while waiting:
+            folder, number = waiting.pop(0)
+            found[folder.name, number] = folder
+            models = [(step, self.models[step.model]) for step in folder.manifest.steps if step.model]
+            waiting += [(model, step_version(step, model)) for step, model in models]
+        return [(folder, number) for (_, number), folder in found.items()]
+
     def check_proof(self, folder: ModelFolder, version: int) -> str:
         """Return `proved` or `unproved`. Raises ModelError for the latter under `require_proof`."""
         state, details = folder.proof(version)
@@ -160,10 +191,13 @@ class Repository:
 
 
 @functools.lru_cache(maxsize=256)
-def _digest(path: Path, mtime_ns: int, size: int) -> str:
-    """SHA-256 of a file; read again only when its time or size has changed (engines are large)."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(stamped: tuple[tuple[Path, int, int], ...]) -> str:
+    """SHA-256 of files, one after another; read again only when a time or size has changed (engines are large)."""
+    digest = hashlib.sha256()
+    for path, _, _ in stamped:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 def read_folder(path: Path) -> ModelFolder:
@@ -175,10 +209,13 @@ def read_folder(path: Path) -> ModelFolder:
             hint=f"rename the folder or set name = '{path.name}'",
         )
     numbers = [int(entry.name) for entry in path.iterdir() if entry.is_dir() and entry.name.isdecimal()]
-    versions = tuple(sorted(n for n in numbers if n > 0 and (path / str(n) / manifest.artifact).exists()))
+    files = [step.artifact for step in manifest.steps if step.artifact] if manifest.steps else [manifest.artifact]
+    versions = [n for n in sorted(numbers) if n > 0 and all((path / str(n) / file).exists() for file in files)]
+    if not files and not versions:
+        versions = [1]  # an ensemble that only uses other models needs no folder of its own
     if not versions:
         raise ModelError(
-            f"model '{manifest.name}' has no version: no '{path}/<number>/{manifest.artifact}'",
+            f"model '{manifest.name}' has no version: no '{path}/<number>/{files[0]}'",
             hint="put the artifact into a folder named by its version, for example 1",
         )
-    return ModelFolder(path, manifest, versions)
+    return ModelFolder(path, manifest, tuple(versions))
