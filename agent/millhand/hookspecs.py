@@ -76,7 +76,10 @@ class Session(Protocol):
     outputs: Mapping[str, tuple[str, tuple[int, ...]]]
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run one batch. Raises InputError for a wrong name, dtype or shape."""
+        """Run one batch; the worker has checked names, dtypes and shapes against `inputs`.
+
+        Called by one thread at a time, unless the session has an attribute `concurrent` that is true.
+        """
 
     def close(self) -> None:
         """Free the model's memory."""

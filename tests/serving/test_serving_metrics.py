@@ -114,7 +114,9 @@ def test_a_snapshot_travels_and_adds_up():
 
 def test_a_batch_is_counted_by_request_and_by_batch():
     stats = LaneStats()
-    stats.add_batch([Request({}, 3, arrival_ns=0), Request({}, 1, arrival_ns=900_000)], 1_000_000, 3_000_000)
+    early, later = Request({}, 3), Request({}, 1)
+    later.arrival_ns = 900_000
+    stats.add_batch([early, later], 1_000_000, 3_000_000)
     assert (stats.success, stats.batches, stats.rows, stats.batch_rows) == (2, 1, 4, Counts({4: 1}))
     assert (stats.queue_ns, stats.compute_ns, stats.request_compute_ns) == (1_100_000, 2_000_000, 4_000_000)
     assert stats.queue_counts[:4] == [1, 0, 0, 1], "0.1 ms and 1 ms, both at their bound"
@@ -184,7 +186,7 @@ async def test_reasons_of_failure_are_tritons(root, make_pool):
     write_faulty(root, "faulty", extra="max_batch = 1")
     pool = await make_pool(queue=1, heartbeat_ms=20)
     busy = asyncio.create_task(pool.infer("faulty", action(5), deadline_ms=10_000))
-    await until(lambda: pool._workers["shared"].process.blackbox.read(0))
+    await until(pool._workers["shared"].process.blackbox.running)
     outcomes = await asyncio.gather(
         *(pool.infer("faulty", action(0), deadline_ms=10_000) for _ in range(3)), return_exceptions=True
     )

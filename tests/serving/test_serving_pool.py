@@ -76,7 +76,7 @@ async def test_kill_9_gives_a_retriable_error_and_the_model_comes_back(root, mak
     pool = await make_pool()
     process = await process_of(pool, "faulty")
     request = asyncio.create_task(pool.infer("faulty", action(2), deadline_ms=60_000))
-    await until(lambda: pool._workers["shared"].process.blackbox.read(0))
+    await until(pool._workers["shared"].process.blackbox.running)
     process.kill()
     with pytest.raises(WorkerError) as caught:
         await request
@@ -122,7 +122,7 @@ async def test_the_deadline_holds_even_while_the_worker_hangs(root, make_pool):
     write_faulty(root, "faulty")
     pool = await make_pool()
     hanging = asyncio.create_task(pool.infer("faulty", action(2), deadline_ms=60_000))
-    await until(lambda: pool._workers["shared"].process.blackbox.read(0))
+    await until(pool._workers["shared"].process.blackbox.running)
     with pytest.raises(DeadlineError):
         async with asyncio.timeout(5):
             await pool.infer("faulty", action(0), deadline_ms=50)
@@ -133,7 +133,7 @@ async def test_an_expired_request_never_runs(root, make_pool):
     write_faulty(root, "faulty")
     pool = await make_pool()
     busy = asyncio.create_task(pool.infer("faulty", action(5), deadline_ms=5000))
-    await until(lambda: pool._workers["shared"].process.blackbox.read(0))
+    await until(pool._workers["shared"].process.blackbox.running)
     with pytest.raises(DeadlineError):
         await pool.infer("faulty", action(0), deadline_ms=20)
     await busy
@@ -147,7 +147,7 @@ async def test_a_cancelled_request_never_runs_and_frees_its_slot(root, make_pool
     pool = await make_pool()
     busy = asyncio.create_task(pool.infer("faulty", action(5), deadline_ms=5000))
     client = pool._workers["shared"].client
-    await until(lambda: pool._workers["shared"].process.blackbox.read(0))
+    await until(pool._workers["shared"].process.blackbox.running)
     waiting = asyncio.create_task(pool.infer("faulty", action(0), deadline_ms=5000))
     await until(lambda: client.in_flight == 2)
     waiting.cancel()
@@ -155,7 +155,7 @@ async def test_a_cancelled_request_never_runs_and_frees_its_slot(root, make_pool
         await waiting
     await busy
     await until(lambda: client.in_flight == 0)
-    assert client._session.ring.leased == 0
+    assert client._exchange.ring.leased == 0
     stats = (await pool.stats())["models"][0]
     assert (stats["success"], stats["cancelled"]) == (1, 1)
 
@@ -164,7 +164,7 @@ async def test_a_full_queue_is_an_overload(root, make_pool):
     write_faulty(root, "faulty", extra="max_batch = 1")
     pool = await make_pool(queue=2)
     busy = asyncio.create_task(pool.infer("faulty", action(5), deadline_ms=10_000))
-    await until(lambda: pool._workers["shared"].process.blackbox.read(0))
+    await until(pool._workers["shared"].process.blackbox.running)
     outcomes = await asyncio.gather(
         *(pool.infer("faulty", action(0), deadline_ms=10_000) for _ in range(5)), return_exceptions=True
     )
@@ -217,7 +217,7 @@ async def test_without_a_version_before_the_model_fails_and_others_go_on(root, m
 @pytest.mark.parametrize("load", ["raise", "die", "hang"])
 async def test_a_failed_reload_keeps_the_old_version(root, make_pool, load):
     write_faulty(root, "faulty")
-    pool = await make_pool(load_timeout_s=1)
+    pool = await make_pool(load_timeout_s=3)
     write_faulty(root, "faulty", versions={2: load})
     with pytest.raises(MillhandError, match="version 2"):
         await pool.load("faulty")
@@ -269,7 +269,7 @@ async def test_stop_leaves_nothing_behind(root, make_pool, tmp_path):
     pool = await make_pool()
     process = await process_of(pool, "faulty")
     waiting = asyncio.create_task(pool.infer("faulty", action(5), deadline_ms=60_000))
-    await until(lambda: pool._workers["shared"].process.blackbox.read(0))
+    await until(pool._workers["shared"].process.blackbox.running)
     await pool.stop()
     assert (await waiting)[1] == 1  # what runs is answered
     assert not process.is_running()

@@ -5,10 +5,14 @@ Rules:
 - Under load (the lane's last batch held several requests) a batch that is not full waits up to `max_delay_ns` from
   the arrival of its oldest request.
 - A batch holds requests of one lane whose tensors agree in all dimensions but the first, in order of priority, then of
-  arrival, up to `max_batch` rows.
+  arrival, up to `max_batch` rows. Nothing is padded.
 - Lanes take turns by the priority, then the age of their first request, so that none waits behind another's backlog
   for longer than its own age.
+- At most `runners` batches run at once, and at most `lane.concurrency` of one lane. While more could run, a lane's
+  waiting rows are shared out, so that no runner takes what another could begin at once.
 - A request whose deadline has passed is handed back as expired and never runs.
+
+The batcher owns no thread. A thread that has submitted calls `take` until it gives nothing, and runs what it gives.
 """
 
 from __future__ import annotations
@@ -24,19 +28,29 @@ from millhand.errors import ModelError, OverloadError
 from millhand.serving.tensors import Tensors
 
 
-@dataclass
 class Request:
     """One request in a lane. `rows` counts the first dimension; `origin` is the owner's, the batcher ignores it."""
 
-    inputs: Tensors
-    rows: int
-    deadline_ns: int = 0
-    """CLOCK_MONOTONIC; 0 for none."""
-    priority: int = 0
-    origin: Any = None
-    arrival_ns: int = 0
-    order: tuple[int, int] = (0, 0)
-    kind: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    __slots__ = ("arrival_ns", "deadline_ns", "inputs", "kind", "order", "origin", "priority", "rows")
+
+    def __init__(
+        self,
+        inputs: Tensors,
+        rows: int,
+        deadline_ns: int = 0,
+        priority: int = 0,
+        origin: Any = None,
+        kind: tuple[Any, ...] = (),
+    ) -> None:
+        """`deadline_ns`: CLOCK_MONOTONIC, 0 for none. `kind`: what must be equal within a batch."""
+        self.inputs = inputs
+        self.rows = rows
+        self.deadline_ns = deadline_ns
+        self.priority = priority
+        self.origin = origin
+        self.kind = kind
+        self.arrival_ns = 0
+        self.order = (0, 0)
 
 
 @dataclass
@@ -47,10 +61,12 @@ class Lane:
     max_delay_ns: int
     capacity: int
     owner: Any = None
+    concurrency: int = 1
+    """Batches of this lane that may run at once."""
     queue: list[Request] = field(default_factory=list)
     closed: bool = False
     running: int = 0
-    """Requests of the batch under way."""
+    """Batches under way."""
     busy: bool = False
     """Whether the last batch held several requests."""
 
@@ -60,16 +76,26 @@ class Batch:
     lane: Lane
     requests: list[Request]
     expired: list[Request]
+    runner: int = 0
+    """Which of the `runners` runs it; no other batch under way has this number."""
 
 
 class Batcher:
-    """Thread-safe: any thread submits and cancels, one thread takes and finishes."""
+    """Thread-safe."""
 
-    def __init__(self, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(
+        self,
+        runners: int = 1,
+        wake: Callable[[], None] = lambda: None,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        """`wake` is called when there is work that an idle thread should `take`: never with the lock held."""
         self._clock_ns = clock_ns
-        self._changed = threading.Condition()
+        self._wake = wake
+        self._changed = threading.Condition(threading.Lock())
         self._lanes: list[Lane] = []
         self._count = 0
+        self._idle = list(range(runners - 1, -1, -1))
 
     def add(self, lane: Lane) -> None:
         """Open a lane."""
@@ -80,6 +106,8 @@ class Batcher:
         """Refuse new requests, wait until the waiting ones have run, and forget the lane."""
         with self._changed:
             lane.closed = True
+        self._wake()  # a waiting batch is due now
+        with self._changed:
             while lane.queue or lane.running:
                 self._changed.wait()
             if lane in self._lanes:
@@ -87,11 +115,11 @@ class Batcher:
 
     def submit(self, lane: Lane, request: Request) -> None:
         """Queue a request. Raises OverloadError where the queue is full, ModelError where the lane is closed."""
-        request.kind = tuple(sorted((name, array.shape[1:]) for name, array in request.inputs.items()))
         with self._changed:
             if lane.closed:
                 raise ModelError("the model version is being unloaded", hint="send the request again", retriable=True)
-            if len(lane.queue) >= lane.capacity:
+            queue = lane.queue
+            if len(queue) >= lane.capacity:
                 raise OverloadError(
                     f"{lane.capacity} requests wait already",
                     hint="send fewer at once, or raise [models] queue",
@@ -99,8 +127,10 @@ class Batcher:
             request.arrival_ns = self._clock_ns()
             self._count += 1
             request.order = (-request.priority, self._count)
-            bisect.insort(lane.queue, request, key=_order)
-            self._changed.notify_all()
+            if not queue or queue[-1].order < request.order:
+                queue.append(request)
+            else:
+                bisect.insort(queue, request, key=_order)
 
     def cancel(self, lane: Lane, request: Request) -> bool:
         """Take a waiting request out; False where it runs or has run."""
@@ -109,37 +139,54 @@ class Batcher:
             if index == len(lane.queue) or lane.queue[index] is not request:
                 return False
             del lane.queue[index]
-            self._changed.notify_all()
+            if lane.closed:
+                self._changed.notify_all()
             return True
 
-    def take(self) -> Batch:
-        """Wait for the next batch. Each must be given to `finish` before the next is taken."""
+    def take(self) -> Batch | None:
+        """The next batch that is due, if a runner is free for it; it must be given to `finish`."""
+        more = False
         with self._changed:
-            while True:
-                now_ns = self._clock_ns()
-                lane, due_ns = self._next_lane(now_ns)
-                if lane is not None and due_ns <= now_ns:
-                    return self._cut(lane, now_ns)
-                self._changed.wait(None if lane is None else (due_ns - now_ns) / 1e9)
+            if not self._idle:
+                return None
+            now_ns = self._clock_ns()
+            lane, due_ns = self._next_lane(now_ns)
+            if lane is None or due_ns > now_ns:
+                return None
+            batch = self._cut(lane, now_ns, self._idle.pop())
+            if self._idle:  # another thread may have to start, or to wait for, what is left
+                more = self._next_lane(now_ns)[0] is not None
+        if more:
+            self._wake()
+        return batch
 
     def finish(self, batch: Batch) -> None:
         """Say that a taken batch has been answered."""
         with self._changed:
-            batch.lane.running = 0
-            self._changed.notify_all()
+            batch.lane.running -= 1
+            self._idle.append(batch.runner)
+            if batch.lane.closed:
+                self._changed.notify_all()
+
+    def wait_s(self) -> float | None:
+        """Seconds until `take` may give something that it does not give now; None: not before the next event."""
+        with self._changed:
+            if not self._idle:
+                return None
+            now_ns = self._clock_ns()
+            lane, due_ns = self._next_lane(now_ns)
+            return None if lane is None else max(due_ns - now_ns, 0) / 1e9
 
     def _next_lane(self, now_ns: int) -> tuple[Lane | None, int]:
         """The lane to serve next: a due one by its first request's order, else the one due soonest."""
-        best: tuple[bool, tuple[int, int] | int] | None = None
-        found, found_due_ns = None, 0
+        found: Lane | None = None
+        found_due_ns = 0
         for lane in self._lanes:
-            if not lane.queue:
+            if not lane.queue or lane.running >= lane.concurrency:
                 continue
             due_ns = self._due_ns(lane)
-            late = due_ns > now_ns
-            rank = (late, due_ns if late else lane.queue[0].order)
-            if best is None or rank < best:
-                best, found, found_due_ns = rank, lane, due_ns
+            if found is None or _sooner(lane, due_ns, found, found_due_ns, now_ns):
+                found, found_due_ns = lane, due_ns
         return found, found_due_ns
 
     def _due_ns(self, lane: Lane) -> int:
@@ -149,29 +196,51 @@ class Batcher:
             return 0
         return min(request.arrival_ns for request in lane.queue) + lane.max_delay_ns
 
-    def _cut(self, lane: Lane, now_ns: int) -> Batch:
+    def _cut(self, lane: Lane, now_ns: int, runner: int) -> Batch:
+        if len(lane.queue) == 1 and not 0 < lane.queue[0].deadline_ns <= now_ns:
+            requests, lane.queue = lane.queue, []
+            expired: list[Request] = []
+        else:
+            requests, expired = self._fill(lane, now_ns)
+        lane.running += 1
+        lane.busy = len(requests) > 1
+        return Batch(lane, requests, expired, runner)
+
+    def _fill(self, lane: Lane, now_ns: int) -> tuple[list[Request], list[Request]]:
         requests: list[Request] = []
         expired: list[Request] = []
         left: list[Request] = []
-        rows, full = 0, False
+        rows, full, limit = 0, False, self._share(lane)
         for position, request in enumerate(lane.queue):
             if request.deadline_ns and request.deadline_ns <= now_ns:
                 expired.append(request)
             elif requests and request.kind != requests[0].kind:
                 left.append(request)
-            elif rows + request.rows > lane.max_batch and requests:
+            elif rows + request.rows > limit and requests:
                 full = True
             else:
                 requests.append(request)
                 rows += request.rows
-            if full or rows >= lane.max_batch:
+            if full or rows >= limit:
                 left.extend(lane.queue[position + (0 if full else 1) :])
                 break
         lane.queue = left
-        lane.running = len(requests)
-        lane.busy = len(requests) > 1
-        return Batch(lane, requests, expired)
+        return requests, expired
+
+    def _share(self, lane: Lane) -> int:
+        """Rows that this batch may take: a fair part, where other runners could take the rest at once."""
+        free = min(len(self._idle), lane.concurrency - lane.running - 1)
+        if free <= 0:
+            return lane.max_batch
+        waiting = sum(request.rows for request in lane.queue)
+        return min(lane.max_batch, -(-waiting // (free + 1)))
 
 
 def _order(request: Request) -> tuple[int, int]:
     return request.order
+
+
+def _sooner(lane: Lane, due_ns: int, other: Lane, other_due_ns: int, now_ns: int) -> bool:
+    if due_ns <= now_ns and other_due_ns <= now_ns:
+        return lane.queue[0].order < other.queue[0].order
+    return due_ns < other_due_ns

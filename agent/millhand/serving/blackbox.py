@@ -15,11 +15,12 @@ RECORD = struct.Struct("<QI124s")  # since (CLOCK_MONOTONIC ns, 0 = idle), versi
 NAME_BYTES_CAP = 124
 
 
-RUN, LOAD = 0, 1
+LOAD, RUN = 0, 1
+RUNNERS_CAP = mmap.PAGESIZE // RECORD.size - RUN
 
 
 class Blackbox:
-    """Two records, RUN and LOAD; each has one writer thread in the worker, and the pool reads."""
+    """A record LOAD, and from RUN on one a runner; each has one writer at a time in the worker, and the pool reads."""
 
     def __init__(self, fd: int) -> None:
         self._map = mmap.mmap(fd, mmap.PAGESIZE)
@@ -43,8 +44,16 @@ class Blackbox:
         """Say that it is done."""
         RECORD.pack_into(self._map, record * RECORD.size, 0, 0, b"")
 
-    def read(self, record: int) -> tuple[str, int, int] | None:
-        """(model, version, nanoseconds since it began), or None where nothing is under way."""
+    def loading(self) -> tuple[str, int, int] | None:
+        """(model, version, nanoseconds since it began) of the load under way, or None."""
+        return self._read(LOAD)
+
+    def running(self) -> tuple[str, int, int] | None:
+        """The same of the batch that has run for longest, or None where none runs."""
+        records = filter(None, map(self._read, range(RUN, RUN + RUNNERS_CAP)))
+        return max(records, key=lambda record: record[2], default=None)
+
+    def _read(self, record: int) -> tuple[str, int, int] | None:
         since_ns, version, name = RECORD.unpack_from(self._map, record * RECORD.size)
         if since_ns == 0:
             return None

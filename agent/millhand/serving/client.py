@@ -6,111 +6,37 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from numpy.typing import NDArray
 
-from millhand.errors import DeadlineError, MillhandError, WorkerError
+from millhand.errors import MillhandError, WorkerError
 from millhand.serving import protocol
-from millhand.serving.ring import Ring
+from millhand.serving.exchange import DEADLINE_GRACE_S, Answer, Exchange, deadline_ns, late, lost, read_answer
 from millhand.serving.tensors import Tensors
 
-# The worker drops expired work itself; the client's own timer is for a worker that says nothing at all.
-DEADLINE_GRACE_S = 0.02
+__all__ = ["Answer", "BlockingWorkerClient", "WorkerClient", "deadline_ns"]
 
+SWEEP_S = DEADLINE_GRACE_S / 2
 
-class Answer(msgspec.Struct, frozen=True):
-    """What an inference gave. `rows` is the batch that the request ran in."""
-
-    outputs: dict[str, NDArray[Any]]
-    version: int
-    queue_ns: int
-    compute_ns: int
-    rows: int
-
-
-def deadline_ns(budget_ms: float) -> int:
-    """The CLOCK_MONOTONIC time `budget_ms` from now, comparable between the processes of one machine."""
-    return time.monotonic_ns() + int(budget_ms * 1e6)
-
-
-class _Session:
-    """What both clients share: the ring, and making and reading frames. Sends and receives nothing."""
-
-    def __init__(self, slots: int, slot_bytes: int) -> None:
-        self.ring: Ring | None = None
-        self._hello = protocol.Hello(protocol.VERSION, slots, slot_bytes, os.getpid())
-
-    def hello(self, connection: socket.socket) -> None:
-        """Send the hello with the ring's descriptor; a new connection takes it in one piece."""
-        parts = protocol.frame(protocol.HELLO, 0, self._hello)
-        if not self._hello.slots:
-            connection.sendmsg(parts)
-            return
-        self.ring, fd = Ring.create(self._hello.slots, self._hello.slot_bytes)
-        try:
-            socket.send_fds(connection, parts, [fd])
-        finally:
-            os.close(fd)
-
-    def infer_frame(
-        self,
-        request: int,
-        target: tuple[str, int],
-        tensors: Tensors,
-        deadline: int,
-        priority: int,
-        wanted: tuple[str, ...],
-    ) -> tuple[list[Any], int]:
-        """The frame's buffers and the leased slot (-1 for none)."""
-        slot = self.ring.lease() if self.ring else -1
-        try:
-            memory = self.ring.slot(slot) if self.ring and slot >= 0 else None
-            placed, payload, size = protocol.place(tensors, memory)
-            infer = protocol.Infer(*target, deadline, priority, slot, size >= 0, placed, wanted)
-            return protocol.frame(protocol.INFER, request, infer, payload, max(size, 0)), slot
-        except BaseException:
-            self.release(slot)
-            raise
-
-    def release(self, slot: int) -> None:
-        if self.ring:
-            self.ring.release(slot)
-
-    def answer(self, frame: protocol.Frame, slot: int) -> Answer:
-        """Read a RESULT; its tensors are copies, so that the slot may be freed."""
-        result = protocol.decode_result(frame.body)
-        if result.inline:
-            outputs = protocol.fetch(result.tensors, frame.payload)
-        else:
-            if self.ring is None:
-                raise protocol.ProtocolError("the worker answered in a ring that does not exist")
-            views = protocol.fetch(result.tensors, self.ring.slot(slot))
-            outputs = {name: view.copy() for name, view in views.items()}
-        return Answer(outputs, result.version, result.queue_ns, result.compute_ns, result.rows)
-
-
-def _lost(name: str) -> WorkerError:
-    return WorkerError(f"the connection to worker '{name}' is lost", hint="send the request again")
-
-
-def _late(model: str) -> DeadlineError:
-    return DeadlineError(
-        f"model '{model}' did not answer before the deadline",
-        hint="give it more time, or look at 'millhand model show'",
-    )
+Outcome = "tuple[protocol.Result, memoryview] | Exception"
+"""A result and the memory where its tensors lie, valid only while the callback runs; or what went wrong."""
 
 
 class _Pending:
-    __slots__ = ("future", "slot", "timer")
+    __slots__ = ("deadline_ns", "done", "kind", "model", "slot")
 
-    def __init__(self, future: asyncio.Future[Any], slot: int = -1) -> None:
-        self.future = future
+    def __init__(
+        self, kind: int, done: Callable[[Any], None] | None, slot: int = -1, model: str = "", deadline: int = 0
+    ) -> None:
+        self.kind = kind
+        self.done = done
+        """None once the caller knows: it left, or its deadline passed."""
         self.slot = slot
-        self.timer: asyncio.TimerHandle | None = None
+        self.model = model
+        self.deadline_ns = deadline
 
 
 class WorkerClient:
@@ -124,11 +50,12 @@ class WorkerClient:
         """Called once when the connection is lost or closed."""
         self._socket = connection
         self._loop = asyncio.get_running_loop()
-        self._session = _Session(slots, slot_bytes)
+        self._exchange = Exchange(slots, slot_bytes)
         self._reader = protocol.FrameReader()
         self._pending: dict[int, _Pending] = {}
         self._next = 1
         self._unsent = bytearray()
+        self._sweep: asyncio.TimerHandle | None = None
         self.closed = False
 
     @classmethod
@@ -148,18 +75,18 @@ class WorkerClient:
     async def start(self, timeout_s: float = 10.0) -> int:
         """Exchange hellos and return the worker's process id. Raises WorkerError or ProtocolError."""
         self._loop.add_reader(self._socket, self._on_readable)
-        pending = _Pending(self._loop.create_future())
-        self._pending[0] = pending
+        answered = self._loop.create_future()
+        self._pending[0] = _Pending(protocol.HELLO, _settler(answered))
         try:
-            self._session.hello(self._socket)
+            self._exchange.hello(self._socket)
             async with asyncio.timeout(timeout_s):
-                pid: int = await pending.future
+                pid: int = await answered
         except TimeoutError as error:
             self.close()
             raise WorkerError(f"worker '{self.name}' did not say hello", hint="look at its log") from error
         except OSError as error:
             self.close()
-            raise _lost(self.name) from error
+            raise lost(self.name) from error
         except BaseException:
             self.close()
             raise
@@ -185,33 +112,80 @@ class WorkerClient:
         A cancelled call cancels the request in the worker. Raises InputError, ModelError, OverloadError,
         DeadlineError, or WorkerError (retriable) where the worker dies.
         """
+        answered = self._loop.create_future()
+        slot = self.lease()
+        try:
+            placed, payload, size = protocol.place(tensors, self.slot(slot))
+            infer = protocol.Infer(model, version, deadline, priority, slot, size >= 0, placed, wanted)
+            request = self.submit(infer, payload, _settler(answered))
+        except BaseException:
+            self.release(slot)
+            raise
+        try:
+            answer: Answer = await answered
+            return answer
+        except asyncio.CancelledError:
+            self.cancel(request)
+            raise
+
+    # ---- for callers that lay the tensors out themselves -------------------------------------------------------------
+
+    def lease(self) -> int:
+        """A free slot of the ring, -1 where none is free. It is given back by `release`, or by `submit`'s answer."""
+        ring = self._exchange.ring
+        return ring.lease() if ring else -1
+
+    def release(self, slot: int) -> None:
+        """Give back a slot that was not submitted."""
+        self._exchange.release(slot)
+
+    def slot(self, number: int) -> memoryview | None:
+        """The memory of a leased slot; None for -1."""
+        ring = self._exchange.ring
+        return ring.slot(number) if ring and number >= 0 else None
+
+    def submit(self, infer: protocol.Infer, payload: Sequence[Any], done: Callable[[Any], None]) -> int:
+        """Send a request whose tensors lie in its leased slot, or in `payload`. Returns its id for `cancel`.
+
+        `done` is called once with an Outcome; errors as those that `infer` raises. From here on the slot is the
+        client's, which frees it after `done`. Raises WorkerError where the connection is closed: then it still is
+        the caller's.
+        """
         if self.closed:
-            raise _lost(self.name)
-        request = self._take_id()
-        parts, slot = self._session.infer_frame(request, (model, version), tensors, deadline, priority, wanted)
-        pending = _Pending(self._loop.create_future(), slot)
-        self._pending[request] = pending
-        if deadline:
-            delay_s = (deadline - time.monotonic_ns()) / 1e9 + DEADLINE_GRACE_S
-            pending.timer = self._loop.call_later(delay_s, self._expire, request, model)
-        self._send(parts)
-        return await self._wait(request, pending)
+            raise lost(self.name)
+        request = self._next
+        self._next += 1
+        deadline = infer.deadline_ns
+        self._pending[request] = _Pending(protocol.RESULT, done, infer.slot, infer.model, deadline)
+        if deadline and self._sweep is None:
+            self._sweep = self._loop.call_later(SWEEP_S, self._expire)
+        size = sum([memoryview(part).nbytes for part in payload]) if payload else 0
+        self._send(protocol.frame(protocol.INFER, request, infer, payload, size))
+        return request
+
+    def cancel(self, request: int) -> None:
+        """The caller has left: forget its request. The slot stays leased until the worker has answered."""
+        pending = self._pending.get(request)
+        if pending is not None and pending.done is not None:
+            pending.done = None
+            self._send(protocol.frame(protocol.CANCEL, request, None))
 
     async def call(self, name: str, /, timeout_s: float = 10.0, **arguments: Any) -> Any:
         """Make a control call. Raises what the worker raised, or WorkerError where it does not answer in time."""
         if self.closed:
-            raise _lost(self.name)
-        request = self._take_id()
-        pending = _Pending(self._loop.create_future())
-        self._pending[request] = pending
+            raise lost(self.name)
+        answered = self._loop.create_future()
+        request = self._next
+        self._next += 1
+        self._pending[request] = _Pending(protocol.REPLY, _settler(answered))
         self._send(protocol.frame(protocol.CALL, request, protocol.Call(name, arguments)))
         try:
             async with asyncio.timeout(timeout_s):
-                return await pending.future
+                return await answered
         except TimeoutError as error:
             raise WorkerError(f"worker '{self.name}' did not answer '{name}' within {timeout_s:g} s") from error
         finally:
-            if not self.closed and pending.future.cancelled():
+            if answered.cancelled():
                 self._pending.pop(request, None)
 
     def close(self) -> None:
@@ -222,38 +196,34 @@ class WorkerClient:
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
         self._socket.close()
-        for pending in self._pending.values():
-            self._settle(pending, _lost(self.name))
-        self._pending.clear()
-        self._session.ring = None
+        if self._sweep is not None:
+            self._sweep.cancel()
+        pending, self._pending = self._pending, {}
+        for entry in pending.values():
+            _tell(entry, lost(self.name))
+        self._exchange.ring = None
         if self.on_close is not None:
             self.on_close()
 
-    async def _wait(self, request: int, pending: _Pending) -> Answer:
-        try:
-            answer: Answer = await pending.future
-            return answer
-        except asyncio.CancelledError:
-            self._cancel(request)
-            raise
-
-    def _cancel(self, request: int) -> None:
-        """Ask the worker to forget a request. The slot stays leased until it has answered: it may be writing there."""
-        if not self.closed and request in self._pending:
-            self._send(protocol.frame(protocol.CANCEL, request, None))
-
-    def _expire(self, request: int, model: str) -> None:
-        pending = self._pending.get(request)
-        if pending is not None and not pending.future.done():
-            pending.future.set_exception(_late(model))
-            self._cancel(request)
-
-    def _take_id(self) -> int:
-        request = self._next
-        self._next += 1
-        return request
+    def _expire(self) -> None:
+        """The worker drops expired work itself; this is for one that says nothing at all."""
+        now_ns = time.monotonic_ns() - int(DEADLINE_GRACE_S * 1e9)
+        self._sweep = None
+        waiting = False
+        for request, pending in list(self._pending.items()):
+            if not pending.deadline_ns or pending.done is None:
+                continue
+            if pending.deadline_ns <= now_ns:
+                _tell(pending, late(pending.model))
+                self._send(protocol.frame(protocol.CANCEL, request, None))
+            else:
+                waiting = True
+        if waiting and not self.closed and self._sweep is None:
+            self._sweep = self._loop.call_later(SWEEP_S, self._expire)
 
     def _send(self, parts: list[Any]) -> None:
+        if self.closed:
+            return
         sent = 0
         if not self._unsent:
             try:
@@ -263,13 +233,14 @@ class WorkerClient:
             except OSError:
                 self.close()
                 return
+        if sent == sum([memoryview(part).nbytes for part in parts]):
+            return
         for part in parts:
             view = memoryview(part).cast("B")
             if sent < len(view):
                 self._unsent += view[sent:]
             sent = max(sent - len(view), 0)
-        if self._unsent:
-            self._loop.add_writer(self._socket, self._on_writable)
+        self._loop.add_writer(self._socket, self._on_writable)
 
     def _on_writable(self) -> None:
         try:
@@ -297,27 +268,50 @@ class WorkerClient:
         if pending is None:
             return
         try:
-            if frame.kind == protocol.RESULT:
-                self._settle(pending, self._session.answer(frame, pending.slot))
-            elif frame.kind == protocol.REPLY:
-                self._settle(pending, protocol.decode_any(frame.body))
-            elif frame.kind == protocol.HELLO:
-                self._settle(pending, protocol.decode_hello(frame.body).pid)
-            elif frame.kind == protocol.ERROR:
-                self._settle(pending, protocol.error_of(protocol.decode_fault(frame.body)))
+            if pending.done is not None:
+                _tell(pending, self._outcome(frame, pending))
+        except Exception:
+            _tell(pending, lost(self.name))
+            raise  # what came is no answer: the connection ends
         finally:
-            self._session.release(pending.slot)
+            self._exchange.release(pending.slot)
 
-    @staticmethod
-    def _settle(pending: _Pending, outcome: Any) -> None:
-        if pending.timer is not None:
-            pending.timer.cancel()
-        if pending.future.done():
-            return  # the caller left, or its deadline passed
+    def _outcome(self, frame: protocol.Frame, pending: _Pending) -> Any:
+        if frame.kind == protocol.ERROR:
+            return protocol.error_of(protocol.decode_fault(frame.body))
+        if frame.kind != pending.kind:
+            raise protocol.ProtocolError(f"the worker answered with a frame of kind {frame.kind}")
+        if frame.kind == protocol.RESULT:
+            result = protocol.decode_result(frame.body)
+            return result, self._exchange.memory(result, frame.payload, pending.slot)
+        if frame.kind == protocol.HELLO:
+            return protocol.decode_hello(frame.body).pid
+        return protocol.decode_any(frame.body)
+
+
+def _tell(pending: _Pending, outcome: Any) -> None:
+    done, pending.done = pending.done, None
+    if done is not None:
+        done(outcome)
+
+
+def _settler(answered: asyncio.Future[Any]) -> Callable[[Any], None]:
+    """What puts an outcome into a future; a result's tensors are copied out of their slot."""
+
+    def settle(outcome: Any) -> None:
+        if answered.done():
+            return  # the caller left
+        try:
+            if isinstance(outcome, tuple):
+                outcome = read_answer(*outcome)
+        except MillhandError as error:
+            outcome = error
         if isinstance(outcome, Exception):
-            pending.future.set_exception(outcome)
+            answered.set_exception(outcome)
         else:
-            pending.future.set_result(outcome)
+            answered.set_result(outcome)
+
+    return settle
 
 
 class BlockingWorkerClient:
@@ -329,17 +323,17 @@ class BlockingWorkerClient:
         """Take over a connected stream socket and exchange hellos. Raises WorkerError or ProtocolError."""
         self._name = name
         self._timeout_s = timeout_s
-        self._session = _Session(slots, slot_bytes)
+        self._exchange = Exchange(slots, slot_bytes)
         self._reader = protocol.FrameReader()
         self._next = 0
         self._socket = connection
         try:
             self._socket.settimeout(timeout_s)
-            self._session.hello(self._socket)
+            self._exchange.hello(self._socket)
             self._receive(0)
         except OSError as error:
             self.close()
-            raise _lost(name) from error
+            raise lost(name) from error
         except MillhandError:
             self.close()
             raise
@@ -367,18 +361,20 @@ class BlockingWorkerClient:
     ) -> Answer:
         """Run one request; the same errors as `WorkerClient.infer`. After a DeadlineError the client is closed."""
         self._next += 1
-        parts, slot = self._session.infer_frame(self._next, (model, version), tensors, deadline, priority, wanted)
+        parts, slot = self._exchange.infer_frame(self._next, (model, version), tensors, deadline, priority, wanted)
         try:
             if deadline:
                 left_s = (deadline - time.monotonic_ns()) / 1e9 + DEADLINE_GRACE_S
                 self._socket.settimeout(max(left_s, DEADLINE_GRACE_S))
             self._send(parts)
-            return self._session.answer(self._receive(self._next), slot)
+            frame = self._receive(self._next)
+            result = protocol.decode_result(frame.body)
+            return read_answer(result, self._exchange.memory(result, frame.payload, slot))
         except TimeoutError as error:
             self.close()
-            raise _late(model) from error
+            raise late(model) from error
         finally:
-            self._session.release(slot)
+            self._exchange.release(slot)
             if deadline and self._socket.fileno() >= 0:
                 self._socket.settimeout(self._timeout_s)
 
@@ -390,7 +386,7 @@ class BlockingWorkerClient:
 
     def close(self) -> None:
         self._socket.close()
-        self._session.ring = None
+        self._exchange.ring = None
 
     def _send(self, parts: list[Any]) -> None:
         try:
@@ -401,7 +397,7 @@ class BlockingWorkerClient:
             raise
         except OSError as error:
             self.close()
-            raise _lost(self._name) from error
+            raise lost(self._name) from error
 
     def _receive(self, request: int) -> protocol.Frame:
         try:
@@ -415,4 +411,4 @@ class BlockingWorkerClient:
             raise
         except (EOFError, OSError) as error:
             self.close()
-            raise _lost(self._name) from error
+            raise lost(self._name) from error

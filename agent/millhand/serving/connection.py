@@ -21,20 +21,19 @@ UNSENT_BYTES_CAP = 512 << 20
 
 
 class Connection:
-    """Frames in by the main thread, frames out by any thread."""
+    """Frames in by the thread that holds `reading`, frames out by any thread."""
 
-    def __init__(
-        self, connection: socket.socket, flush_later: Callable[[Connection], None], control: bool = False
-    ) -> None:
+    def __init__(self, connection: socket.socket, arm: Callable[[Connection], None], control: bool = False) -> None:
+        """`arm` makes some thread call `flush` once there is room for what is unsent."""
         connection.setblocking(False)
         self.socket = connection
         self.control = control
         self.greeted = False
         self.closed = False
-        self.failed = False
-        """Set by a sender that met an error or an over-full buffer; the main thread then closes."""
+        self.reading = threading.Lock()
         self.pending: dict[int, Request] = {}
-        self._flush_later = flush_later
+        self._arm = arm
+        self._failed = False  # by a sender that met an error or an over-full buffer; the next `flush` raises
         self._ring: Ring | None = None
         self._fds: list[int] = []
         self._reader = protocol.FrameReader()
@@ -84,9 +83,9 @@ class Connection:
             self.send(protocol.frame(kind, request_id, body, payload, size))
 
     def send(self, parts: list[Any]) -> None:
-        """Send at once what the socket takes, leave the rest to the main thread. Never blocks, never raises."""
+        """Send at once what the socket takes, leave the rest to `flush`. Never blocks, never raises."""
         with self._lock:
-            if self.closed or self.failed:
+            if self.closed or self._failed:
                 return
             sent = 0
             if not self._unsent:
@@ -95,28 +94,38 @@ class Connection:
                 except BlockingIOError:
                     pass
                 except OSError:
-                    self.failed = True
-            if not self.failed and not self._keep(parts, sent):
+                    self._failed = True
+            if not self._failed and not self._keep(parts, sent):
                 return
-        self._flush_later(self)
+        self._arm(self)
+
+    @property
+    def blocked(self) -> bool:
+        """Whether `flush` should be called as soon as the socket takes more."""
+        return bool(self._unsent) or self._failed
 
     def _keep(self, parts: list[Any], sent: int) -> bool:
         """Keep what was not sent; False where nothing is left."""
+        total = sum([memoryview(part).nbytes for part in parts])
+        if sent == total:
+            return False
         before = len(self._unsent)
         for part in parts:
             view = memoryview(part).cast("B")
             if sent < len(view):
                 self._unsent += view[sent:]
             sent = max(sent - len(view), 0)
-        self.failed = len(self._unsent) > UNSENT_BYTES_CAP
+        self._failed = len(self._unsent) > UNSENT_BYTES_CAP
         return len(self._unsent) > before
 
-    def flush(self) -> bool:
-        """Send more of what was kept; True when nothing is left. Raises OSError."""
+    def flush(self) -> None:
+        """Send more of what was kept. Raises OSError, also for what an earlier sender met."""
         with self._lock:
-            sent = self.socket.send(self._unsent)
-            del self._unsent[:sent]
-            return not self._unsent
+            if self._failed:
+                raise BrokenPipeError("the client does not take its answers")
+            if self._unsent:
+                sent = self.socket.send(self._unsent)
+                del self._unsent[:sent]
 
     def close(self) -> None:
         with self._lock:

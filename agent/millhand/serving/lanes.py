@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import ctypes
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -126,8 +127,9 @@ class LaneStats(msgspec.Struct):
 class LoadedModel:
     """One model version that is ready; owns its lane."""
 
-    def __init__(self, request: LoadRequest, sessions: Sessions | None = None) -> None:
-        """Load, check against model.toml and warm up. `sessions`: the worker's, to share what is loaded already.
+    def __init__(self, request: LoadRequest, sessions: Sessions | None = None, runners: int = 1) -> None:
+        """Load, check against model.toml and warm up. `sessions`: the worker's, to share what is loaded already;
+        `runners`: how many batches the worker runs at once.
 
         Raises ModelError or PluginError; then nothing stays loaded.
         """
@@ -159,11 +161,39 @@ class LoadedModel:
             self.session.forget_times()
             self.stats.steps_ns = self.session.steps_ns
         self.load_ms = (time.monotonic() - started) * 1e3
-        self.lane = Lane(request.max_batch, request.max_delay_us * 1000, request.queue, owner=self)
+        concurrency = runners if getattr(self.session, "concurrent", False) else 1
+        self.lane = Lane(request.max_batch, request.max_delay_us * 1000, request.queue, self, concurrency)
+        self._stats_lock = threading.Lock()
+        self._expected = [(name, np.dtype(dtype), shape[1:]) for name, (dtype, shape) in self.inputs.items()]
+        self._free = any(-1 in shape for *_, shape in self._expected)
 
     def check(self, tensors: dict[str, NDArray[Any]]) -> int:
         """Return the number of rows. Raises InputError naming the tensor."""
-        return check_inputs(self.name, self.inputs, tensors, self.lane.max_batch)
+        if not self._free and len(tensors) == len(self._expected):
+            rows = 0
+            for name, dtype, shape in self._expected:
+                array = tensors.get(name)
+                if array is None or array.dtype != dtype or array.shape[1:] != shape or not array.ndim:
+                    break
+                if rows not in (0, array.shape[0]):
+                    break
+                rows = array.shape[0]
+            else:
+                if 1 <= rows <= self.lane.max_batch:
+                    return rows
+        return check_inputs(self.name, self.inputs, tensors, self.lane.max_batch)  # says what is wrong
+
+    def kind(self, tensors: dict[str, NDArray[Any]]) -> tuple[Any, ...]:
+        """What must be equal for requests to share a batch: the sizes of free dimensions."""
+        if not self._free:
+            return ()
+        return tuple(tensors[name].shape[1:] for name, *_ in self._expected)
+
+    def count(self, **amounts: int) -> None:
+        """Add to the stats; any thread may."""
+        with self._stats_lock:
+            for name, amount in amounts.items():
+                setattr(self.stats, name, getattr(self.stats, name) + amount)
 
     def run(self, batch: Batch) -> list[tuple[Request, dict[str, NDArray[Any]] | Exception]]:
         """Run a batch and give each request its own rows or its own error."""
@@ -172,14 +202,15 @@ class LoadedModel:
         try:
             outputs = self._run(_joined(requests), sum(request.rows for request in requests), _latest(requests))
         except (DeadlineError, WorkerError) as error:  # no request is at fault
-            self.stats.failed += len(requests)
+            self.count(failed=len(requests))
             return [(request, error) for request in requests]
         except Exception as error:
             if len(requests) > 1:  # one bad request must not fail its neighbours
                 return [part for request in requests for part in self.run(Batch(batch.lane, [request], []))]
-            self.stats.failed += 1
+            self.count(failed=1)
             return [(requests[0], error if isinstance(error, MillhandError) else self._failure(error, "failed"))]
-        self.stats.add_batch(requests, started_ns, time.monotonic_ns())
+        with self._stats_lock:
+            self.stats.add_batch(requests, started_ns, time.monotonic_ns())
         if len(requests) == 1:
             return [(requests[0], outputs)]
         parts: list[tuple[Request, dict[str, NDArray[Any]] | Exception]] = []

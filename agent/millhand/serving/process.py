@@ -60,6 +60,7 @@ class WorkerProcess:
                 "blackbox_fd": blackbox_fd,
                 "listen_fd": listener.fileno(),
                 "cpus": settings.cpus or host.cpus,
+                "runners": settings.runners or host.runners,
             }
             interpreter = settings.interpreter or host.interpreter
             process = await asyncio.create_subprocess_exec(

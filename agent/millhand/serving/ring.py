@@ -24,7 +24,8 @@ class Ring:
         self.slots = slots
         self.slot_bytes = slot_bytes
         self._map = mmap.mmap(fd, slots * slot_bytes)
-        self._view = memoryview(self._map)
+        view = memoryview(self._map)
+        self._slots = [view[start : start + slot_bytes] for start in range(0, slots * slot_bytes, slot_bytes)]
         # Last in, first out: the slot that is warm in the cache is used again, and untouched ones take no memory.
         self._free = list(range(slots - 1, -1, -1))
 
@@ -74,5 +75,4 @@ class Ring:
         """The bytes of one slot. Raises InputError for a number that the ring does not have."""
         if not 0 <= number < self.slots:
             raise InputError(f"slot {number} does not exist, the ring has {self.slots}", hint="mend the client")
-        start = number * self.slot_bytes
-        return self._view[start : start + self.slot_bytes]
+        return self._slots[number]

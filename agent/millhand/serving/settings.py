@@ -24,6 +24,8 @@ class ModelSettings(StrictTable):
     """Threads of one inference on the CPU; 0 takes the profile's."""
     cpus: tuple[int, ...] = ()
     """CPU numbers that workers are pinned to; empty takes the profile's, or none."""
+    runners: int = Field(default=0, ge=0, le=24)
+    """Batches that a worker may run at once, where its backend allows several of one model; 0 takes the profile's."""
     interpreter: Path | None = None
     """Python that runs workers; none takes the profile's, or the daemon's own."""
     load_timeout_s: float = Field(default=60, gt=0)
@@ -69,6 +71,7 @@ class WorkerDefaults(StrictTable):
     interpreter: Path | None = None
     threads: int = Field(default=1, ge=1)
     cpus: tuple[int, ...] = ()
+    runners: int = Field(default=1, ge=1, le=24)
     max_batch: int = Field(default=0, ge=0)
     """Upper bound for every model's `max_batch`; 0 sets none."""
     max_delay_us: int = Field(default=0, ge=0, le=1_000_000)

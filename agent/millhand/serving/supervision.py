@@ -15,7 +15,6 @@ from typing import Any
 import msgspec
 
 from millhand.errors import MillhandError, WorkerError
-from millhand.serving.blackbox import LOAD, RUN
 from millhand.serving.client import WorkerClient
 from millhand.serving.lanes import LoadRequest
 from millhand.serving.process import WorkerProcess, describe_exit
@@ -223,7 +222,7 @@ class SupervisedWorker:
         """Why the worker must be taken for hanging, else an empty string."""
         process, limit_ms = self.process, self._settings.hang_ms
         assert process is not None
-        running = process.blackbox.read(RUN)
+        running = process.blackbox.running()
         if running is not None and running[2] > limit_ms * 1e6:
             return f"hangs: model '{running[0]}' version {running[1]} runs for more than {limit_ms:g} ms"
         try:
@@ -237,7 +236,7 @@ class SupervisedWorker:
         assert process is not None
         process.client.close()
         status = None if self._verdict else await process.exit_status(EXIT_WAIT_S)
-        record = process.blackbox.read(RUN) or process.blackbox.read(LOAD)
+        record = process.blackbox.running() or process.blackbox.loading()
         blamed = None if record is None else (record[0], record[1])
         reason = f"worker '{self.name}' {self._verdict or describe_exit(status)}"
         if blamed and not self._verdict:

@@ -1,8 +1,10 @@
 """A worker: loads model versions, batches requests and answers them. `python -m millhand.serving.worker '<JSON>'`.
 
-Three kinds of thread: this module's main thread owns the sockets and never runs a model; one runner runs batches; each
-load or unload has a thread of its own while it lasts. So a worker answers `ping` and cancels waiting requests while a
-model runs. Python 3.10, and light: msgspec, NumPy and the backend only.
+`runners` + 1 threads wait on one epoll. Whichever gets a request reads it, queues it, and then runs what is due, so a
+request that finds the worker idle is read, run and answered by one thread without a hand-over; what arrives meanwhile
+is read by another and becomes the next batch. No more than `runners` of them run models, so one is always left to
+answer `ping` and to cancel. Each load or unload has a thread of its own while it lasts. Python 3.10, and light:
+msgspec, NumPy and the backend only.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before any backend: a node never ph
 import contextlib
 import ctypes
 import logging
-import selectors
+import select
 import signal
 import socket
 import sys
@@ -28,7 +30,7 @@ import msgspec
 from millhand.errors import DeadlineError, InputError, MillhandError, ModelError, OverloadError
 from millhand.serving import protocol
 from millhand.serving.batcher import Batch, Batcher, Request
-from millhand.serving.blackbox import LOAD, RUN, Blackbox
+from millhand.serving.blackbox import LOAD, RUN, RUNNERS_CAP, Blackbox
 from millhand.serving.connection import Connection, Origin
 from millhand.serving.lanes import LoadedModel, LoadRequest
 from millhand.serving.sessions import Sessions
@@ -37,6 +39,9 @@ log = logging.getLogger("millhand.worker")
 
 PR_SET_PDEATHSIG = 1
 CONNECTIONS_CAP = 256
+# One shot: a connection is read by one thread at a time, and armed again when that has been done.
+READ = select.EPOLLIN | select.EPOLLONESHOT
+READ_WRITE = READ | select.EPOLLOUT
 
 
 class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +54,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     listen_fd: int
     """A listening Unix socket for further clients; they may infer and ask, not load."""
     cpus: tuple[int, ...] = ()
+    runners: int = 1
+    """Batches that may run at once."""
 
 
 class Worker:
@@ -56,16 +63,17 @@ class Worker:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
+        self._runners = max(1, min(settings.runners, RUNNERS_CAP))
         self._blackbox = Blackbox(settings.blackbox_fd)
-        self._batcher = Batcher()
+        self._batcher = Batcher(self._runners, self._wake)
         self._models: dict[str, dict[int, LoadedModel]] = {}
         self._sessions = Sessions()
         self._load_lock = threading.Lock()
-        self._selector = selectors.DefaultSelector()
-        self._wake_read, self._wake_write = socket.socketpair()
-        self._wake_read.setblocking(False)
-        self._wake_write.setblocking(False)
-        self._blocked: set[Connection] = set()
+        self._epoll = select.epoll()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._listener = socket.socket(fileno=settings.listen_fd)
+        self._listener.setblocking(False)
+        self._connections: dict[int, Connection] = {}
         self._started = time.monotonic()
         self._calls: dict[str, Callable[..., Any]] = {
             "ping": self._ping,
@@ -79,43 +87,73 @@ class Worker:
         }
 
     def serve(self) -> None:
-        """Run until the control connection closes."""
-        listener = socket.socket(fileno=self._settings.listen_fd)
-        listener.setblocking(False)
-        control = Connection(socket.socket(fileno=self._settings.control_fd), self._flush_later, control=True)
-        self._selector.register(listener, selectors.EVENT_READ, listener)
-        self._selector.register(self._wake_read, selectors.EVENT_READ, self._wake_read)
-        self._selector.register(control.socket, selectors.EVENT_READ, control)
-        threading.Thread(target=self._run_batches, name="runner", daemon=True).start()
-        while not control.closed:
-            for key, events in self._selector.select():
-                if key.data is listener:
-                    self._accept(listener)
-                elif key.data is self._wake_read:
-                    self._watch_blocked()
-                else:
-                    self._handle(key.data, events)
+        """Run until the control connection closes; then the process ends from whichever thread sees it."""
+        self._epoll.register(self._listener, select.EPOLLIN)
+        self._epoll.register(self._wake_fd, select.EPOLLIN | select.EPOLLET)
+        self._watch(socket.socket(fileno=self._settings.control_fd), control=True)
+        for number in range(self._runners):
+            threading.Thread(target=self._turn, name=f"runner {number}", daemon=True).start()
+        self._turn()
+
+    def _turn(self) -> None:
+        """A thread's life: wait, read, run what is due."""
+        poll, take, wait_s = self._epoll.poll, self._batcher.take, self._batcher.wait_s
+        try:
+            while True:
+                for fd, events in poll(wait_s()):
+                    self._handle(fd, events)
+                while (batch := take()) is not None:
+                    self._run(batch)
+        except BaseException:
+            log.critical("a thread of the worker failed", exc_info=True)
+            os._exit(1)  # the daemon starts it anew; half a worker would only be slow
+
+    def _wake(self) -> None:
+        os.eventfd_write(self._wake_fd, 1)
 
     # ---- sockets ----------------------------------------------------------------------------------------------------
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _watch(self, accepted: socket.socket, control: bool = False) -> None:
+        connection = Connection(accepted, self._arm, control=control)
+        self._connections[accepted.fileno()] = connection
+        self._epoll.register(accepted, READ)
+
+    def _accept(self) -> None:
         try:
-            accepted, _ = listener.accept()
+            accepted, _ = self._listener.accept()
         except OSError:
-            return  # the client left already, or no descriptor is free
-        if len(self._selector.get_map()) > CONNECTIONS_CAP:
+            return  # another thread took it, the client left already, or no descriptor is free
+        if len(self._connections) > CONNECTIONS_CAP:
             accepted.close()
             return
-        connection = Connection(accepted, self._flush_later)
-        self._selector.register(accepted, selectors.EVENT_READ, connection)
+        self._watch(accepted)
 
-    def _handle(self, connection: Connection, events: int) -> None:
+    def _handle(self, fd: int, events: int) -> None:
+        connection = self._connections.get(fd)
+        if connection is None:
+            if fd == self._listener.fileno():
+                self._accept()
+            return  # else a wake, or a connection that another thread has just dropped
+        if not connection.reading.acquire(blocking=False):
+            return  # a sender armed it while it was read; it is armed anew at the end of that
         try:
-            if events & selectors.EVENT_WRITE and connection.flush():
-                self._selector.modify(connection.socket, selectors.EVENT_READ, connection)
-            if events & selectors.EVENT_READ:
-                for frame in connection.read():
-                    self._take(connection, frame)
+            self._read(connection, events)
+        finally:
+            connection.reading.release()
+        if not connection.closed:
+            self._arm(connection)
+
+    def _arm(self, connection: Connection) -> None:
+        """Wait for more from a connection, and for room in it where something is unsent."""
+        with contextlib.suppress(OSError, ValueError):  # it is being closed
+            self._epoll.modify(connection.socket, READ_WRITE if connection.blocked else READ)
+
+    def _read(self, connection: Connection, events: int) -> None:
+        try:
+            if events & select.EPOLLOUT:
+                connection.flush()
+            for frame in connection.read():
+                self._take(connection, frame)
         except BlockingIOError:
             pass
         except protocol.ProtocolError as error:
@@ -130,41 +168,26 @@ class Worker:
 
     def _drop(self, connection: Connection) -> None:
         """Forget a connection; its waiting requests never run, its ring goes with the last batch that uses it."""
-        self._blocked.discard(connection)
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(connection.socket)
+        if connection.control:
+            os._exit(0)  # not even a runner that hangs in native code may hold the process
+        self._connections.pop(connection.socket.fileno(), None)
+        with contextlib.suppress(OSError, ValueError):
+            self._epoll.unregister(connection.socket)
         connection.close()
         for request in list(connection.pending.values()):
             model = request.origin.model
             if self._batcher.cancel(model.lane, request):
-                model.stats.cancelled += 1
+                model.count(cancelled=1)
         connection.pending.clear()
-
-    def _flush_later(self, connection: Connection) -> None:
-        """Called by any thread whose send did not go out at once."""
-        self._blocked.add(connection)
-        with contextlib.suppress(BlockingIOError):
-            self._wake_write.send(b"\0")
-
-    def _watch_blocked(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._wake_read.recv(4096)
-        while self._blocked:
-            connection = self._blocked.pop()
-            if connection.failed:
-                self._drop(connection)
-            elif not connection.closed:
-                events = selectors.EVENT_READ | selectors.EVENT_WRITE
-                self._selector.modify(connection.socket, events, connection)
 
     # ---- frames -----------------------------------------------------------------------------------------------------
 
     def _take(self, connection: Connection, frame: protocol.Frame) -> None:
         try:
-            if not connection.greeted:
-                connection.greet(frame)
-            elif frame.kind == protocol.INFER:
+            if frame.kind == protocol.INFER and connection.greeted:
                 self._take_infer(connection, frame)
+            elif not connection.greeted:
+                connection.greet(frame)
             elif frame.kind == protocol.CANCEL:
                 self._take_cancel(connection, frame.request)
             elif frame.kind == protocol.CALL:
@@ -182,10 +205,11 @@ class Worker:
             model = self._model(infer.model, infer.version)
             slot = None if infer.slot < 0 else connection.slot(infer.slot)
             inputs = protocol.fetch(infer.tensors, frame.payload if infer.inline or slot is None else slot)
-            unknown = [name for name in infer.outputs if name not in model.outputs]
-            if unknown:
-                raise InputError(f"model '{infer.model}' has no output '{unknown[0]}'")
-            request = Request(inputs, model.check(inputs), infer.deadline_ns, infer.priority)
+            for name in infer.outputs:
+                if name not in model.outputs:
+                    raise InputError(f"model '{infer.model}' has no output '{name}'")
+            rows = model.check(inputs)
+            request = Request(inputs, rows, infer.deadline_ns, infer.priority, None, model.kind(inputs))
             request.origin = Origin(connection, frame.request, slot, infer.outputs, model)
             connection.pending[frame.request] = request
             try:
@@ -197,7 +221,7 @@ class Worker:
                 self._take_infer(connection, frame)
         except (MillhandError, ValueError, TypeError, OverflowError) as error:
             if isinstance(error, OverloadError):
-                model.stats.rejected += 1
+                model.count(rejected=1)
             connection.pending.pop(frame.request, None)
             connection.send(protocol.frame(protocol.ERROR, frame.request, protocol.fault_of(error)))
 
@@ -206,7 +230,7 @@ class Worker:
         if request is None:
             return  # answered already
         if self._batcher.cancel(request.origin.model.lane, request):
-            request.origin.model.stats.cancelled += 1
+            request.origin.model.count(cancelled=1)
             connection.answer(
                 request_id, protocol.ERROR, protocol.Fault("cancelled", "cancelled by the client", "", True)
             )
@@ -245,7 +269,7 @@ class Worker:
         with self._load_lock:
             self._blackbox.begin(LOAD, request.model, request.version)
             try:
-                model = LoadedModel(request, self._sessions)
+                model = LoadedModel(request, self._sessions, self._runners)
             finally:
                 self._blackbox.end(LOAD)
             self._batcher.add(model.lane)
@@ -286,29 +310,27 @@ class Worker:
             raise _moved(f"model '{name}' has no version {version} loaded")
         return model
 
-    # ---- the runner thread ------------------------------------------------------------------------------------------
+    # ---- running ----------------------------------------------------------------------------------------------------
 
-    def _run_batches(self) -> None:
-        while True:
-            batch = self._batcher.take()
-            model: LoadedModel = batch.lane.owner
-            for request in batch.expired:
-                model.stats.expired += 1
-                error = DeadlineError(
-                    f"the deadline of a request to model '{model.name}' passed while it waited",
-                    hint="give it more time, or send fewer requests at once",
-                )
-                request.origin.fail(error)
-            if batch.requests:
-                self._run_batch(model, batch)
-            self._batcher.finish(batch)
+    def _run(self, batch: Batch) -> None:
+        model: LoadedModel = batch.lane.owner
+        for request in batch.expired:
+            model.count(expired=1)
+            error = DeadlineError(
+                f"the deadline of a request to model '{model.name}' passed while it waited",
+                hint="give it more time, or send fewer requests at once",
+            )
+            request.origin.fail(error)
+        if batch.requests:
+            self._run_requests(model, batch)
+        self._batcher.finish(batch)
 
-    def _run_batch(self, model: LoadedModel, batch: Batch) -> None:
-        self._blackbox.begin(RUN, model.name, model.version)
+    def _run_requests(self, model: LoadedModel, batch: Batch) -> None:
+        self._blackbox.begin(RUN + batch.runner, model.name, model.version)
         started_ns = time.monotonic_ns()
         results = model.run(batch)
         compute_ns = time.monotonic_ns() - started_ns
-        self._blackbox.end(RUN)
+        self._blackbox.end(RUN + batch.runner)
         rows = sum(request.rows for request in batch.requests)
         for request, outcome in results:
             if isinstance(outcome, Exception):
@@ -343,7 +365,6 @@ def main() -> None:
     # A runner that comes back from native code waits so long for the interpreter while another thread computes.
     sys.setswitchinterval(0.0005)
     Worker(settings).serve()
-    os._exit(0)  # not even a runner that hangs in native code may hold the process
 
 
 if __name__ == "__main__":
