@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,8 @@ class Clients:
         ]
         self.tallies = Tallies()
 
-    def run(self, card: Card, in_flight: int, seconds: float, **job: Any) -> Run:
-        """Keep `in_flight` requests going, spread over the processes."""
+    def run(self, card: Card, in_flight: int, seconds: float, sockets: Sequence[str] = (), **job: Any) -> Run:
+        """Keep `in_flight` requests going, spread over the processes, and those over the workers' `sockets`."""
         share, used = divmod(in_flight, len(self._processes))
         counts = [share + (number < used) for number in range(len(self._processes))]
         busy = [(process, count) for process, count in zip(self._processes, counts, strict=True) if count]
@@ -67,6 +68,8 @@ class Clients:
         for number, (process, count) in enumerate(busy):
             assert process.stdin is not None
             wanted = {**job, **times, "in_flight": count, "offset": number * ROWS // len(busy)}
+            if sockets:
+                wanted["socket"] = sockets[number % len(sockets)]
             process.stdin.write(json.dumps(wanted) + "\n")
             process.stdin.flush()
         with Watch(card) as watch:

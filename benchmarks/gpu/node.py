@@ -47,7 +47,8 @@ class Loaded:
     seconds: float
     vram_mib: float | None
     proof: dict[str, Any]
-    socket: str
+    sockets: list[str]
+    """Of the workers that hold it, one for each GPU."""
 
 
 def load(agent: BenchAgent, card: Card, name: str) -> Loaded:

@@ -64,7 +64,7 @@ class Bench:
 
     def drive(self, name: str, in_flight: int, seconds: float, label: str = "", http: Any = None) -> None:
         """One run; `http` is an address, else it goes over the worker's socket."""
-        where = {"http": http} if http else {"socket": self.loaded[name].socket}
+        where = {"http": http} if http else {"sockets": self.loaded[name].sockets}
         answers = str(self._folder / "answers" / name.partition("-")[0])
         run = self._clients.run(self._card, in_flight, seconds, model=name, folder=answers, **where)
         label = label or name
