@@ -337,6 +337,7 @@ def test_what_a_worker_imports_is_python_3_10():
     """Each file that a worker loads parses as 3.10 and imports nothing that 3.10 or a lean worker lacks."""
     script = (
         "import sys, json, millhand.serving.worker, millhand_plugins.onnxruntime, millhand_plugins.onnxruntime.backend;"
+        "import millhand_plugins.remote, millhand_plugins.remote.backend;"
         "print(json.dumps([[n, getattr(m, '__file__', None)] for n, m in sys.modules.items()]))"
     )
     loaded = dict(json.loads(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout))

@@ -95,9 +95,9 @@ def _key(request: LoadRequest, artifact: Path, options: Mapping[str, Any]) -> by
     """What tells two loads apart; a file that was replaced is another one."""
     try:
         status = artifact.stat()
-        version = (status.st_ino, status.st_mtime_ns, status.st_size)
+        version = (status.st_ino, status.st_mtime_ns, status.st_size, request.fingerprint)
     except OSError:
-        version = (0, 0, 0)  # the backend says what is wrong with it
+        version = (0, 0, 0, "")  # the backend says what is wrong with it
     told = (request.module, request.backend, str(artifact), request.accelerator, request.inputs, request.outputs)
     return msgspec.msgpack.encode((told, version, sorted(options.items())))
 
