@@ -30,6 +30,10 @@ def main() -> int:
         ]
     else:
         print("MILLHAND_DATA is not set: the C-MAPSS evaluations are left out", file=sys.stderr)
+    if Path("/dev/nvidia0").exists():
+        scripts.append(("gpu_serving", ["gpu/serving.py"]))
+    else:
+        print("there is no NVIDIA GPU here: gpu_serving is left out", file=sys.stderr)
     failed = []
     for name, command in scripts:
         print(f"== {name}", flush=True)

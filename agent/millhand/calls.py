@@ -14,6 +14,7 @@ from millhand import __version__
 from millhand.errors import InputError, suggestion
 from millhand.metrics import DAEMON, TRITON
 from millhand.records import Alert, AlertState, WorkOrder
+from millhand.serving.front_metrics import FrontMetrics
 from millhand.store.rows import STREAMS, Bulk, Gap, Row
 from millhand.store.store import END_NS
 
@@ -34,12 +35,14 @@ class Calls:
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
+        self._fronts = FrontMetrics()
 
     def handlers(self) -> dict[str, Handler]:
         return {
             "state": self.state,
             "reload": self.reload,
             "metrics": self.metrics,
+            "metrics.report": self.metrics_report,
             "asset.list": self.asset_list,
             "asset.latencies": self.asset_latencies,
             "alert.list": self.alert_list,
@@ -85,12 +88,21 @@ class Calls:
     async def reload(self) -> dict[str, Any]:
         return {"needs_restart": await self._daemon.reload()}
 
-    async def metrics(self, names: str = "") -> str:
-        """The text of /metrics; with names "triton" as Triton has them. Raises InputError for other names."""
+    async def metrics(self, names: str = "", front: dict[str, Any] | None = None) -> str:
+        """The text of /metrics; with names "triton" as Triton has them. Raises InputError for other names.
+
+        front: the newest report of the process that asks (see serving/front_metrics.py).
+        """
         if names not in ("", TRITON):
             raise InputError(f"metrics: names = '{names}' is not known", hint=f"leave it out, or ask for '{TRITON}'")
+        if front is not None:
+            self._fronts.take(front)
         await self._daemon.metrics.refresh()
-        return DAEMON.render(names)
+        return DAEMON.render(names) + self._fronts.render(names)
+
+    async def metrics_report(self, front: dict[str, Any]) -> None:
+        """Take what a front process has counted."""
+        self._fronts.take(front)
 
     async def asset_list(self) -> list[dict[str, Any]]:
         return self._daemon.fleet.statuses()

@@ -198,8 +198,8 @@ def _plugins(config: Config) -> Iterator[Finding]:
 
 def _models(config: Config) -> Iterator[Finding]:
     repository = _repository(config)
-    for name, message in repository.problems():
-        yield Finding(f"model {name}", "error", message, "mend or remove the model's folder")
+    for bad in repository.bad:
+        yield Finding(f"model {bad.path.name}", "error", bad.message, bad.hint)
     for name in _used_models(config):
         if name not in repository.models:
             continue  # said where the asset is looked at

@@ -206,3 +206,19 @@ def test_completion_scripts(shell: str) -> None:
     run = millhand("completion", shell)
     assert run.returncode == 0
     assert "_MILLHAND_COMPLETE" in run.stdout
+
+
+def test_config_validate_checks_the_models(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models/chain"
+    folder.mkdir(parents=True)
+    (folder / "model.toml").write_text(
+        'name = "chain"\ndescription = "d"\nlicence = "MIT"\n[[inputs]]\nname = "x"\nshape = [-1]\n'
+        '[[outputs]]\nname = "y"\nshape = [-1]\n[[steps]]\nmodel = "nosuch"\n'
+    )
+    with config.open("a") as file:
+        file.write(f'[models]\npaths = ["{tmp_path}/models", "/nowhere"]\n')
+    run = millhand("config", "validate", config=config)
+    assert run.returncode == EXIT_CODES["error"]
+    assert "step 1 (nosuch): model 'nosuch' is not known" in run.stderr.replace("\n       ", " ")
+    (folder / "model.toml").unlink()
+    assert millhand("config", "validate", config=config).returncode == 0, "a root may be there on another machine"

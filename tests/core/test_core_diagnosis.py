@@ -236,3 +236,40 @@ def test_a_port_that_another_program_holds(node: Node) -> None:
         assert f"127.0.0.1:{port}" in finding.message
         assert "[http] port" in finding.hint
     assert node.only("http").level == "ok"
+
+
+ENSEMBLE = """name = "twice-read"
+description = "turbofan-rul behind a step"
+licence = "Apache-2.0"
+{inputs}
+[[steps]]
+model = "turbofan-rul"
+inputs = {{ features = "{tensor}" }}
+"""
+
+
+def write_ensemble(root: Path, tensor: str) -> None:
+    """An ensemble with the inputs and outputs of the shipped model."""
+    tables = (SHIPPED / "model.toml").read_text().partition("[[inputs]]")[2].partition("[window]")[0]
+    (root / "twice-read").mkdir(exist_ok=True)
+    (root / "twice-read/model.toml").write_text(ENSEMBLE.format(inputs="[[inputs]]" + tables, tensor=tensor))
+
+
+def test_an_ensemble_counts_with_the_models_of_its_steps(node: Node) -> None:
+    root = own_model(node.folder)
+    write_ensemble(root, "features")
+    node.recorded(mib=2048).set("models", paths=[str(root)]).judged_by("twice-read")
+    assert node.only("model twice-read").level == "ok"
+    with (root / SHIPPED.name / "1" / "model.onnx").open("r+b") as artifact:
+        artifact.truncate(64 << 30)
+    assert node.only("memory").level == "error"
+    node.set("models", interpreter=str(bare_interpreter(node.folder)))
+    assert any("onnxruntime" in finding.message for finding in node.check() if finding.name == "worker")
+
+
+def test_a_bad_ensemble_names_step_and_tensor(node: Node) -> None:
+    root = own_model(node.folder)
+    write_ensemble(root, "feature")
+    finding = node.set("models", paths=[str(root)]).only("model twice-read")
+    assert finding.level == "error"
+    assert "model.toml': step 1 (turbofan-rul): 'features' takes tensor 'feature', which no" in finding.message

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from serving_kit import backends, scale, write_model
 
 from millhand.cli import root as millhand
-from millhand.control import ControlServer
+from millhand.control import ControlClient, ControlServer
 from millhand.errors import ControlError, ModelError
 from millhand.serving.pool import ModelPool
 from millhand.serving.repository import Repository
@@ -74,3 +74,23 @@ def test_without_a_daemon_the_repository_is_read(config):
     assert json.loads(run(config, "model", "show", "scale", "--json"))["available"] == [1]
     with pytest.raises(ControlError, match="no daemon answers"):
         run(config, "predict", "scale", "-i", "-", stdin='{"inputs": []}')
+
+
+STEPS = '[[steps]]\nmodel = "scale"\noutputs = { y = "t" }\n[[steps]]\ntransform = "fill"\ninputs = { x = "t" }\n'
+
+
+def test_an_ensembles_steps_are_shown(root, config, daemon, tmp_path):
+    folder = root / "chain"
+    folder.mkdir()
+    text = (root / "scale/model.toml").read_text().replace('"scale"', '"chain"')
+    lines = [line for line in text.splitlines() if not line.startswith(("backend", "artifact"))]
+    (folder / "model.toml").write_text("\n".join(lines) + "\n" + STEPS)
+    client = ControlClient(tmp_path / "run/control.sock")
+    client.call("model.load", model="chain")
+    shown = run(config, "model", "show", "chain")
+    assert "STEPS      VERSION  TIME OF A BATCH" in shown
+    assert "1 (scale)  1" in shown
+    (folder / "model.toml").write_text("\n".join(lines) + "\n" + STEPS.replace('"t" }\n', '"tt" }\n', 1))
+    with pytest.raises(ModelError, match=r"step 2 \(fill\): 'x' takes tensor 't'"):
+        client.call("model.load", model="chain")
+    assert "'x' takes tensor 't'" in run(config, "model", "list")

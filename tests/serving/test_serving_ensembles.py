@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import re
-from collections.abc import Awaitable, Callable
+import shutil
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +17,22 @@ import numpy as np
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from serving_kit import action, identity, save_onnx, scale, value, write_faulty, write_model
+from serving_kit import action, backends, identity, save_onnx, scale, until, value, write_faulty, write_model
 
-from millhand.errors import InputError, ModelError
+from millhand.errors import DeadlineError, InputError, ModelError
+from millhand.pipeline.asset import AssetPipeline
+from millhand.pipeline.settings import AssetSettings
+from millhand.serving.ensemble import open_session
+from millhand.serving.load_request import load_request
 from millhand.serving.pool import ModelPool
 from millhand.serving.repository import Repository
+from millhand.serving.sessions import Sessions
+from millhand.serving.settings import ModelSettings, WorkerDefaults
+from millhand.store import Store
+from millhand_plugins.orders.writer import DeterministicWriter, read_knowledge
+from millhand_plugins.rig import millhand_models
+from millhand_plugins.rig.adapter import RigKind, RigOptions
+from millhand_plugins.rig.extractor import RigExtractor
 
 PAGE = (Path(__file__).parents[2] / "docs/models.md").read_text()
 MakePool = Callable[..., Awaitable[ModelPool]]
@@ -354,3 +370,149 @@ async def test_the_example_of_the_docs_runs(root: Path, make_pool: MakePool) -> 
     np.testing.assert_allclose(outputs["probabilities"].sum(axis=1), 1, rtol=1e-6)
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     np.testing.assert_array_equal(outputs["probabilities"], powers / powers.sum(axis=1, keepdims=True))
+
+
+async def test_an_ensemble_keeps_the_versions_that_it_loaded_until_it_is_loaded_again(
+    root: Path, make_pool: MakePool
+) -> None:
+    model = write_model(root, "scale")
+    scale(model / "1/model.onnx", 2)
+    write_ensemble(root, "chain", '[[steps]]\nmodel = "scale"\n')
+    pool = await make_pool(load=["chain"], heartbeat_ms=20)
+    assert pool.metadata("scale")["state"] == "unloaded"
+
+    async def factor() -> float:
+        outputs, version = await pool.infer("chain", {"x": np.ones((1, 2), np.float32)}, deadline_ms=5000)
+        assert version == 1
+        return float(outputs["y"][0, 0])
+
+    assert await factor() == 2
+    scale(model / "2/model.onnx", 5)
+    await pool.load("scale")
+    assert await factor() == 2
+    assert [step["version"] for step in pool.metadata("chain")["steps"]] == [1]
+    await pool.load("chain")
+    assert await factor() == 5
+    assert [step["version"] for step in pool.metadata("chain")["steps"]] == [2]
+    await until(lambda: pool.metadata("chain")["steps"][0]["compute_us"])
+    await pool.unload("scale")
+    assert await factor() == 5, "it has a hold on what it shared"
+    await pool.unload("chain")
+    assert pool.metadata("chain")["steps"] == [{"step": "1 (scale)", "version": None, "compute_us": None}]
+
+
+async def test_require_proof_asks_the_steps_models_and_the_ensemble(root: Path, make_pool: MakePool) -> None:
+    folder = write_ensemble(root, "chain", OWN_NET + '[[steps]]\nmodel = "same"\ninputs = { x = "y" }\n'
+                            'outputs = { y = "z" }\n', outputs={"z": ("FP32", 2)})  # fmt: skip
+    identity(folder / "1/pre.onnx")
+    artifact = write_model(root, "same") / "1/model.onnx"
+    identity(artifact)
+    pool = await make_pool(require_proof=True, load=[])
+
+    def prove(path: Path, *files: Path) -> None:
+        digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+        (path / "1/proof.json").write_text(json.dumps({"sha256": digest}))
+
+    with pytest.raises(ModelError, match="model 'chain' version 1 is unproved: there is no proof"):
+        await pool.load("chain")
+    prove(folder, folder / "model.toml", folder / "1/pre.onnx")
+    with pytest.raises(ModelError, match="model 'same' version 1 is unproved: there is no proof"):
+        await pool.load("chain")
+    prove(artifact.parents[1], artifact)
+    await pool.load("chain")
+    scale(folder / "1/pre.onnx", 2)
+    assert "is of another artifact" in Repository([root]).find("chain").proof(1)[1]["reason"]
+
+
+def request_of(root: Path, name: str) -> Any:
+    repository = Repository([root])
+    folder = repository.find(name)
+    return load_request(folder, folder.chosen()[-1], repository, backends(), ModelSettings(), WorkerDefaults())
+
+
+def test_what_several_use_is_loaded_once_and_closed_with_its_last_user(root: Path) -> None:
+    artifact = write_model(root, "same") / "1/model.onnx"
+    identity(artifact)
+    sessions = Sessions()
+    model = sessions.open(request_of(root, "same"))
+    write_ensemble(root, "chain", '[[steps]]\nmodel = "same"\n')
+    ensemble = open_session(request_of(root, "chain"), sessions)
+    sessions.close(model)
+    np.testing.assert_array_equal(ensemble.run(x())["y"], x()["x"])
+    again = sessions.open(request_of(root, "same"))
+    assert again is model
+    sessions.close(again)
+    identity(artifact)
+    other = sessions.open(request_of(root, "same"))
+    assert other is not model, "the file was replaced"
+    sessions.close(other)
+    sessions.close(ensemble)
+    with pytest.raises(Exception, match="NoneType"):
+        model.run(x())
+
+
+def test_no_step_begins_after_the_deadline(root: Path) -> None:
+    write_faulty(root, "faulty")
+    steps = '[[steps]]\nmodel = "faulty"\noutputs = { y = "t" }\n[[steps]]\ntransform = "fill"\ninputs = { x = "t" }\n'
+    write_ensemble(root, "chain", steps)
+    session = open_session(request_of(root, "chain"), Sessions())
+    slow = action(5)  # 200 ms
+    session.run_until(slow, time.monotonic_ns() + 10**10)
+    with pytest.raises(DeadlineError, match=r"the deadline passed before ensemble 'chain', step 2 \(fill\)"):
+        session.run_until(slow, time.monotonic_ns() + 10**8)
+
+
+def test_a_session_that_bears_one_inference_takes_turns(root: Path) -> None:
+    write_faulty(root, "faulty")
+    write_ensemble(root, "chain", '[[steps]]\nmodel = "faulty"\n')
+    sessions = Sessions()
+    chains = [open_session(request_of(root, "chain"), sessions) for _ in range(2)]
+    assert not chains[0].concurrent
+    started = time.monotonic()
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(lambda chain: chain.run(action(5)), chains))
+    assert time.monotonic() - started >= 0.4, "200 ms each, one after the other"
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    opened = await Store.open(tmp_path / "store.db")
+    yield opened
+    await opened.close()
+
+
+async def test_an_asset_is_judged_by_an_ensemble_as_by_its_model(root: Path, make_pool: MakePool, store: Store) -> None:
+    (shipped,) = millhand_models(None)
+    shutil.copytree(shipped / "rig-fault", root / "rig-fault")
+    toml = (root / "rig-fault/model.toml").read_text()
+    for old, new in {
+        'name = "rig-fault"': 'name = "rig-chance"',
+        'backend = "onnxruntime"\nartifact = "model.onnx"\n': "",
+        'name = "logits"': 'name = "chance"',
+        'output = "logits"': 'output = "chance"',
+        "softmax = true": "softmax = false",
+    }.items():
+        assert old in toml
+        toml = toml.replace(old, new)
+    steps = '[[steps]]\nmodel = "rig-fault"\n[[steps]]\ntransform = "softmax"\ninputs = { x = "logits" }\n'
+    (root / "rig-chance").mkdir()
+    (root / "rig-chance/model.toml").write_text(toml + steps + 'outputs = { y = "chance" }\n')
+    pool = await make_pool()
+    names = ("rig-fault", "rig-chance")
+    settings = AssetSettings(name="skid", adapter="rig", models=names)
+    models = [(pool.manifest(name), RigExtractor()) for name in names]
+    writer = DeterministicWriter(read_knowledge(None))
+    pipeline = AssetPipeline(settings, models=models, infer=pool.infer, store=store, writer=writer)
+    adapter = RigKind().create("skid", RigOptions(seed=200_000, fault="bearing_outer", speed="full"))
+    await adapter.open(None)
+    batches = [batch async for batch in adapter.batches()]
+    for batch in batches[400:600]:  # its bearing wears out there
+        await pipeline.step(batch)
+    assert pipeline.last_error is None
+    one, other = [await store.predictions("skid", name) for name in names]
+    assert len(one) == len(other) > 10
+    for plain, chained in zip(one, other, strict=True):
+        assert (plain.window_end_ns, plain.kind) == (chained.window_end_ns, chained.kind)
+        assert chained.values == pytest.approx(plain.values, abs=1e-6)
+    alerts = {alert.model: alert.kind for alert in await store.alerts()}
+    assert alerts == dict.fromkeys(names, "bearing_outer")

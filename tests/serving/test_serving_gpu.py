@@ -229,6 +229,14 @@ def test_a_wrong_answer_of_the_gpu_fails_the_proof(net, monkeypatch):
         session.prove(X, 64)
 
 
+def test_a_first_inference_that_fails_is_not_blamed_on_a_request(net):
+    session = GpuSession(Artifact(net, ("cpu",), {}))
+    with pytest.raises(ModelError, match=r"the first inference on the GPU: 'net\.onnx' failed") as caught:
+        session.prove({"x": ("float32", (-1, 2, 3))}, 64)
+    assert "cuDNN" in caught.value.hint
+    session.close()
+
+
 class Watched:
     """A session that remembers the batch sizes it saw."""
 

@@ -14,11 +14,18 @@ from serving_kit import action, identity, scale, until, write_faulty, write_mode
 from millhand import metrics
 from millhand.control import ControlServer
 from millhand.serving.front import http_front
+from millhand.serving.front_metrics import FrontMetrics
 from millhand.serving.settings import HttpSettings
 
 
-async def render(names):
-    return metrics.DAEMON.render(names)
+async def render(names, front):
+    fronts = FrontMetrics()
+    fronts.take(front)
+    return metrics.DAEMON.render(names) + fronts.render(names)
+
+
+async def take_report(front):
+    """What the daemon would keep."""
 
 
 @pytest.fixture
@@ -28,7 +35,9 @@ async def served(root, make_pool, tmp_path):
 
     async def start(body_bytes_cap=1 << 20, **options):
         pool = await make_pool(**options)
-        control = ControlServer(tmp_path / "c.sock", {**pool.control_handlers(), "metrics": render})
+        control = ControlServer(
+            tmp_path / "c.sock", {**pool.control_handlers(), "metrics": render, "metrics.report": take_report}
+        )
         await control.start()
         process = http_front(HttpSettings(port=0, body_bytes_cap=body_bytes_cap), tmp_path / "c.sock")
         await process.start()

@@ -18,8 +18,8 @@ from serving_kit import action, identity, until, write_faulty, write_model
 import millhand.node_metrics  # noqa: F401 (brings families)
 from millhand.errors import ModelError, OverloadError
 from millhand.metrics import DAEMON, TRITON, Counter, Gauge, Histogram, Registry
-from millhand.serving.app import HTTP
 from millhand.serving.batcher import Request
+from millhand.serving.front_metrics import HTTP
 from millhand.serving.lanes import LaneStats
 from millhand.serving.worker_metrics import Ledger
 

@@ -98,7 +98,15 @@ def _describe(model: dict[str, Any], running: bool) -> list[str]:
         for role in ("inputs", "outputs")
         for tensor in model[role]
     ]
-    return [*lines, "", *table(("tensors", "name", "datatype", "shape", "unit"), rows)]
+    lines += ["", *table(("tensors", "name", "datatype", "shape", "unit"), rows)]
+    if model["steps"]:
+        steps = [(step["step"], step["version"] or "-", _microseconds(step["compute_us"])) for step in model["steps"]]
+        lines += ["", *table(("steps", "version", "time of a batch"), steps)]
+    return lines
+
+
+def _microseconds(time_us: float | None) -> str:
+    return "-" if time_us is None else f"{time_us:.0f} µs"
 
 
 def _numbers(versions: list[int]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,21 +16,12 @@ from starlette.routing import Route
 
 from millhand import __version__
 from millhand.errors import DeadlineError, InputError, MillhandError
-from millhand.metrics import CONTENT_TYPE, Counter, Histogram, Registry
+from millhand.metrics import CONTENT_TYPE
+from millhand.serving.front_metrics import REQUESTS, SECONDS, MetricsReporter
 from millhand.serving.inference import encode_response, read_body
-from millhand.serving.routing import Routes, UnknownModel, control_call
+from millhand.serving.routing import Routes, UnknownModel
 
 log = logging.getLogger("millhand.http")
-
-HTTP = Registry()
-REQUESTS = Counter(HTTP, "http_requests_total", "HTTP requests answered.", ["method", "path", "status"])
-SECONDS = Histogram(
-    HTTP,
-    "http_request_duration_seconds",
-    "Time from the request's head to the answer.",
-    ["path"],
-    bounds=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
-)
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -43,9 +33,9 @@ class BodyTooLarge(InputError):
 class Application:
     """The endpoints around one `Routes`."""
 
-    def __init__(self, routes: Routes, control_path: Path, body_bytes_cap: int) -> None:
+    def __init__(self, routes: Routes, reporter: MetricsReporter, body_bytes_cap: int) -> None:
         self._routes = routes
-        self._control_path = control_path
+        self._reporter = reporter
         self._body_bytes_cap = body_bytes_cap
 
     def build(self) -> Starlette:
@@ -106,8 +96,8 @@ class Application:
         return _json(encode_response(name, answer.version, wanted, answer.outputs))
 
     async def _metrics(self, request: Request) -> Response:
-        text = await control_call(self._control_path, "metrics", names=request.query_params.get("names", ""))
-        return PlainTextResponse(text + HTTP.render(), media_type=CONTENT_TYPE)
+        text = await self._reporter.page(request.query_params.get("names", ""))
+        return PlainTextResponse(text, media_type=CONTENT_TYPE)
 
     async def _body(self, request: Request) -> bytes:
         claimed = request.headers.get("content-length", "")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -33,11 +34,13 @@ async def serve(arguments: HttpArguments) -> None:
     import uvicorn
 
     from millhand.serving.app import Application
+    from millhand.serving.front_metrics import HTTP, MetricsReporter
     from millhand.serving.routing import Routes
 
     control_path = Path(arguments.control_path)
     routes = Routes(control_path)
-    application = Application(routes, control_path, arguments.body_bytes_cap)
+    reporter = MetricsReporter(HTTP, control_path)
+    application = Application(routes, reporter, arguments.body_bytes_cap)
     server = uvicorn.Server(
         uvicorn.Config(
             application.build(),
@@ -54,13 +57,17 @@ async def serve(arguments: HttpArguments) -> None:
             date_header=False,
         )
     )
+    # uvicorn raises the signal again when it has ended: the work below must still be done.
+    signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
     follower = asyncio.create_task(routes.follow())
     follower.add_done_callback(lambda _: setattr(server, "should_exit", True))
+    reporting = asyncio.create_task(reporter.run())
     with socket.socket(fileno=arguments.listen_fd) as listener:
         await server.serve(sockets=[listener])
-    follower.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await follower
+    for task in (follower, reporting):
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
     routes.close()
 
 

@@ -11,6 +11,7 @@ from millhand.errors import ModelError, WorkerError
 from millhand.serving.client import WorkerClient
 from millhand.serving.manifest import TensorSpec
 from millhand.serving.repository import BadFolder, ModelFolder
+from millhand.serving.steps import step_label
 from millhand.serving.supervision import SupervisedWorker
 
 
@@ -170,7 +171,33 @@ def metadata(folder: ModelFolder, served: Served | None, max_batch: int) -> dict
         "prediction": prediction and prediction.model_dump(mode="json", exclude_defaults=True),
         "metadata": manifest.metadata,
         "accelerator": _evidence(served),
+        "steps": _steps(folder, served),
     }
+
+
+def _steps(folder: ModelFolder, served: Served | None) -> list[dict[str, Any]]:
+    """An ensemble's steps: of its highest loaded version with the models' versions that it uses, else as declared.
+
+    `compute_us`: mean time of a batch since the load, microseconds, as of the last heartbeat; None before the first.
+    """
+    loaded = served.wanted[-1:] if served else []
+    if not served or not loaded:
+        steps = enumerate(folder.manifest.steps, 1)
+        return [
+            {"step": step_label(number, step), "version": step.version, "compute_us": None} for number, step in steps
+        ]
+    key = served.name, loaded[0]
+    request = next(worker.wanted[key] for worker in served.workers if key in worker.wanted)
+    stats = [worker.ledger.running[key] for worker in served.workers if key in worker.ledger.running]
+    batches = sum(entry["batches"] for entry in stats)
+    return [
+        {
+            "step": step.label,
+            "version": step.load.version if step.load else None,
+            "compute_us": sum(entry["steps_ns"][step.label] for entry in stats) / batches / 1e3 if batches else None,
+        }
+        for step in request.steps
+    ]
 
 
 def _evidence(served: Served | None) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def export_workers(workers: Iterable[SupervisedWorker]) -> None:
         for (name, version), metadata in worker.ready.items():
             LOAD_TIME.set(metadata["load_ms"] / 1e3, model=name, version=version)
             if (name, version) in worker.ledger.running:
-                PENDING.set(worker.ledger.running[name, version]["waiting"], model=name, version=version)
+                PENDING.merge((name, str(version)), worker.ledger.running[name, version]["waiting"])
         for (name, version), total in worker.ledger.totals().items():
             _export(total, {"model": name, "version": version})
 

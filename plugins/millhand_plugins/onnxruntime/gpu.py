@@ -53,7 +53,12 @@ class GpuSession(OnnxruntimeSession):
         """
         name, row = self._artifact.path.name, proof.example(inputs)
         began = time.monotonic()
-        found = self._infer(row)
+        try:
+            found = self._infer(row)
+        except ModelError as error:
+            raise ModelError(
+                f"the first inference on the GPU: {error.message}", hint="check CUDA, cuDNN and the GPU's free memory"
+            ) from error
         ran = time.monotonic()
         nodes = self._take_profile()
         evidence = proof.check_nodes(name, nodes)
