@@ -19,6 +19,7 @@ BARE = """
 import os, sys
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import onnxruntime
+onnxruntime.preload_dlls()
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
 print(session.get_providers())
 """

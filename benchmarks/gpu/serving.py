@@ -1,6 +1,6 @@
 """Serving on an NVIDIA GPU: dynamic batching, the proof of each load, memory that comes back, and loads that must fail.
 
-    python benchmarks/gpu/serving.py [--rounds 5] [--seconds 4] [--keep FOLDER] [--cpu]
+    python benchmarks/gpu/serving.py [--rounds 5] [--seconds 3] [--keep FOLDER] [--cpu]
 
 A real agent (`millhand run`) serves each net twice on the accelerator: `single` one row at a time, `batched` with
 batches of up to 64; `vision` a third time with batch sizes as they come (`fixed_batches = false`). Client processes
@@ -190,7 +190,7 @@ def keep_profiles(folder: Path, kept: Path, providers: str) -> None:
 def main() -> int:
     options = parser(__doc__)
     options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--seconds", type=float, default=4.0, help="of one run, after a second of warm-up")
+    options.add_argument("--seconds", type=float, default=3.0, help="of one run, after a second of warm-up")
     options.add_argument("--keep", type=Path, help="folder for ONNX Runtime's profiles and the agent's log")
     options.add_argument("--cpu", action="store_true", help="try the script on the CPU")
     chosen = options.parse_args()
