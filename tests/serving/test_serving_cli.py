@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 
 import pytest
 from click.testing import CliRunner
-from serving_kit import backends, scale, write_model
+from serving_kit import KIT, backends, scale, write_model
 
 from millhand.cli import root as millhand
 from millhand.control import ControlClient, ControlServer
@@ -50,6 +51,14 @@ def daemon(config, root, tmp_path):
     loop.call_soon_threadsafe(stop.set)
     thread.join(20)
     loop.close()
+
+
+@pytest.fixture
+def accelerated(root, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.fspath(KIT), prepend=os.pathsep)
+    artifact = write_model(root, "quick", backend="proving") / "1/model.json"
+    artifact.parent.mkdir()
+    artifact.write_text("")
 
 
 def run(config, *words, stdin=None):
@@ -94,3 +103,11 @@ def test_an_ensembles_steps_are_shown(root, config, daemon, tmp_path):
     with pytest.raises(ModelError, match=r"step 2 \(fill\): 'x' takes tensor 't'"):
         client.call("model.load", model="chain")
     assert "'x' takes tensor 't'" in run(config, "model", "list")
+
+
+def test_show_tells_what_a_load_proved_of_its_accelerator(config, accelerated, daemon):
+    lines = run(config, "model", "show", "quick").splitlines()
+    assert "gpu      1: 2 of 3 nodes on Fast, answers within 1e-06 of the CPU's" in lines
+    proof = json.loads(run(config, "model", "show", "quick", "--json"))["accelerator"]["1"]
+    assert proof["gpu_nodes"] == 2 and proof["max_difference"] == 1.25e-6
+    assert not any(line.startswith("gpu ") for line in run(config, "model", "show", "scale").splitlines())

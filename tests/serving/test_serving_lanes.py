@@ -73,7 +73,8 @@ def test_a_session_proves_its_accelerator_before_anything_runs(tmp_path: Path) -
     artifact.write_text("")
     model = LoadedModel(proving(artifact))
     assert model.session._session.runs == ["prove", "run"]
-    assert model.metadata()["proof"] == {"provider": "Fast", "inputs": ["x"], "max_batch": 8}
+    assert model.session._session.told == (["x"], 8)
+    assert model.metadata()["proof"]["provider"] == "Fast"
 
 
 def test_a_session_that_cannot_prove_its_accelerator_fails_the_load_and_is_closed(tmp_path: Path) -> None:

@@ -116,7 +116,8 @@ class AcceleratedSession(Session):
         if self.artifact.read_text() == "fall back":
             raise ModelError("all nodes ran on the CPU", hint="mend the driver")
         self.runs.append("prove")
-        self.proof = {"provider": "Fast", "inputs": list(inputs), "max_batch": max_batch}
+        self.told = (list(inputs), max_batch)
+        self.proof = {"provider": "Fast", "nodes": 3, "gpu_nodes": 2, "max_difference": 1.25e-6}
 
     def run(self, inputs):
         self.runs.append("run")
