@@ -8,19 +8,30 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from millhand.cli.output import LINE_CHARACTERS, Output, json_option, table
-from millhand.errors import ControlError
+from millhand.cli import bench
+from millhand.cli.output import LINE_CHARACTERS, Output, json_option, table, wrapped
+from millhand.errors import ControlError, MillhandError
 
 if TYPE_CHECKING:
+    from millhand.control import ControlClient
     from millhand.serving.pool import ModelPool
+
+KIB = 1024
+UNREAD = {"state": "unloaded", "reason": "new on disk: millhand model load reads it"}
+GONE = {"bytes": None, "memory_bytes": None, "proof": "gone from disk", "proof_reason": ""}
+LOAD_TIMEOUT_S = 3600.0
+"""The daemon has its own: [models] load_timeout_s, for each version."""
 
 
 @click.group("model")
 def command() -> None:
-    """List and show models."""
+    """List, load, unload and measure models."""
 
 
-@command.command("list")
+command.add_command(bench.command)
+
+
+@command.command("list", short_help="List the models and what serves.")
 @json_option
 @click.pass_context
 def list_models(ctx: click.Context) -> None:
@@ -31,13 +42,14 @@ def list_models(ctx: click.Context) -> None:
         (model["name"], model["state"], _numbers(model["versions"]), _proofs(model), model["reason"])
         for model in models
     ]
-    lines = table(("model", "state", "serves", "proof", "reason"), rows) if rows else ["The repository has no model."]
+    headers = ("model", "state", "serves", "proof", "reason")
+    lines = table(headers, rows, LINE_CHARACTERS) if rows else ["The repository has no model."]
     if not running:
         lines.append("The daemon does not run: this is what is on disk.")
     output.emit(models, lines)
 
 
-@command.command("show")
+@command.command("show", short_help="Show one model.")
 @click.argument("name")
 @json_option
 @click.pass_context
@@ -46,6 +58,73 @@ def show(ctx: click.Context, name: str) -> None:
     output: Output = ctx.obj
     model, running = _ask(output, "model.show", model=name)
     output.emit(model, _describe(model, running))
+
+
+@command.command("versions", short_help="Show a model's versions, and why one does not serve.")
+@click.argument("name")
+@json_option
+@click.pass_context
+def versions(ctx: click.Context, name: str) -> None:
+    """Show the versions of model NAME: what is on disk, what serves, what is proved, and why one does not serve."""
+    output: Output = ctx.obj
+    model, running = _ask(output, "model.show", model=name)
+    details = {detail["version"]: detail for detail in model["details"]}
+    found = [
+        {**details.get(number, {"version": number, **UNREAD}), **model["artifacts"].get(str(number), GONE)}
+        for number in sorted({*details, *map(int, model["artifacts"])})
+    ]
+    reasons = [_why_not(version, model, running) for version in found]
+    rows = [
+        (v["version"], v["state"], v["proof"], _size(v["bytes"]), _size(v["memory_bytes"]), reason)
+        for v, reason in zip(found, reasons, strict=True)
+    ]
+    lines = table(("version", "state", "proof", "on disk", "memory", "why not"), rows, LINE_CHARACTERS)
+    for version, reason, line in zip(found, reasons, lines[1:], strict=True):
+        if line.endswith("…"):
+            lines += ["", *wrapped(f"Version {version['version']}: {reason}")]
+    output.emit(found, lines)
+
+
+@command.command("load", short_help="Serve a model, or load it anew.")
+@click.argument("name")
+@click.option("--version", type=click.IntRange(1), help="Serve this version. Default: those of the model's policy.")
+@json_option
+@click.pass_context
+def load(ctx: click.Context, name: str, version: int | None) -> None:
+    """Read model NAME from disk anew and serve it; what served before goes once the new is ready."""
+    output: Output = ctx.obj
+    daemon = output.daemon(LOAD_TIMEOUT_S)
+    try:
+        entry = daemon.call("model.load", model=name, version=version)
+    except ControlError:
+        raise
+    except MillhandError as error:
+        raise _still_serving(daemon, name, error) from error
+    output.emit(entry, f"{name} serves version {_numbers(entry['versions'])}.")
+
+
+@command.command("unload", short_help="Stop serving a model.")
+@click.argument("name")
+@click.option("--version", type=click.IntRange(1), help="Only this version.")
+@json_option
+@click.pass_context
+def unload(ctx: click.Context, name: str, version: int | None) -> None:
+    """Stop serving model NAME; it comes back at the daemon's next start, or with `load`."""
+    output: Output = ctx.obj
+    only = {} if version is None else {"version": version}
+    entry = output.daemon(LOAD_TIMEOUT_S).call("model.unload", model=name, **only)
+    left = f"{name} serves version {_numbers(entry['versions'])}." if entry["versions"] else f"{name} is unloaded."
+    output.emit(entry, left)
+
+
+def _still_serving(daemon: ControlClient, name: str, error: MillhandError) -> MillhandError:
+    """The error of a failed load, with what serves on in spite of it."""
+    try:
+        serving = daemon.call("model.show", model=name)["versions"]
+    except MillhandError:
+        return error
+    what = f"version {_numbers(serving)} serves on" if serving else "no version of it serves"
+    return type(error)(f"{error.message.removesuffix('.')}; {what}", hint=error.hint, retriable=error.retriable)
 
 
 def _ask(output: Output, call: str, **arguments: Any) -> tuple[Any, bool]:
@@ -107,6 +186,23 @@ def _describe(model: dict[str, Any], running: bool) -> list[str]:
 
 def _microseconds(time_us: float | None) -> str:
     return "-" if time_us is None else f"{time_us:.0f} µs"
+
+
+def _why_not(version: dict[str, Any], model: dict[str, Any], running: bool) -> str:
+    """Why a version does not serve."""
+    if version["reason"] or version["state"] != "unloaded":
+        return str(version["reason"])
+    if not running:
+        return "the daemon does not run"
+    if model["policy"] == "latest" and version["version"] < max(model["available"]):
+        return f"policy latest: {max(model['available'])} is newer"
+    return "not named by the policy" if model["policy"] == "specific" else "not loaded"
+
+
+def _size(size_bytes: int | None) -> str:
+    if size_bytes is None:
+        return "-"
+    return f"{size_bytes / KIB:.1f} KiB" if size_bytes < KIB**2 else f"{size_bytes / KIB**2:.1f} MiB"
 
 
 def _numbers(versions: list[int]) -> str:

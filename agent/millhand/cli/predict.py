@@ -52,7 +52,7 @@ def command(
 
     --output writes .json, .csv, .npy or .npz, by its name.
     """
-    from millhand.cli.tensor_files import format_of, input_specs, read_json, read_tensors, write_outputs
+    from millhand.cli.tensor_files import format_of, read_json, read_tensors, specs_of, write_outputs
 
     output: Output = ctx.obj
     if source == "-" and sys.stdin.isatty():
@@ -71,7 +71,7 @@ def command(
     if kind == "json":
         response = ask(read_json(source), version)
     else:
-        tensors = read_tensors(source, kind, input_specs(described))
+        tensors = read_tensors(source, kind, specs_of(described["inputs"]))
         response = _in_parts(ask, tensors, described["max_batch"], version)
     lines = [f"{response['model_name']} version {response['model_version']}"]
     columns: dict[str, list[Any]] = {}

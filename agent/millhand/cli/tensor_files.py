@@ -62,9 +62,9 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON number")
 
 
-def input_specs(model: Mapping[str, Any]) -> list[Spec]:
-    """The inputs of a model, as `model.show` and `model.routes` describe it."""
-    return [Spec(tensor["name"], tensor["datatype"], tuple(tensor["shape"])) for tensor in model["inputs"]]
+def specs_of(inputs: Sequence[Mapping[str, Any]]) -> list[Spec]:
+    """The inputs of a model, as its metadata describe them."""
+    return [Spec(tensor["name"], tensor["datatype"], tuple(tensor["shape"])) for tensor in inputs]
 
 
 def read_tensors(source: str, kind: str, specs: Sequence[Spec]) -> dict[str, NDArray[Any]]:

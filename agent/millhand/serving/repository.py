@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,14 @@ class ModelFolder:
                 f"model '{self.name}' version {version} changes while it is read: {error}", hint="load it again"
             ) from error
         return ";".join(f"{path.relative_to(root)}:{at.st_ino}:{at.st_size}:{at.st_mtime_ns}" for path, at in files)
+
+    def size_bytes(self, version: int) -> int:
+        """Of all files of the version but its proof; what vanishes meanwhile counts nothing."""
+        size = 0
+        for path in (self.path / str(version)).rglob("*"):
+            with suppress(OSError):
+                size += path.stat().st_size if path.name != PROOF and path.is_file() else 0
+        return size
 
     def proof(self, version: int) -> tuple[str, dict[str, Any]]:
         """("proved", what was measured) where proof.json names this very artifact's SHA-256, else ("unproved", {...}).
@@ -200,6 +209,20 @@ def _digest(stamped: tuple[tuple[Path, int, int], ...]) -> str:
     return digest.hexdigest()
 
 
+def versions_in(path: Path, manifest: Manifest) -> tuple[int, ...]:
+    """The versions that a model's folder holds now, ascending. Raises OSError."""
+    numbers = sorted(int(entry.name) for entry in path.iterdir() if entry.is_dir() and entry.name.isdecimal())
+    files = _files(manifest)
+    found = tuple(n for n in numbers if n > 0 and all((path / str(n) / file).exists() for file in files))
+    # An ensemble that only uses other models needs no folder of its own.
+    return found or (() if files else (1,))
+
+
+def _files(manifest: Manifest) -> list[str]:
+    """What a version's folder must hold: the artifact, or those of an ensemble's steps."""
+    return [step.artifact for step in manifest.steps if step.artifact] if manifest.steps else [manifest.artifact]
+
+
 def read_folder(path: Path) -> ModelFolder:
     """Read one model's folder. Raises ConfigError or ModelError."""
     manifest = read_manifest(path)
@@ -208,14 +231,10 @@ def read_folder(path: Path) -> ModelFolder:
             f"model '{path / 'model.toml'}': key 'name' = '{manifest.name}' is not its folder's name",
             hint=f"rename the folder or set name = '{path.name}'",
         )
-    numbers = [int(entry.name) for entry in path.iterdir() if entry.is_dir() and entry.name.isdecimal()]
-    files = [step.artifact for step in manifest.steps if step.artifact] if manifest.steps else [manifest.artifact]
-    versions = [n for n in sorted(numbers) if n > 0 and all((path / str(n) / file).exists() for file in files)]
-    if not files and not versions:
-        versions = [1]  # an ensemble that only uses other models needs no folder of its own
+    versions = versions_in(path, manifest)
     if not versions:
         raise ModelError(
-            f"model '{manifest.name}' has no version: no '{path}/<number>/{files[0]}'",
+            f"model '{manifest.name}' has no version: no '{path}/<number>/{_files(manifest)[0]}'",
             hint="put the artifact into a folder named by its version, for example 1",
         )
-    return ModelFolder(path, manifest, tuple(versions))
+    return ModelFolder(path, manifest, versions)

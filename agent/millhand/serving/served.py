@@ -10,7 +10,7 @@ from typing import Any
 from millhand.errors import ModelError, WorkerError
 from millhand.serving.client import WorkerClient
 from millhand.serving.manifest import TensorSpec
-from millhand.serving.repository import BadFolder, ModelFolder
+from millhand.serving.repository import BadFolder, ModelFolder, versions_in
 from millhand.serving.steps import step_label
 from millhand.serving.supervision import SupervisedWorker
 
@@ -172,6 +172,28 @@ def metadata(folder: ModelFolder, served: Served | None, max_batch: int) -> dict
         "metadata": manifest.metadata,
         "accelerator": _evidence(served),
         "steps": _steps(folder, served),
+        "artifacts": _artifacts(folder, served),
+    }
+
+
+def _artifacts(folder: ModelFolder, served: Served | None) -> dict[str, Any]:
+    """Version -> its files, of all that are on disk now: some may have come since the folder was read."""
+    try:
+        versions = versions_in(folder.path, folder.manifest)
+    except OSError:
+        versions = ()
+    return {str(version): _artifact(folder, version, served) for version in versions}
+
+
+def _artifact(folder: ModelFolder, version: int, served: Served | None) -> dict[str, Any]:
+    """What a version takes on disk and, while it is loaded and its worker tells it, in memory; why it is unproved."""
+    proof, details = folder.proof(version)
+    loaded = served.loads().get(version, {}) if served else {}
+    return {
+        "bytes": folder.size_bytes(version),
+        "memory_bytes": loaded.get("memory_bytes"),
+        "proof": proof,
+        "proof_reason": details["reason"] if proof == "unproved" else "",
     }
 
 
