@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ def list_models(ctx: click.Context) -> None:
         for model in models
     ]
     headers = ("model", "state", "serves", "proof", "reason")
-    lines = table(headers, rows, LINE_CHARACTERS) if rows else ["The repository has no model."]
+    lines = _table_with_reasons(headers, rows) if rows else ["The repository has no model."]
     if not running:
         lines.append("The daemon does not run: this is what is on disk.")
     output.emit(models, lines)
@@ -78,11 +79,7 @@ def versions(ctx: click.Context, name: str) -> None:
         (v["version"], v["state"], v["proof"], _size(v["bytes"]), _size(v["memory_bytes"]), reason)
         for v, reason in zip(found, reasons, strict=True)
     ]
-    lines = table(("version", "state", "proof", "on disk", "memory", "why not"), rows, LINE_CHARACTERS)
-    for version, reason, line in zip(found, reasons, lines[1:], strict=True):
-        if line.endswith("…"):
-            lines += ["", *wrapped(f"Version {version['version']}: {reason}")]
-    output.emit(found, lines)
+    output.emit(found, _table_with_reasons(("version", "state", "proof", "on disk", "memory", "why not"), rows))
 
 
 @command.command("load", short_help="Serve a model, or load it anew.")
@@ -186,6 +183,13 @@ def _describe(model: dict[str, Any], running: bool) -> list[str]:
 
 def _microseconds(time_us: float | None) -> str:
     return "-" if time_us is None else f"{time_us:.0f} µs"
+
+
+def _table_with_reasons(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """A table whose last column holds reasons; one that is too long for its line follows in full."""
+    lines = table(headers, rows, LINE_CHARACTERS)
+    cut = [row for row, line in zip(rows, lines[1:], strict=True) if line.endswith("…")]
+    return lines + [line for row in cut for line in ("", *wrapped(f"{headers[0].capitalize()} {row[0]}: {row[-1]}"))]
 
 
 def _why_not(version: dict[str, Any], model: dict[str, Any], running: bool) -> str:
