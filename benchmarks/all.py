@@ -13,6 +13,7 @@ SCRIPTS: list[tuple[str, list[str]]] = [
     ("footprint", ["footprint.py"]),
     ("pipeline", ["pipeline.py"]),
     ("worker_protocol", ["worker_protocol.py"]),
+    ("ensemble", ["ensemble.py"]),
     ("serving", ["serving.py", "--peers"]),
     ("serving_ablation", ["serving.py", "--ablation"]),
     ("rig", ["eval/rig.py"]),

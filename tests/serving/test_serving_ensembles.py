@@ -306,6 +306,21 @@ async def test_one_batch_goes_through_all_steps_and_each_request_gets_its_rows(r
     assert stats["chain"]["steps_ns"]["1 (rows)"] >= 2e6 * stats["chain"]["batches"]
 
 
+async def test_several_batches_at_once_keep_their_tensors_apart(root: Path, make_pool: MakePool) -> None:
+    scale(write_model(root, "scale") / "1/model.onnx", 3)
+    write_ensemble(root, "chain", CHAIN, extra="max_batch = 4")
+    pool = await make_pool(runners=3)
+    inputs = [x(1 + number % 4) for number in range(200)]
+    for number, given in enumerate(inputs):
+        given["x"][0, 0] = number
+    answers = await asyncio.gather(*(pool.infer("chain", given, deadline_ms=20_000) for given in inputs))
+    session = open_session(request_of(root, "chain"), Sessions())
+    for given, (outputs, _) in zip(inputs, answers, strict=True):
+        np.testing.assert_allclose(outputs["y"], session.run(given)["y"], rtol=1e-6)
+    stats = next(entry for entry in (await pool.stats())["models"] if entry["model"] == "chain")
+    assert (stats["success"], stats["failed"]) == (200, 0)
+
+
 @pytest.mark.parametrize(
     ("number", "message"),
     [
