@@ -9,19 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from millhand.telemetry.broker import EmbeddedBroker
-
 sys.path.insert(0, os.fspath(Path(__file__).parent / "kit"))
 
-from live_kit import Site
+from live_kit import Site, running_site
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    folder = tmp_path / "site"
-    folder.mkdir()
-    with EmbeddedBroker(folder / "broker") as broker:
-        running = Site(folder, broker)
-        running.start()
-        yield running
-        running.stop()
+    with running_site(tmp_path / "site") as site:
+        yield site

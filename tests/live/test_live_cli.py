@@ -7,6 +7,7 @@ import io
 import json
 import re
 import sqlite3
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -16,7 +17,6 @@ from typing import Any
 import pytest
 from live_kit import (
     HTTP_ANY,
-    Site,
     check,
     cli,
     cli_json,
@@ -25,33 +25,40 @@ from live_kit import (
     file_asset,
     http_url,
     rig_asset,
+    running_site,
     write_engine,
     write_rows,
 )
 
-from millhand.testing import Agent
+from millhand.testing import Agent, millhand_agents
 
-ROWS = 200
+ROWS, PRESS_ROWS = 200, 10
 METRICS_PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
-@pytest.fixture
-def agent(tmp_path: Path, site: Site, millhand_agent: Callable[..., Agent]) -> Iterator[Agent]:
-    """An agent that has seen an engine wear out and a rig fail, and told the hub all of it."""
-    engine = write_engine(tmp_path / "engine.csv", ROWS)
-    press = write_rows(tmp_path / "press.csv", 10)
-    running = millhand_agent(
-        HTTP_ANY
-        + site.telemetry
-        + "[plugins.turbofan]\n"
-        + file_asset(engine, "engine", models=["turbofan-rul"])
-        + rig_asset("skid", speed="full")
-        + file_asset(press, "press", more="follow = true\npoll_ms = 20")
-    )
-    running.wait(ended(running, "engine", "skid"), "the ends of the recordings", 60)
-    running.wait(lambda: drained(running), "the hub's acknowledgement")
-    yield running
-    assert running.stop() == 0
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def agent(folder: Path) -> Iterator[Agent]:
+    """An agent that has seen an engine wear out and a rig fail, and told the hub all of it; all tests share it."""
+    engine = write_engine(folder / "engine.csv", ROWS)
+    press = write_rows(folder / "press.csv", PRESS_ROWS)
+    with running_site(folder / "site") as site, millhand_agents(folder) as start:
+        running = start(
+            HTTP_ANY
+            + site.telemetry
+            + "[plugins.turbofan]\n"
+            + file_asset(engine, "engine", models=["turbofan-rul"])
+            + rig_asset("skid", speed="full")
+            + file_asset(press, "press", more="follow = true\npoll_ms = 20")
+        )
+        running.wait(ended(running, "engine", "skid"), "the ends of the recordings", 60)
+        running.wait(lambda: drained(running), "the hub's acknowledgement")
+        yield running
+        assert running.stop() == 0
 
 
 def fetch(agent: Agent, path: str) -> str:
@@ -60,7 +67,7 @@ def fetch(agent: Agent, path: str) -> str:
     return text
 
 
-def test_the_command_line(tmp_path: Path, agent: Agent) -> None:
+def test_state(agent: Agent) -> None:
     bare = cli(agent)
     assert bare.returncode == 0
     assert "Node       test/test-node, profile generic-cpu" in bare.stdout
@@ -70,7 +77,8 @@ def test_the_command_line(tmp_path: Path, agent: Agent) -> None:
     assert "Next step  millhand alert list" in bare.stdout
     assert len(bare.stdout.splitlines()) == 6
 
-    # Alerts and orders.
+
+def test_alerts_and_orders(agent: Agent) -> None:
     _, alerts = cli_json(agent, "alert", "list", "--state", "open")
     assert {alert["asset"] for alert in alerts} == {"engine", "skid"}
     skid = next(alert for alert in alerts if alert["asset"] == "skid")
@@ -89,12 +97,13 @@ def test_the_command_line(tmp_path: Path, agent: Agent) -> None:
     assert max(map(len, shown.stdout.splitlines())) <= 80
     assert cli_json(agent, "order", "show", order["id"][:8]) == (0, order)
 
-    # Readings.
+
+def test_readings(tmp_path: Path, agent: Agent) -> None:
     rows = list(csv.DictReader(io.StringIO(cli(agent, "readings", "engine", "--name", "sequence").stdout)))
     assert [float(row["value"]) for row in rows] == list(range(ROWS))
     assert {row["quality"] for row in rows} == {"good"}
     lines = cli(agent, "--json", "readings", "press").stdout.splitlines()
-    assert len([json.loads(line) for line in lines]) == 20
+    assert len([json.loads(line) for line in lines]) >= 2 * PRESS_ROWS
     database = tmp_path / "export.db"
     _, tables = cli_json(agent, "readings", "--database", str(database))
     with closing(sqlite3.connect(database)) as connection:
@@ -105,7 +114,8 @@ def test_the_command_line(tmp_path: Path, agent: Agent) -> None:
     again = cli(agent, "readings", "--database", str(database))
     assert (again.returncode, again.stderr[:6]) == (1, "Error:")
 
-    # Models.
+
+def test_models(tmp_path: Path, agent: Agent) -> None:
     _, models = cli_json(agent, "model", "list")
     assert {model["name"]: model["state"] for model in models} == {"rig-fault": "ready", "turbofan-rul": "ready"}
     _, model = cli_json(agent, "model", "show", "rig-fault")
@@ -121,21 +131,20 @@ def test_the_command_line(tmp_path: Path, agent: Agent) -> None:
     wrong = cli(agent, "predict", "rig-fault", "--input", str(features))
     assert (wrong.returncode, "44" in wrong.stderr) == (1, True)
 
-    # Telemetry: follow while rows come.
+
+def test_telemetry_status(agent: Agent) -> None:
     _, status = cli_json(agent, "telemetry", "status")
     assert (status["enabled"], status["connected"]) == (True, True)
     assert "Acknowledged" in cli(agent, "telemetry", "status").stdout
 
 
-def test_telemetry_tail_follows(tmp_path: Path, agent: Agent) -> None:
+def test_telemetry_tail_follows(folder: Path, agent: Agent) -> None:
     stream = agent.client.stream("telemetry.tail", count=2)
-    recording = tmp_path / "press.csv"
+    recording = folder / "press.csv"
     found: list[dict[str, Any]] = []
-    import threading
-
     reader = threading.Thread(target=lambda: found.extend(stream))
     reader.start()
-    row = 10
+    row = PRESS_ROWS
     while reader.is_alive() and row < 2000:
         write_rows(recording, 1, first=row)
         row += 1
@@ -166,11 +175,12 @@ def test_http(agent: Agent) -> None:
     assert json.loads(fetch(agent, "/v2/health/ready")) == {"ready": True}
     assert json.loads(fetch(agent, "/v2/models/turbofan-rul"))["inputs"][0]["shape"] == [-1, 86]
     fetch(agent, "/metrics")  # the load of the CPUs is taken between two
-    text = fetch(agent, "/metrics")
+    agent.wait(lambda: drained(agent), "the hub's acknowledgement")
+    text = fetch(agent, "/metrics?names=triton")
     exposed = set(re.findall(r"^# TYPE (\S+) ", text, re.MULTILINE))
     documented = set(re.findall(r"^\| `([a-z_]+)` \|", METRICS_PAGE.read_text(), re.MULTILINE))
-    # What this node does not have: a sink, a GPU, sensors of a Jetson, rows that it dropped.
-    absent = re.compile("sink|gpu|accelerator|temperature|power|throttle|memory|dropped")
+    # What this node does not have: a sink, a GPU, sensors of a Jetson, rows that it dropped, sessions that count.
+    absent = re.compile("sink|gpu|accelerator|temperature|power|throttle|memory|dropped|energy|session_counts")
     elsewhere = {name for name in documented if absent.search(name)}
     assert documented - elsewhere <= exposed
     assert exposed <= documented

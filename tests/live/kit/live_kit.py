@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,19 @@ class Site:
     def alerts(self) -> list[dict[str, Any]]:
         with queries.opened(self.database) as database:
             return queries.alerts(database, limit=1000)
+
+
+@contextmanager
+def running_site(folder: Path) -> Iterator[Site]:
+    """A broker and a hub, with their files in `folder`."""
+    folder.mkdir()
+    with EmbeddedBroker(folder / "broker") as broker:
+        site = Site(folder, broker)
+        site.start()
+        try:
+            yield site
+        finally:
+            site.stop()
 
 
 def drained(agent: Agent) -> bool:
