@@ -17,9 +17,9 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from millhand.errors import ConfigError
-from millhand.logs import LogSettings
+from millhand.log_settings import LogSettings
 from millhand.pipeline.settings import AssetSettings, OrderSettings
-from millhand.serving.settings import HttpSettings, ModelSettings
+from millhand.serving.settings import HttpSettings, ModelSettings, TracingSettings
 from millhand.store.settings import StoreSettings
 from millhand.telemetry.settings import TelemetrySettings
 from millhand.validation import StrictTable, read_toml, validate
@@ -70,6 +70,7 @@ class Config(StrictTable):
     telemetry: TelemetrySettings = TelemetrySettings()
     models: ModelSettings = ModelSettings()
     http: HttpSettings = HttpSettings()
+    tracing: TracingSettings = TracingSettings()
     orders: OrderSettings = OrderSettings()
     plugins: dict[str, dict[str, Any]] = {}
     """One table a plugin. `enabled = false` leaves it out; `required = true` makes its failure fatal."""

@@ -54,7 +54,7 @@ THREAD_NAME = "millhand-work"
 PLUGIN_RETRY_FIRST_S = 5.0
 PLUGIN_RETRY_LAST_S = 300.0
 # What only a restart can change: the daemon's own place and its store.
-FIXED_SECTIONS = ("node", "store", "http", "models")
+FIXED_SECTIONS = ("node", "store", "http", "tracing", "models")
 
 
 class Daemon:
@@ -111,7 +111,7 @@ class Daemon:
         self._control = ControlServer(config.node.control_path, calls.handlers())
         await self._control.start()
         if config.http.enabled:
-            self._http = http_front(config.http, config.node.control_path)
+            self._http = http_front(config.http, config.node.control_path, config.tracing, config.log)
             await self._http.start()
         self._spawn(self._watch_self(), "self-check")
         self._spawn(self._retry_plugins(), "plugin retry")

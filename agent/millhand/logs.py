@@ -6,20 +6,18 @@ import json
 import logging
 import sys
 import time
-from typing import Literal
-
-from pydantic import Field
-
-from millhand.validation import StrictTable
+from typing import Protocol
 
 
-class LogSettings(StrictTable):
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least severe level that is written."""
-    format: Literal["text", "json"] = "text"
-    """text for people and journald, json (one object a line) for collectors."""
-    repeats_per_minute: int = Field(default=10, ge=1)
-    """A message from one place in the code is written so many times a minute; the rest is counted and said once."""
+class LogChoice(Protocol):
+    """The table `[log]`, or as much of it as a process without pydantic gets."""
+
+    @property
+    def level(self) -> str: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def repeats_per_minute(self) -> int: ...
 
 
 class RepeatLimit(logging.Filter):
@@ -45,7 +43,7 @@ class RepeatLimit(logging.Filter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, message, and the exception where there is one."""
+    """One JSON object a line: time (UTC), level, logger, message, fields, and the exception where there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, object] = {
@@ -53,21 +51,27 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **getattr(record, "fields", {}),
         }
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry, ensure_ascii=False)
 
 
-def configure_logs(settings: LogSettings) -> None:
-    """Send all logs to stderr as the settings say; called once by each process."""
+def log_handler(choice: LogChoice, repeats_per_minute: int) -> logging.Handler:
+    """A handler that writes to stderr in the chosen format, so many lines a minute from one place in the code."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(RepeatLimit(settings.repeats_per_minute))
-    if settings.format == "json":
+    handler.addFilter(RepeatLimit(repeats_per_minute))
+    if choice.format == "json":
         handler.setFormatter(JsonFormatter())
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    return handler
+
+
+def configure_logs(choice: LogChoice) -> None:
+    """Send all logs to stderr as chosen; called once by each process."""
     root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(settings.level.upper())
+    root.handlers[:] = [log_handler(choice, choice.repeats_per_minute)]
+    root.setLevel(choice.level.upper())
     logging.getLogger("pymodbus").setLevel(logging.CRITICAL)  # its errors reach us as exceptions

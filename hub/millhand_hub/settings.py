@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from millhand.logs import LogSettings
+from millhand.log_settings import LogSettings
 from millhand.telemetry.settings import LinkSettings, check_topic_level, check_url
 from millhand.validation import read_toml, validate
 

@@ -19,7 +19,7 @@ import millhand.node_metrics  # noqa: F401 (brings families)
 from millhand.errors import ModelError, OverloadError
 from millhand.metrics import DAEMON, TRITON, Counter, Gauge, Histogram, Registry
 from millhand.serving.batcher import Request
-from millhand.serving.front_metrics import HTTP
+from millhand.serving.front_metrics import FRONT
 from millhand.serving.lanes import LaneStats
 from millhand.serving.worker_metrics import Ledger
 
@@ -28,7 +28,7 @@ PAGE = Path(__file__).parents[2] / "docs/metrics.md"
 
 def test_the_page_lists_every_family_with_type_and_help():
     listed = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*) \|$", PAGE.read_text(), re.M)
-    assert sorted(listed) == sorted(DAEMON.catalogue() + HTTP.catalogue())
+    assert sorted(listed) == sorted(DAEMON.catalogue() + FRONT.catalogue())
 
 
 def samples(text):
@@ -48,7 +48,7 @@ def example(family):
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (apt install prometheus)")
 def test_promtool_finds_nothing_in_any_family():
-    families = [*DAEMON._families.values(), *HTTP._families.values()]
+    families = [*DAEMON._families.values(), *FRONT._families.values()]
     page = "\n".join(line for family in families if family.plain_kind for line in example(family)) + "\n"
     done = subprocess.run(["promtool", "check", "metrics"], input=page, text=True, capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

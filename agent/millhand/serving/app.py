@@ -19,7 +19,9 @@ from millhand.errors import DeadlineError, InputError, MillhandError
 from millhand.metrics import CONTENT_TYPE
 from millhand.serving.front_metrics import REQUESTS, SECONDS, MetricsReporter
 from millhand.serving.inference import encode_response, read_body
+from millhand.serving.observation import Observation
 from millhand.serving.routing import Routes, UnknownModel
+from millhand.serving.tracing import RequestTrace
 
 log = logging.getLogger("millhand.http")
 
@@ -33,9 +35,12 @@ class BodyTooLarge(InputError):
 class Application:
     """The endpoints around one `Routes`."""
 
-    def __init__(self, routes: Routes, reporter: MetricsReporter, body_bytes_cap: int) -> None:
+    def __init__(
+        self, routes: Routes, reporter: MetricsReporter, observation: Observation, body_bytes_cap: int
+    ) -> None:
         self._routes = routes
         self._reporter = reporter
+        self._observation = observation
         self._body_bytes_cap = body_bytes_cap
 
     def build(self) -> Starlette:
@@ -51,8 +56,8 @@ class Application:
                 ("GET", f"{prefix}/ready", self._model_ready),
                 ("POST", f"{prefix}/infer", self._infer),
             ]
-        routes = [Route(path, _counted(path, endpoint), methods=[method]) for method, path, endpoint in table]
-        return Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
+        routes = [Route(path, self._counted(path, endpoint), methods=[method]) for method, path, endpoint in table]
+        return Starlette(routes=routes, exception_handlers={HTTPException: self._no_route})
 
     async def _server(self, request: Request) -> Response:
         return _json({"name": "millhand", "version": __version__, "extensions": []})
@@ -85,7 +90,8 @@ class Application:
         name, version = request.path_params["model"], request.path_params.get("version", "")
         self._routes.model(name, version)  # an unknown model is said before a large body is read
         wanted = read_body(await self._body(request))
-        answer = await self._routes.infer(
+        request.state.infer_ns = time.time_ns()
+        answer = request.state.answer = await self._routes.infer(
             name,
             version,
             wanted.tensors,
@@ -111,6 +117,39 @@ class Application:
             parts.append(part)
         return b"".join(parts)
 
+    def _counted(self, path: str, endpoint: Endpoint) -> Endpoint:
+        """Count, time and trace the endpoint, and turn its errors into answers."""
+
+        async def counted(request: Request) -> Response:
+            started, start_ns = time.perf_counter(), time.time_ns()
+            try:
+                response = await endpoint(request)
+            except MillhandError as error:
+                response = _error(error)
+            except ClientDisconnect:
+                response = Response(status_code=499)
+            except Exception as error:
+                log.exception("a request failed")
+                response = _json({"error": f"internal error: {type(error).__name__}"}, 500)
+            REQUESTS.inc(method=request.method, path=path, status=response.status_code)
+            SECONDS.observe(time.perf_counter() - started, path=path)
+            self._observe(request, path, response, start_ns)
+            return response
+
+        return counted
+
+    async def _no_route(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        REQUESTS.inc(method=request.method, path="other", status=error.status_code)
+        text = f"{request.method} '{request.url.path}' is not served: {error.detail} (see /v2)"
+        response = _json({"error": text}, error.status_code, error.headers)
+        self._observe(request, "", response, time.time_ns())
+        return response
+
+    def _observe(self, request: Request, route: str, response: Response, start_ns: int) -> None:
+        if self._observation.wanted:
+            self._observation.answered(_trace(request, route, response.status_code, start_ns), len(response.body))
+
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(
             f"the body is larger than {self._body_bytes_cap} bytes",
@@ -118,25 +157,22 @@ class Application:
         )
 
 
-def _counted(path: str, endpoint: Endpoint) -> Endpoint:
-    """Count and time the endpoint, and turn its errors into answers."""
-
-    async def counted(request: Request) -> Response:
-        started = time.perf_counter()
-        try:
-            response = await endpoint(request)
-        except MillhandError as error:
-            response = _error(error)
-        except ClientDisconnect:
-            response = Response(status_code=499)
-        except Exception as error:
-            log.exception("a request failed")
-            response = _json({"error": f"internal error: {type(error).__name__}"}, 500)
-        REQUESTS.inc(method=request.method, path=path, status=response.status_code)
-        SECONDS.observe(time.perf_counter() - started, path=path)
-        return response
-
-    return counted
+def _trace(request: Request, route: str, status: int, start_ns: int) -> RequestTrace:
+    answer = getattr(request.state, "answer", None)
+    return RequestTrace(
+        method=request.method,
+        path=request.scope["raw_path"].decode("latin-1"),
+        route=route,
+        status=status,
+        start_ns=start_ns,
+        end_ns=time.time_ns(),
+        traceparent=",".join(request.headers.getlist("traceparent")),  # several are not valid, and mean a new trace
+        model=request.path_params.get("model", ""),
+        version=str(answer.version) if answer else "",
+        infer_ns=getattr(request.state, "infer_ns", 0) if answer else 0,
+        queue_ns=answer.queue_ns if answer else 0,
+        compute_ns=answer.compute_ns if answer else 0,
+    )
 
 
 def _status(error: MillhandError) -> int:
@@ -152,13 +188,6 @@ def _status(error: MillhandError) -> int:
 def _error(error: MillhandError) -> Response:
     text = f"{error.message} ({error.hint})" if error.hint else error.message
     return _json({"error": text}, _status(error))
-
-
-async def _no_route(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    REQUESTS.inc(method=request.method, path="other", status=error.status_code)
-    text = f"{request.method} '{request.url.path}' is not served: {error.detail} (see /v2)"
-    return _json({"error": text}, error.status_code, error.headers)
 
 
 def _json(data: Any, status: int = 200, headers: Any = None) -> Response:

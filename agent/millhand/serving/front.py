@@ -19,7 +19,9 @@ from typing import Any, Protocol
 import msgspec
 
 from millhand.errors import ConfigError
-from millhand.serving.settings import HttpSettings
+from millhand.log_settings import LogSettings
+from millhand.serving.settings import HttpSettings, TracingSettings
+from millhand.serving.tracing import require_exporter
 
 log = logging.getLogger("millhand.front")
 
@@ -147,14 +149,30 @@ def processes(wanted: int) -> int:
     return wanted or min(max(len(os.sched_getaffinity(0)) // 2, 1), PROCESSES_CAP)
 
 
-def http_front(settings: HttpSettings, control_path: Path) -> FrontProcess:
-    """The HTTP processes, which accept on one inherited socket. They are told every key of `[http]`."""
+def http_front(
+    settings: HttpSettings,
+    control_path: Path,
+    tracing: TracingSettings | None = None,
+    log_settings: LogSettings | None = None,
+) -> FrontProcess:
+    """The HTTP processes, which accept on one inherited socket. They are told every key of `[http]`.
+
+    Raises ConfigError where `[tracing]` needs a package that is not installed.
+    """
+    observed = observation_arguments(tracing or TracingSettings(), log_settings or LogSettings())
 
     def arguments(listener: socket.socket) -> dict[str, Any]:
         own = {"listen_fd": listener.fileno(), "control_path": os.fspath(control_path)}
-        return {**settings.model_dump(mode="json"), **own}
+        return {**settings.model_dump(mode="json"), **own, **observed}
 
     return FrontProcess("http", "millhand.serving.http", settings, arguments)
+
+
+def observation_arguments(tracing: TracingSettings, log_settings: LogSettings) -> dict[str, Any]:
+    """What any front process must know to trace and to log. Raises ConfigError where a package is missing."""
+    if tracing.enabled:
+        require_exporter()
+    return {"tracing": tracing.model_dump(mode="json"), "log": log_settings.model_dump(mode="json")}
 
 
 def _bind(name: str, address: Address, listening: bool) -> socket.socket:

@@ -28,14 +28,20 @@ LATE_REPORT_S = 10.0
 LASTING_KINDS = ("counter", "histogram")
 """What an ended process leaves behind; a gauge of it says nothing any more."""
 
-HTTP = Registry()
-REQUESTS = Counter(HTTP, "http_requests_total", "HTTP requests answered.", ["method", "path", "status"])
+FRONT = Registry()
+REQUESTS = Counter(FRONT, "http_requests_total", "HTTP requests answered.", ["method", "path", "status"])
 SECONDS = Histogram(
-    HTTP,
+    FRONT,
     "http_request_duration_seconds",
     "Time from the request's head to the answer.",
     ["path"],
     bounds=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+)
+TRACES = Counter(
+    FRONT,
+    "millhand_traces_total",
+    "Sampled requests by what became of their trace: sent, dropped (the queue was full), failed (not taken).",
+    ["outcome"],
 )
 
 

@@ -16,10 +16,13 @@ from pathlib import Path
 
 import msgspec
 
+from millhand.logs import configure_logs
+from millhand.serving.observation import ObservationOptions, open_observation
+
 DRAIN_S = 3
 
 
-class HttpArguments(msgspec.Struct, frozen=True, kw_only=True):
+class HttpArguments(ObservationOptions, frozen=True, kw_only=True):
     """The one argument of the process, as JSON (no pydantic there: it would cost 6 MB)."""
 
     listen_fd: int
@@ -34,13 +37,14 @@ async def serve(arguments: HttpArguments) -> None:
     import uvicorn
 
     from millhand.serving.app import Application
-    from millhand.serving.front_metrics import HTTP, MetricsReporter
+    from millhand.serving.front_metrics import FRONT, MetricsReporter
     from millhand.serving.routing import Routes
 
     control_path = Path(arguments.control_path)
     routes = Routes(control_path)
-    reporter = MetricsReporter(HTTP, control_path)
-    application = Application(routes, reporter, arguments.body_bytes_cap)
+    reporter = MetricsReporter(FRONT, control_path)
+    observation = open_observation(arguments)
+    application = Application(routes, reporter, observation, arguments.body_bytes_cap)
     server = uvicorn.Server(
         uvicorn.Config(
             application.build(),
@@ -68,13 +72,15 @@ async def serve(arguments: HttpArguments) -> None:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
+    observation.close()
     routes.close()
 
 
 def main() -> None:
     """Entry point of the process."""
     arguments = msgspec.json.decode(sys.argv[1], type=HttpArguments)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    configure_logs(arguments.log)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     asyncio.run(serve(arguments))
 
 

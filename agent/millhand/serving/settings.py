@@ -61,6 +61,21 @@ class HttpSettings(StrictTable):
     """Connections served at once; more are answered 503."""
     keep_alive_s: int = Field(default=30, ge=1)
     """An idle connection is closed after so long."""
+    access_log: bool = False
+    """Write a line to the log for each request: method, path, status, bytes, time, trace id."""
+    access_log_per_minute: int = Field(default=600, ge=1)
+    """At most so many of these lines a minute from each process; the rest is counted and said once."""
+
+
+class TracingSettings(StrictTable):
+    enabled: bool = False
+    """Send a trace of requests to an OpenTelemetry collector; needs the extra `otel`."""
+    endpoint: str = Field(default="http://127.0.0.1:4318/v1/traces", pattern=r"^https?://[^\s/]+(/\S*)?$")
+    """Where the collector takes OTLP over HTTP: the whole URL."""
+    sample_ratio: float = Field(default=1.0, ge=0, le=1)
+    """Share of the requests without a `traceparent` header that are traced; with one, its sampled flag decides."""
+    service_name: str = Field(default="millhand", min_length=1)
+    """The traces' `service.name`."""
 
 
 class WorkerDefaults(StrictTable):
