@@ -160,6 +160,10 @@ class Routes:
             task = self._clients[path] = asyncio.create_task(WorkerClient.connect(Path(path), Path(path).stem))
         try:
             client = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not task.cancelled():
+                raise  # the caller left
+            raise WorkerError("the worker is being restarted", hint="send the request again") from None
         except MillhandError:
             self._clients.pop(path, None)
             raise
