@@ -16,6 +16,7 @@ SCRIPTS: list[tuple[str, list[str]]] = [
     ("ensemble", ["ensemble.py"]),
     ("serving", ["serving.py", "--peers"]),
     ("serving_ablation", ["serving.py", "--ablation"]),
+    ("soak_serving", ["soak_serving.py"]),
     ("rig", ["eval/rig.py"]),
 ]
 SUBSETS = ("FD001", "FD002", "FD003", "FD004")

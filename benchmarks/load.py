@@ -29,6 +29,7 @@ Check = Callable[[int, Headers, bytes], bool]
 
 RECONNECT_S = 0.05
 READ_BYTES = 1 << 18
+BODIES_KEPT = 5
 
 
 @dataclass
@@ -45,7 +46,10 @@ class Result:
     """No answer within the time limit."""
     latencies_ms: array[float] = field(default_factory=lambda: array("d"))
     """Of answers with status 200."""
-    wrong_bodies: list[bytes] = field(default_factory=list)
+    bodies: dict[str, list[str]] = field(default_factory=dict)
+    """The beginnings of the first wrong answers, and of the first of every status but 200."""
+    failures_s: list[float] = field(default_factory=list)
+    """time.monotonic() of every outcome but a 200."""
 
     @property
     def requests(self) -> int:
@@ -73,6 +77,7 @@ class Result:
             "wrong": self.wrong,
             "lost": self.lost,
             "hung": self.hung,
+            "bodies": self.bodies,
         }
 
 
@@ -176,7 +181,7 @@ class Load:
             try:
                 self._idle.append(Connection(self._address))
             except OSError:
-                self._result.lost += 1
+                self._lose()
                 self._retry_s = now + RECONNECT_S
                 return
             self._missing -= 1
@@ -189,7 +194,7 @@ class Load:
         try:
             connection.send()
         except OSError:
-            self._result.lost += 1
+            self._lose()
             self._drop(connection)
             return
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.unsent else 0)
@@ -212,13 +217,14 @@ class Load:
                     if answer is not None:
                         self._take(connection, *answer)
             except OSError:
-                self._result.lost += 1
+                self._lose()
                 self._selector.unregister(connection.socket)
                 self._drop(connection)
         late = time.monotonic() - self._timeout_s
         for key in list(self._selector.get_map().values()):
             if key.data.sent_s < late:
                 self._result.hung += 1
+                self._result.failures_s.append(time.monotonic())
                 self._selector.unregister(key.fileobj)
                 self._drop(key.data)
 
@@ -229,12 +235,24 @@ class Load:
             result.latencies_ms.append((time.monotonic() - connection.due_s) * 1e3)
             if not self._check(connection.index, headers, body):
                 result.wrong += 1
-                result.wrong_bodies = [*result.wrong_bodies, body][:10]
+                self._keep("wrong", body)
+        else:
+            result.failures_s.append(time.monotonic())
+            self._keep(str(status), body)
         self._selector.unregister(connection.socket)
         if headers.get("connection", "").lower() == "close":
             self._drop(connection)
         else:
             self._idle.append(connection)
+
+    def _keep(self, kind: str, body: bytes) -> None:
+        kept = self._result.bodies.setdefault(kind, [])
+        if len(kept) < BODIES_KEPT:
+            kept.append(body[:300].decode(errors="replace"))
+
+    def _lose(self) -> None:
+        self._result.lost += 1
+        self._result.failures_s.append(time.monotonic())
 
     def _drop(self, connection: Connection) -> None:
         connection.socket.close()
