@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 from millhand.serving.tensors import dtype_name, may_fit
 from millhand.serving.transforms import TRANSFORMS, read_transform
 
-PAGE = (Path(__file__).parents[2] / "docs/models.md").read_text()
 NAN, INF = math.nan, math.inf
 
 
