@@ -230,7 +230,9 @@ class Worker:
         if request is None:
             return  # answered already
         if self._batcher.cancel(request.origin.model.lane, request):
-            request.origin.model.count(cancelled=1)
+            # A client calls off what it has waited for until the deadline: that has expired.
+            expired = 0 < request.deadline_ns <= time.monotonic_ns()
+            request.origin.model.count(**{"expired" if expired else "cancelled": 1})
             connection.answer(
                 request_id, protocol.ERROR, protocol.Fault("cancelled", "cancelled by the client", "", True)
             )
