@@ -19,7 +19,7 @@ from millhand.errors import ControlError, MillhandError
 
 if TYPE_CHECKING:
     from millhand.config import Config
-    from millhand.hardware.facts import Accelerator, Hardware, MigInstance
+    from millhand.hardware.facts import Hardware
     from millhand.profiles import Match
     from millhand.serving.repository import Repository
 
@@ -146,8 +146,10 @@ def _node(config: Config) -> tuple[Hardware, Match]:
 
 def _memory(config: Config, hardware: Hardware, found: Match) -> Finding:
     """Whether the models fit the first worker's device, which holds them; each takes at least its file's size."""
+    from millhand.hardware.visible import find_device
+
     device = found.worker.accelerator
-    budget = found.profile.budget_bytes(hardware, _device(hardware, device))
+    budget = found.profile.budget_bytes(hardware, find_device(hardware, device))
     if budget is None:
         return Finding("memory", "warning", f"the memory of '{device}' is not known", "millhand hw show")
     repository = _repository(config)
@@ -157,16 +159,6 @@ def _memory(config: Config, hardware: Hardware, found: Match) -> Finding:
     if wanted > budget:
         return Finding("memory", "error", text, "serve fewer or smaller models, or free memory on the node")
     return Finding("memory", "ok", text)
-
-
-def _device(hardware: Hardware, name: str) -> Accelerator | MigInstance | None:
-    for gpu in hardware.accelerators:
-        if name in (gpu.uuid, str(gpu.index)):
-            return gpu
-        for part in gpu.mig:
-            if name == part.uuid:
-                return part
-    return None
 
 
 def _plugins(config: Config) -> Iterator[Finding]:

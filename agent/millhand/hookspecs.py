@@ -132,6 +132,14 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class PreparedBackend(Protocol):
+    """A backend with a large library of its own."""
+
+    def prepare(self) -> None:
+        """Import it. Called before each load, so that the library does not count as the model's memory."""
+
+
+@runtime_checkable
 class DeclaredBackend(Protocol):
     """A backend whose artifact does not say what the model takes and gives: it is told what model.toml declares."""
 

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from millhand.errors import ConfigError, suggestion
 from millhand.hardware.facts import Accelerator, Hardware, MigInstance, Problem
 from millhand.hardware.gpus import slice_bytes
-from millhand.hardware.visible import device_names
+from millhand.hardware.visible import device_names, find_device
 from millhand.hardware_rules import MatchRules, judge, ready
 from millhand.serving.settings import WorkerDefaults
 from millhand.validation import StrictTable, read_toml, validate
@@ -256,7 +256,9 @@ def _fit(profile: Profile, hardware: Hardware, reasons: list[str], visible: Sequ
                 reasons.append(f"GPU {gpu.index}: the UUIDs of its MIG slices are not known, so no worker can use them")
             cpus = _near_cpus(hardware, gpu) if profile.worker.near_cpus else ()
             values = {**plain, "cpus": plain["cpus"] or cpus}
-            workers += [WorkerDefaults(**{**values, "accelerator": part}) for part in parts]
+            for part in parts:
+                budget = profile.budget_bytes(hardware, find_device(hardware, part)) or 0
+                workers.append(WorkerDefaults(**{**values, "accelerator": part, "memory_bytes_cap": budget}))
     if visible is not None and ready(hardware):
         reasons.append(f"CUDA_VISIBLE_DEVICES leaves {', '.join(visible) or 'no GPU'}")
     tensor_parallel = 1

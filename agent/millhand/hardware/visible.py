@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from millhand.errors import ConfigError
-from millhand.hardware.facts import Accelerator, Hardware
+from millhand.hardware.facts import Accelerator, Hardware, MigInstance
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 HIDE_ALL = "-1"
@@ -22,6 +22,17 @@ def device_names(gpu: Accelerator) -> list[str]:
     if gpu.mig_enabled:
         return [part.uuid for part in gpu.mig if part.uuid]
     return [gpu.uuid or str(gpu.index)]
+
+
+def find_device(hardware: Hardware, name: str) -> Accelerator | MigInstance | None:
+    """The GPU or MIG slice that `device_names` calls so; None for the CPU."""
+    for gpu in hardware.accelerators:
+        if name in (gpu.uuid, str(gpu.index)):
+            return gpu
+        for part in gpu.mig:
+            if name == part.uuid:
+                return part
+    return None
 
 
 def visible_devices(hardware: Hardware, text: str | None) -> tuple[str, ...] | None:

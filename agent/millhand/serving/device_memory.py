@@ -35,11 +35,26 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def trim_memory() -> None:
+    """Give freed memory back to the system, where the C library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def used_bytes(accelerator: str) -> int:
+    """What a model's load adds to: this process's resident memory for `cpu`, else all that is used of the device."""
+    if accelerator == "cpu":
+        return resident_bytes()
+    memory = device_memory(accelerator)
+    return memory.used if memory else 0
+
+
 def device_memory(accelerator: str) -> DeviceMemory | None:
-    """Memory of a GPU or MIG slice by UUID or index; on a Jetson the node's. None where there is no NVML."""
+    """Memory of a GPU or MIG slice by UUID or index; on a Jetson the node's. None where NVML does not know it."""
     library = _nvml()
     if library is None:
-        return None
+        return _main_memory()
     handle, info = ctypes.c_void_p(), _Info()
     if accelerator.isdecimal():
         found = library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(int(accelerator)), ctypes.byref(handle))

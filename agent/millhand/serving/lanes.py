@@ -6,7 +6,6 @@ Imported by workers: Python 3.10.
 from __future__ import annotations
 
 import bisect
-import ctypes
 import logging
 import threading
 import time
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from millhand.errors import DeadlineError, MillhandError, ModelError, WorkerError
 from millhand.hookspecs import CountingSession, DeadlineSession
 from millhand.serving.batcher import Batch, Lane, Request
+from millhand.serving.device_memory import trim_memory, used_bytes
 from millhand.serving.ensemble import EnsembleSession, open_session
 from millhand.serving.sessions import Sessions
 from millhand.serving.tensors import check_inputs, check_session, zeros
@@ -32,6 +32,7 @@ DURATION_BOUNDS_NS = tuple(
     int(ms * 1e6) for ms in (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000)
 )
 
+MIB = 1 << 20
 Spec = "tuple[str, tuple[int, ...]]"
 
 
@@ -73,6 +74,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     """An ensemble's; its `artifact` is its model.toml, and it has no backend."""
     fingerprint: str = ""
     """Of the artifact's files, so that the daemon sees when they have changed; the worker does not look at it."""
+    memory_bytes_cap: int = 0
+    """A model that takes more is refused; 0 allows all."""
 
 
 def _buckets() -> list[int]:
@@ -84,6 +87,8 @@ class LaneStats(msgspec.Struct):
 
     loaded_ns: int = msgspec.field(default_factory=time.monotonic_ns)
     """CLOCK_MONOTONIC at the load; tells two loads of one version apart."""
+    used_ns: int = msgspec.field(default_factory=time.monotonic_ns)
+    """CLOCK_MONOTONIC of the last answer, or of the load."""
     success: int = 0
     failed: int = 0
     expired: int = 0
@@ -110,6 +115,7 @@ class LaneStats(msgspec.Struct):
     def add_batch(self, requests: list[Request], started_ns: int, ended_ns: int) -> None:
         """Count a batch that was answered."""
         compute_ns, rows = ended_ns - started_ns, 0
+        self.used_ns = ended_ns
         for request in requests:
             queue_ns = started_ns - request.arrival_ns
             self.queue_ns += queue_ns
@@ -140,6 +146,9 @@ class LoadedModel:
         started = time.monotonic()
         self._sessions = sessions = Sessions() if sessions is None else sessions
         try:
+            sessions.prepare(request)
+            trim_memory()
+            before_bytes = used_bytes(request.accelerator)
             self.session: Any = open_session(request, sessions)
             self._keeps_deadline = isinstance(self.session, DeadlineSession)
         except MillhandError:
@@ -150,6 +159,11 @@ class LoadedModel:
             check_session(self.name, "input", request.inputs, self.session.inputs)
             check_session(self.name, "output", request.outputs, self.session.outputs)
             self._warm_up(request.warmup)
+            trim_memory()
+            self.memory_bytes = max(0, used_bytes(request.accelerator) - before_bytes)
+            """What the load added; what it shares with a model loaded before it counts there."""
+            if 0 < request.memory_bytes_cap < self.memory_bytes:
+                raise self._too_large(request.memory_bytes_cap)
         except BaseException as error:
             sessions.close(self.session)
             if isinstance(error, MillhandError):
@@ -225,9 +239,7 @@ class LoadedModel:
         """Free the model's memory and give it back to the system."""
         self._sessions.close(self.session)
         del self.session
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+        trim_memory()
 
     def metadata(self) -> dict[str, Any]:
         return {
@@ -237,6 +249,7 @@ class LoadedModel:
             "outputs": self.outputs,
             "max_batch": self.lane.max_batch,
             "load_ms": self.load_ms,
+            "memory_bytes": self.memory_bytes,
             "proof": getattr(self.session, "proof", {}),
         }
 
@@ -258,6 +271,13 @@ class LoadedModel:
                     hint="export the model with a free first dimension on every input and output",
                 )
         return outputs
+
+    def _too_large(self, bytes_cap: int) -> ModelError:
+        return ModelError(
+            f"model '{self.name}' version {self.version} takes {self.memory_bytes / MIB:.1f} MiB of memory, "
+            f"allowed are {bytes_cap / MIB:.1f}",
+            hint="unload others (millhand model list), or raise memory_bytes_cap in [models] or model.toml",
+        )
 
     def _failure(self, error: BaseException, what: str) -> ModelError:
         return ModelError(

@@ -11,16 +11,17 @@ from typing import Any
 
 from millhand import metrics
 from millhand.control import Handler
-from millhand.errors import MillhandError, ModelError, WorkerError
+from millhand.errors import MillhandError, ModelError
 from millhand.registry import Registry
 from millhand.serving.client import deadline_ns
-from millhand.serving.load_request import batch_cap, load_request
+from millhand.serving.load_request import batch_cap
+from millhand.serving.loader import Loader
 from millhand.serving.manifest import Manifest
 from millhand.serving.placement import Placement
 from millhand.serving.repository import ModelFolder, Repository
 from millhand.serving.served import Served, bad_entry, entry, metadata
 from millhand.serving.settings import ModelSettings, WorkerDefaults
-from millhand.serving.supervision import Key, SupervisedWorker
+from millhand.serving.supervision import Key
 from millhand.serving.tensors import Tensors
 from millhand.serving.worker_metrics import export_workers
 
@@ -54,6 +55,7 @@ class ModelPool:
             on_load_failed=self._failed_after_restart,
         )
         self._workers = self._placement.workers
+        self._loader = Loader(repository, registry, settings, self._placement, self._served, self._touch)
         self._changed = asyncio.Event()
         self._generation = 0
         self._loading = asyncio.Lock()
@@ -69,6 +71,7 @@ class ModelPool:
         for bad in self._repository.bad:
             log.error("%s", bad.message)
         self._unhook = metrics.DAEMON.refresh_with(self._export_metrics)
+        self._loader.kept = {*needed, *self._settings.pin}
         await self._load_all(self._names_to_load(needed))
 
     async def need(self, names: Sequence[str], folders: Sequence[Path]) -> None:
@@ -77,12 +80,13 @@ class ModelPool:
         As at `start`, one that fails is logged and shown.
         """
         self._repository.roots = tuple(dict.fromkeys([*self._repository.roots, *folders]))
+        self._loader.kept = {*names, *self._settings.pin}
         await self._load_all([name for name in names if name not in self._served or not self._served[name].wanted])
 
     async def _load_all(self, names: Sequence[str]) -> None:
         for name in names:
             try:
-                await self.load(name)
+                await self.load(name, evict=name in self._loader.kept)
             except MillhandError as error:
                 log.error("model '%s' is not served: %s", name, error.message)
 
@@ -126,12 +130,12 @@ class ModelPool:
                 if not error.retriable or asked == (client, chosen):
                     raise error  # else the version was unloaded while the request was on its way
 
-    async def load(self, name: str, version: int | None = None) -> dict[str, Any]:
+    async def load(self, name: str, version: int | None = None, evict: bool = True) -> dict[str, Any]:
         """Read the repository anew and serve the model's version, or those of its policy.
 
         What is new or has changed is loaded, and what served before goes only when that is ready; where a load fails,
-        the old serves on. Returns the model's entry of `index`. Raises ModelError, ConfigError, PluginError or
-        WorkerError.
+        the old serves on. Where memory is short, models that were asked least recently make room, if `evict`. Returns
+        the model's entry of `index`. Raises ModelError, ConfigError, PluginError or WorkerError.
         """
         async with self._loading:  # one after the other, so that each one's memory can be told
             await asyncio.to_thread(self._repository.scan)
@@ -146,7 +150,7 @@ class ModelPool:
             if served is None:
                 served = self._served[name] = Served(folder, [])
             async with served.lock:
-                await self._exchange(served, folder, chosen)
+                await self._loader.exchange(served, folder, chosen, evict)
             return self._entry(name)
 
     async def unload(self, name: str, version: int | None = None) -> dict[str, Any]:
@@ -158,7 +162,8 @@ class ModelPool:
                 loaded = ", ".join(map(str, served.wanted)) or "none"
                 raise ModelError(f"model '{name}' has no version {version} loaded", hint=f"loaded: {loaded}")
             served.reasons.clear()
-            await self._remove(served, served.wanted if version is None else [version])
+            served.evicted = ""
+            await self._loader.remove(served, served.wanted if version is None else [version])
             return self._entry(name)
 
     def index(self) -> list[dict[str, Any]]:
@@ -190,11 +195,7 @@ class ModelPool:
                 "restarts": worker.restarts,
                 "in_flight": client.in_flight if client else 0,
             })  # fmt: skip
-            if client is not None:
-                try:
-                    models += await client.call("stats", timeout_s=1.0)
-                except WorkerError:
-                    continue  # it dies or hangs; the heartbeat sees to it
+            models += await worker.counters()
         return {"models": models, "workers": workers}
 
     def routes(self) -> dict[str, Any]:
@@ -220,12 +221,12 @@ class ModelPool:
     def _names_to_load(self, needed: Sequence[str]) -> list[str]:
         named = list(self._settings.load)
         if "*" in named:
-            return sorted(self._repository.models)
+            named = sorted(self._repository.models)
         if not named:
             own = [path.resolve() for path in self._settings.paths]
             models = self._repository.models.values()
             named = sorted(model.name for model in models if model.path.parent.resolve() in own)
-        return list(dict.fromkeys([*needed, *named]))
+        return list(dict.fromkeys([*needed, *self._settings.pin, *named]))
 
     def _find(self, name: str) -> Served:
         served = self._served.get(name)
@@ -239,63 +240,6 @@ class ModelPool:
             known = ", ".join(map(str, folder.versions))
             raise ModelError(f"model '{folder.name}' has no version {version}", hint=f"its folder holds {known}")
         return version
-
-    # ---- versions in workers -----------------------------------------------------------------------------------------
-
-    async def _exchange(self, served: Served, folder: ModelFolder, chosen: Sequence[int]) -> None:
-        """Load `chosen` where they are missing or have changed, then unload all others. A failure leaves the others."""
-        before = list(served.workers)
-        workers = self._placement.place(folder, before)
-        served.workers = list(dict.fromkeys([*before, *workers]))
-        served.loading.update(chosen)
-        failure: MillhandError | None = None
-        for number in chosen:
-            try:
-                await self._load_version(folder, number, workers)
-                served.reasons.pop(number, None)
-                served.banned.discard(number)
-            except MillhandError as error:
-                served.reasons[number] = error.message
-                failure = failure or error
-            finally:
-                served.loading.discard(number)
-                self._touch()
-        if failure is not None:
-            served.workers = [worker for worker in served.workers if _lives_in(served.name, worker)] or workers
-            raise failure
-        served.folder, served.reasons = folder, {}
-        await self._remove(served, [number for number in served.wanted if number not in chosen])
-        for worker in before:
-            if worker not in workers:
-                await self._remove(served, chosen, [worker])
-        served.workers = workers
-        self._touch()
-
-    async def _load_version(self, folder: ModelFolder, version: int, workers: Sequence[SupervisedWorker]) -> None:
-        await asyncio.to_thread(self._repository.check_proof, folder, version)
-        key = (folder.name, version)
-        fresh: list[SupervisedWorker] = []
-        try:
-            for worker in workers:
-                request = load_request(folder, version, self._repository, self._registry, self._settings, worker.host)
-                if worker.wanted.get(key) != request:
-                    known = key in worker.wanted
-                    await worker.load(request)
-                    if not known:
-                        fresh.append(worker)
-        except MillhandError:
-            for worker in fresh:
-                await worker.unload(key)
-            raise
-
-    async def _remove(
-        self, served: Served, versions: Sequence[int], workers: Sequence[SupervisedWorker] | None = None
-    ) -> None:
-        for worker in served.workers if workers is None else workers:
-            for number in versions:
-                if (served.name, number) in worker.wanted:
-                    await worker.unload((served.name, number))
-        self._touch()
 
     # ---- deaths -----------------------------------------------------------------------------------------------------
 
@@ -326,25 +270,25 @@ class ModelPool:
     def _fall_back(self, served: Served, version: int, why: str) -> None:
         """A version is given up: say why, and serve the one before it where no other serves."""
         served.banned.add(version)
-        reason = f"version {version} {why}"
-        earlier = [n for n in served.folder.versions if n < version and n not in served.banned]
-        if earlier and not served.wanted:
-            try:
-                self._repository.check_proof(served.folder, earlier[-1])
-                for worker in served.workers:
-                    request = load_request(
-                        served.folder, earlier[-1], self._repository, self._registry, self._settings, worker.host
-                    )
-                    worker.wanted[served.name, earlier[-1]] = request
-                reason += f"; version {earlier[-1]} came back"
-            except MillhandError as error:
-                reason += f"; version {earlier[-1]} cannot come back: {error.message}"
-        served.reasons[version] = reason
-        log.error("model '%s': %s", served.name, reason)
-        for worker in served.workers:
-            task = asyncio.create_task(worker.settle())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        served.reasons[version] = f"version {version} {why}"
+        log.error("model '%s': %s", served.name, served.reasons[version])
+        task = asyncio.create_task(self._settle(served, version))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _settle(self, served: Served, given_up: int) -> None:
+        earlier = [n for n in served.folder.versions if n < given_up and n not in served.banned]
+        async with served.lock:
+            if earlier and not served.wanted:
+                try:
+                    for worker in served.workers:
+                        request = await self._loader.request(served.folder, earlier[-1], worker.host)
+                        worker.wanted[served.name, earlier[-1]] = request
+                    served.reasons[given_up] += f"; version {earlier[-1]} came back"
+                except MillhandError as error:
+                    served.reasons[given_up] += f"; version {earlier[-1]} cannot come back: {error.message}"
+                log.error("model '%s': %s", served.name, served.reasons[given_up])
+            await asyncio.gather(*(worker.settle() for worker in served.workers))
 
     def _export_metrics(self) -> None:
         """Called before each rendering; worker counters are as old as their last heartbeat."""
@@ -362,7 +306,3 @@ class ModelPool:
         if folder is None:
             folder = served.folder if served else self._repository.find(name)
         return entry(folder, served)
-
-
-def _lives_in(name: str, worker: SupervisedWorker) -> bool:
-    return any(model == name for model, _ in worker.wanted)

@@ -192,6 +192,6 @@ def _environment(accelerator: str, threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         # NumPy only copies here; its BLAS would reserve memory for a thread on each core.
         "OPENBLAS_NUM_THREADS": "1",
-        "MALLOC_ARENA_MAX": "2",
+        "MALLOC_ARENA_MAX": "1",  # malloc_trim gives back all of the first arena, of others not what lies on top
         "PYTHONUNBUFFERED": "1",
     }

@@ -139,7 +139,7 @@ class Routes:
                 raise WorkerError(f"the worker of model '{name}' is being restarted", hint="send the request again")
             raise ModelError(
                 f"model '{name}' is {model['state']}: {model['reason'] or 'not loaded'}",
-                hint="look at 'millhand model show'",
+                hint=model["hint"],
                 retriable=True,
             )
         chosen = version or max(model["sockets"], key=int)

@@ -11,6 +11,7 @@ from millhand.errors import ModelError, WorkerError
 from millhand.serving.client import WorkerClient
 from millhand.serving.manifest import TensorSpec
 from millhand.serving.repository import BadFolder, ModelFolder, versions_in
+from millhand.serving.settings import WorkerDefaults
 from millhand.serving.steps import step_label
 from millhand.serving.supervision import SupervisedWorker
 
@@ -24,6 +25,10 @@ class Served:
     """Where it lives: one worker, or with `spread` one for each accelerator."""
     reasons: dict[int, str] = field(default_factory=dict)
     """Version -> why it does not serve as the owner asked: a failed load, too many deaths. 0: the model as a whole."""
+    evicted: str = ""
+    """Why it made room for another."""
+    chosen: tuple[int, ...] = ()
+    """The versions that were last asked for."""
     loading: set[int] = field(default_factory=set)
     banned: set[int] = field(default_factory=set)
     deaths: deque[tuple[float, int]] = field(default_factory=deque)
@@ -58,7 +63,7 @@ class Served:
     @property
     def reason(self) -> str:
         """Why the model is not what the owner asked for, of the highest version that is not."""
-        return self.reasons[max(self.reasons)] if self.reasons else ""
+        return self.reasons[max(self.reasons)] if self.reasons else self.evicted
 
     def version_state(self, version: int) -> str:
         """The same words as `state`, of one version."""
@@ -77,6 +82,11 @@ class Served:
     def loads(self) -> dict[int, dict[str, Any]]:
         """Ready version -> what its worker told of the load; of several workers the first."""
         return {version: self.holders(version)[0].ready[self.name, version] for version in self.ready}
+
+    def memory_bytes(self, version: int, host: WorkerDefaults | None = None) -> int:
+        """What a version takes of its memory in all workers, or in those on one host; 0 where it is not loaded."""
+        key = (self.name, version)
+        return sum(worker.ready[key]["memory_bytes"] for worker in self.holders(version) if host in (None, worker.host))
 
     def choose(self, version: int | None) -> tuple[WorkerClient, int]:
         """The connection and the version to ask, the highest for None; of several workers the least busy.
@@ -102,6 +112,7 @@ class Served:
         return {
             "state": self.state,
             "reason": self.reason,
+            "hint": f"millhand model load {self.name}",
             "backend": manifest.backend,
             "inputs": [tensor(spec) for spec in manifest.inputs],
             "outputs": [tensor(spec) for spec in manifest.outputs],
@@ -114,7 +125,11 @@ class Served:
             return self._restarting()
         if state != "ready":
             why = f": {self.reason}" if self.reason else ""
-            return ModelError(f"model '{self.name}' is {state}{why}", hint=f"millhand model load {self.name}")
+            return ModelError(
+                f"model '{self.name}' is {state}{why}",
+                hint=f"millhand model load {self.name}",
+                retriable=bool(self.evicted),
+            )
         return ModelError(
             f"model '{self.name}' has no version {version}; ready: {', '.join(map(str, ready))}",
             hint="ask for one of these, or for none in particular",
@@ -146,7 +161,8 @@ def _version(number: int, served: Served | None) -> dict[str, Any]:
     return {
         "version": number,
         "state": served.version_state(number) if served else "unloaded",
-        "reason": served.reasons.get(number, "") if served else "",
+        "reason": served.reasons.get(number, served.evicted) if served else "",
+        "memory_bytes": served.memory_bytes(number) if served else 0,
     }
 
 

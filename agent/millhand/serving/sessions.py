@@ -19,7 +19,7 @@ import msgspec
 from numpy.typing import NDArray
 
 from millhand.errors import PluginError, suggestion
-from millhand.hookspecs import CountingSession, DeadlineSession, DeclaredBackend, ProvingSession
+from millhand.hookspecs import CountingSession, DeadlineSession, DeclaredBackend, PreparedBackend, ProvingSession
 from millhand.serving.tensors import Specs, Tensors, check_session
 
 if TYPE_CHECKING:
@@ -38,6 +38,16 @@ class Sessions:
 
     def __init__(self) -> None:
         self._entries: dict[bytes, _Entry] = {}
+
+    def prepare(self, request: LoadRequest) -> None:
+        """Import what the backends need, so that it does not count as a model's memory. Raises PluginError."""
+        for step in request.steps:
+            if step.load is not None:
+                self.prepare(step.load)
+        if not request.steps:
+            backend = find_backend(request.module, request.backend, request.plugin_options)
+            if isinstance(backend, PreparedBackend):
+                backend.prepare()
 
     def open(self, request: LoadRequest) -> Session:
         """Load an artifact, or take the session that another user has loaded from it. Raises what the backend does."""

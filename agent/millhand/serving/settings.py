@@ -14,6 +14,11 @@ class ModelSettings(StrictTable):
     """Folders of your own models (each holds `<model>/model.toml`); they win over shipped ones of the same name."""
     load: tuple[str, ...] = ()
     """Models to serve by name, `*` for all. Empty: those that assets use, and all in `paths`."""
+    pin: tuple[str, ...] = ()
+    """Models to serve that never make room for others, beside those that assets use."""
+    memory_bytes_cap: int = Field(default=0, ge=0)
+    """Memory that all models on the CPU may take together; 0 sets no limit. An accelerator's comes from the profile.
+    A load that needs room unloads the models that were asked least recently."""
     require_proof: bool = False
     """Refuse a version whose artifact has no proof.json that matches it."""
     deadline_ms: float = Field(default=2000, gt=0)
@@ -91,3 +96,5 @@ class WorkerDefaults(StrictTable):
     """Upper bound for every model's `max_batch`; 0 sets none."""
     max_delay_us: int = Field(default=0, ge=0, le=1_000_000)
     """How long a request may wait for others to share an inference with, where model.toml does not say."""
+    memory_bytes_cap: int = Field(default=0, ge=0)
+    """Memory of the accelerator that models may take together; 0 sets no limit. For the CPU the owner says it."""

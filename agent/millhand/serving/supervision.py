@@ -24,6 +24,7 @@ from millhand.serving.worker_metrics import Ledger
 log = logging.getLogger("millhand.serving")
 
 EXIT_WAIT_S = 0.5
+STATS_WAIT_S = 1.0
 Key = tuple[str, int]  # model, version
 
 
@@ -70,17 +71,35 @@ class SupervisedWorker:
         process = self.process
         return None if process is None or process.client.closed else process.client
 
-    async def load(self, request: LoadRequest) -> dict[str, Any]:
+    def holds(self, model: str) -> bool:
+        """Whether a version of the model lives here, or comes back after a restart."""
+        return any(name == model for name, _ in self.wanted)
+
+    async def counters(self) -> list[dict[str, Any]]:
+        """What each loaded version has counted (see LaneStats); nothing from a worker that does not answer."""
+        client = self.client
+        if client is None:
+            return []
+        try:
+            entries: list[dict[str, Any]] = await client.call("stats", timeout_s=STATS_WAIT_S)
+        except WorkerError:
+            return []  # it dies or hangs; the heartbeat sees to it
+        return entries
+
+    async def load(self, request: LoadRequest, memory_bytes_cap: int = 0) -> dict[str, Any]:
         """Load a version, starting the worker if need be; one that is loaded is replaced once the new one is ready.
 
-        Raises what the worker raised; then nothing has changed.
+        One that takes more than `memory_bytes_cap` is refused (0 allows all); after a restart it no longer is. Raises
+        what the worker raised; then nothing has changed.
         """
         async with self._lock:
+            key = (request.model, request.version)
             if self.process is None:
                 await self._begin()
-            key = (request.model, request.version)
+                if self.wanted.get(key) == request and key in self.ready:
+                    return self.ready[key]
             try:
-                metadata = await self._load(request)
+                metadata = await self._load(msgspec.structs.replace(request, memory_bytes_cap=memory_bytes_cap))
             except MillhandError:
                 if not self.wanted:
                     await self._end()
@@ -102,6 +121,8 @@ class SupervisedWorker:
         """Load what is wanted and unload what is not, where the worker lives: `wanted` was changed from outside."""
         async with self._lock:
             if self.client is None:
+                if self.wanted and self._watch is None:
+                    self._watch = asyncio.create_task(self._keep_alive())
                 return
             for key in [key for key in self.ready if key not in self.wanted]:
                 await self._free(key)
@@ -191,10 +212,11 @@ class SupervisedWorker:
         """Runs as long as the worker has a process or should have one."""
         delay_ms = self._settings.restart_delay_ms
         while True:
-            lived_s = await self._watch_process()
-            await self._bury()
-            if lived_s * 1e3 > 2 * self._settings.restart_delay_cap_ms:
-                delay_ms = self._settings.restart_delay_ms
+            if self.process is not None:
+                lived_s = await self._watch_process()
+                await self._bury()
+                if lived_s * 1e3 > 2 * self._settings.restart_delay_cap_ms:
+                    delay_ms = self._settings.restart_delay_ms
             while self.process is None:
                 if not self.wanted:
                     self._watch = None

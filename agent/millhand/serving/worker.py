@@ -281,6 +281,8 @@ class Worker:
             if replaced is None:
                 return model.metadata()
             self._batcher.remove(replaced.lane)
+            if replaced.session is model.session:
+                model.memory_bytes += replaced.memory_bytes
             replaced.close()
             return {**model.metadata(), "replaced": _counted(replaced)}
 
@@ -342,11 +344,12 @@ class Worker:
 
 
 def _counted(model: LoadedModel) -> dict[str, Any]:
-    """The LaneStats, and how many requests wait."""
+    """The LaneStats, and how many requests wait and run."""
     return {
         "model": model.name,
         "version": model.version,
         "waiting": len(model.lane.queue),
+        "running": model.lane.running,
         **msgspec.structs.asdict(model.stats),
     }
 

@@ -113,7 +113,7 @@ def _sum(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
             total[key] = [first + second for first, second in zip(one[key], value, strict=True)]
         elif isinstance(value, dict):
             total[key] = {name: one[key].get(name, 0) + value.get(name, 0) for name in {*one[key], *value}}
-        elif isinstance(value, int) and key not in ("version", "waiting", "loaded_ns"):
+        elif isinstance(value, int) and key not in ("version", "waiting", "running", "loaded_ns", "used_ns"):
             total[key] = one[key] + value
     return total
 

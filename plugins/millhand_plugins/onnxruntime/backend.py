@@ -20,6 +20,10 @@ class OnnxruntimeBackend:
     name = "onnxruntime"
     suffixes: tuple[str, ...] = (".onnx", ".ort")
 
+    def prepare(self) -> None:
+        """Import ONNX Runtime."""
+        import onnxruntime  # type: ignore[import-untyped]  # noqa: F401
+
     def load(self, artifact: Path, accelerator: str, options: Mapping[str, Any]) -> OnnxruntimeSession:
         """Load one file. `options`: the keys of `[plugins.onnxruntime]`. A GpuSession must `prove` itself next.
 

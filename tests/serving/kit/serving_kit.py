@@ -123,7 +123,7 @@ def write_model(
 
 
 def write_faulty(root: Path, name: str, *, extra: str = "", versions: dict[int, str] | None = None) -> Path:
-    """A model of the faulty backend; `versions`: number -> what its load does ("", die, hang, raise)."""
+    """A model of the faulty backend; `versions`: number -> what its load does ("", die, hang, raise, hold <MiB>)."""
     folder = write_model(root, name, backend="faulty", extra=extra)
     for number, load in (versions or {1: ""}).items():
         (folder / str(number)).mkdir(exist_ok=True)

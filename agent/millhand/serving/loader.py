@@ -1,0 +1,178 @@
+"""Brings versions into workers and out again, within the memory that models may take."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from millhand.errors import MillhandError, ModelError
+from millhand.registry import Registry
+from millhand.serving.budget import Holding, room_bytes, victims
+from millhand.serving.lanes import LoadRequest
+from millhand.serving.load_request import load_request
+from millhand.serving.placement import CPU, Placement
+from millhand.serving.repository import ModelFolder, Repository
+from millhand.serving.served import Served
+from millhand.serving.settings import ModelSettings, WorkerDefaults
+from millhand.serving.supervision import SupervisedWorker
+
+log = logging.getLogger("millhand.serving")
+
+MIB = 1 << 20
+
+
+class Loader:
+    """One for a pool, whose models and workers it changes."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        registry: Registry,
+        settings: ModelSettings,
+        placement: Placement,
+        models: Mapping[str, Served],
+        on_change: Callable[[], None],
+    ) -> None:
+        """`models`: what the pool serves, by name."""
+        self.kept: set[str] = set()
+        """Models that never make room for others."""
+        self._repository = repository
+        self._registry = registry
+        self._settings = settings
+        self._placement = placement
+        self._models = models
+        self._on_change = on_change
+
+    async def exchange(self, served: Served, folder: ModelFolder, chosen: Sequence[int], evict: bool = True) -> None:
+        """Load `chosen` where they are missing or have changed, then unload the model's other versions.
+
+        Others make room if need be, unless `evict` is false. Raises the first failure, when all have been tried; then
+        the other versions stay.
+        """
+        before = list(served.workers)
+        workers = self._placement.place(folder, before)
+        served.workers = list(dict.fromkeys([*before, *workers]))
+        served.chosen = tuple(chosen)
+        served.loading.update(chosen)
+        self._on_change()
+        failure: MillhandError | None = None
+        for number in chosen:
+            try:
+                await self._load(served, folder, number, workers, evict)
+                served.reasons.pop(number, None)
+                served.banned.discard(number)
+                served.evicted = ""
+            except MillhandError as error:
+                served.reasons[number] = error.message
+                failure = failure or error
+            finally:
+                served.loading.discard(number)
+                self._on_change()
+        if failure is not None:
+            served.workers = [worker for worker in served.workers if worker.holds(served.name)] or workers
+            raise failure
+        served.folder, served.reasons = folder, {}
+        await self.remove(served, [number for number in served.wanted if number not in chosen])
+        for worker in before:
+            if worker not in workers:
+                await self._remove_from(worker, served.name, chosen)
+        served.workers = workers
+        self._on_change()
+
+    async def remove(self, served: Served, versions: Sequence[int]) -> None:
+        """Unload versions wherever they live."""
+        for worker in served.workers:
+            await self._remove_from(worker, served.name, versions)
+        self._on_change()
+
+    async def request(self, folder: ModelFolder, version: int, host: WorkerDefaults) -> LoadRequest:
+        """What a worker on `host` is told to load. Raises ConfigError or ModelError, for one that is unproved too."""
+        await asyncio.to_thread(self._repository.check_proof, folder, version)
+        return load_request(folder, version, self._repository, self._registry, self._settings, host)
+
+    async def _remove_from(self, worker: SupervisedWorker, name: str, versions: Sequence[int]) -> None:
+        for number in versions:
+            if (name, number) in worker.wanted:
+                await worker.unload((name, number))
+
+    async def _load(
+        self, served: Served, folder: ModelFolder, version: int, workers: Sequence[SupervisedWorker], evict: bool
+    ) -> None:
+        key = (folder.name, version)
+        fresh: list[SupervisedWorker] = []
+        try:
+            for worker in workers:
+                request = await self.request(folder, version, worker.host)
+                if worker.wanted.get(key) == request and key in worker.ready:
+                    continue
+                bytes_cap = await self._make_room(worker.host, folder, version, evict)
+                if key not in worker.wanted:
+                    fresh.append(worker)
+                await worker.load(request, bytes_cap)
+                await self._shed(worker.host, served, version, served.memory_bytes(version, worker.host))
+        except MillhandError:
+            for worker in fresh:
+                await self._remove_from(worker, folder.name, [version])
+            raise
+
+    # ---- memory -----------------------------------------------------------------------------------------------------
+
+    async def _make_room(self, host: WorkerDefaults, folder: ModelFolder, version: int, evict: bool) -> int:
+        """Make room for what the version takes at least; return the most that it may take, 0 for any.
+
+        Raises ModelError where it cannot fit.
+        """
+        served, own_cap = self._models[folder.name], folder.manifest.memory_bytes_cap
+        cap = self._bytes_cap(host)
+        if not cap:
+            return own_cap
+        room = room_bytes(cap, await self._holdings(host, served, version, evict))
+        wanted = served.memory_bytes(version, host) or folder.size_bytes(version)
+        if wanted > room:
+            raise ModelError(
+                f"model '{folder.name}' version {version} takes {wanted / MIB:.1f} MiB of memory or more, "
+                f"{max(room, 0) / MIB:.1f} of {cap / MIB:.1f} can be had",
+                hint="unload others (millhand model list), or raise [models] memory_bytes_cap",
+            )
+        if evict:
+            await self._shed(host, served, version, wanted)
+        return min(room, own_cap) if own_cap else room
+
+    async def _shed(self, host: WorkerDefaults, served: Served, version: int, wanted_bytes: int) -> None:
+        """Unload what was asked least recently until this much fits."""
+        cap = self._bytes_cap(host)
+        if cap:
+            for name in victims(cap, await self._holdings(host, served, version), wanted_bytes):
+                await self._evict(self._models[name], served.name)
+
+    def _bytes_cap(self, host: WorkerDefaults) -> int:
+        return self._settings.memory_bytes_cap if host.accelerator == CPU else host.memory_bytes_cap
+
+    async def _evict(self, victim: Served, winner: str) -> None:
+        async with victim.lock:
+            victim.reasons.clear()
+            victim.evicted = f"unloaded to make room for model '{winner}'"
+            log.warning("model '%s' is %s", victim.name, victim.evicted)
+            await self.remove(victim, victim.wanted)
+
+    async def _holdings(self, host: WorkerDefaults, served: Served, version: int, evict: bool = True) -> list[Holding]:
+        """What is held of a host's memory beside this version and those of its model that will go once it is ready."""
+        counters: dict[str, list[dict[str, Any]]] = {}
+        for worker in self._placement.workers.values():
+            if worker.host == host:
+                for entry in await worker.counters():
+                    counters.setdefault(entry["model"], []).append(entry)
+        holdings = []
+        for name, other in self._models.items():
+            versions = set(other.ready)
+            if other is served:
+                versions &= set(served.chosen) - {version}
+            bytes_held = sum(other.memory_bytes(number, host) for number in versions)
+            counted = counters.get(name, [])
+            busy = not counted or any(entry["waiting"] or entry["running"] for entry in counted)
+            kept = not evict or busy or other is served or name in self.kept or other.lock.locked()
+            used_ns = max((entry["used_ns"] for entry in counted), default=0)
+            holdings.append(Holding(name, bytes_held, used_ns, kept))
+        return holdings
