@@ -19,10 +19,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from serving_kit import action, backends, identity, save_onnx, scale, until, value, write_faulty, write_model
 
-from millhand.errors import DeadlineError, InputError, ModelError
+from millhand.errors import DeadlineError, InputError, ModelError, WorkerError
 from millhand.pipeline.asset import AssetPipeline
 from millhand.pipeline.settings import AssetSettings
 from millhand.serving.ensemble import open_session
+from millhand.serving.lanes import LoadedModel
 from millhand.serving.load_request import load_request
 from millhand.serving.pool import ModelPool
 from millhand.serving.repository import Repository
@@ -475,6 +476,20 @@ def test_no_step_begins_after_the_deadline(root: Path) -> None:
     session.run_until(slow, time.monotonic_ns() + 10**10)
     with pytest.raises(DeadlineError, match=r"the deadline passed before ensemble 'chain', step 2 \(fill\)"):
         session.run_until(slow, time.monotonic_ns() + 10**8)
+
+
+def test_a_step_that_waits_for_something_outside_keeps_the_deadline_itself(root: Path) -> None:
+    folder = write_faulty(root, "outside")
+    toml = folder / "model.toml"
+    toml.write_text(toml.read_text().replace('"faulty"', '"declared"'))
+    write_ensemble(root, "chain", '[[steps]]\nmodel = "outside"\n')
+    model = LoadedModel(request_of(root, "chain"))  # its warm-up fails, which may be over by and by
+    with pytest.raises(WorkerError, match=r"ensemble 'chain', step 1 \(outside\): ") as caught:
+        model.session.run_until(action(0), 0)
+    assert caught.value.retriable
+    (folder / "1/gate").touch()
+    left_ms = model.session.run_until(action(0), time.monotonic_ns() + 10**10)["y"][0, 0]
+    assert 5_000 < left_ms <= 10_000
 
 
 def test_a_session_that_bears_one_inference_takes_turns(root: Path) -> None:
