@@ -13,6 +13,9 @@ from millhand.errors import ConfigError, suggestion
 
 Table = TypeVar("Table", bound=BaseModel)
 
+SECRET_WORDS = ("password", "secret", "token", "passphrase")
+SECRET_SHOWN = "(not shown)"  # noqa: S105 - a placeholder, not a secret
+
 
 class StrictTable(BaseModel):
     """Base of every table: unknown keys are refused, values are frozen, defaults are checked too."""
@@ -48,6 +51,11 @@ def validate(
         raise ConfigError("\n".join(lines), hint="mend the keys named above") from error
 
 
+def is_secret(key: str) -> bool:
+    """Whether the value of a key of this name must not be shown; where a secret lies may be."""
+    return any(word in key.lower() for word in SECRET_WORDS) and not key.endswith(("_file", "_env"))
+
+
 def _set_by(key: tuple[int | str, ...], variables: Mapping[tuple[str, ...], str]) -> str:
     """The variables that set the faulty key, or something in the faulty table."""
     names = [name for path, name in variables.items() if path[: len(key)] == key[: len(path)]]
@@ -69,6 +77,8 @@ def _describe(model: type[BaseModel], item: Any, source: str) -> str:
     if isinstance(value, dict) and item["type"] == "value_error":
         return f"{source}: table '{key}': {message}"
     shown = repr(value) if not isinstance(value, dict | list) else type(value).__name__
+    if is_secret(str(parts[-1])):
+        shown = SECRET_SHOWN
     return f"{source}: key '{key}' = {shown[:80]}: {message}"
 
 

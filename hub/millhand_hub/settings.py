@@ -51,7 +51,9 @@ class HubSettings(LinkSettings):
 def load_settings(path: Path | None = None, environment: Mapping[str, str] | None = None) -> HubSettings:
     """Read and check the hub's configuration. Raises ConfigError naming file, key and value."""
     data: dict[str, Any] = read_toml(path) if path is not None else {}
+    variables: dict[tuple[str, ...], str] = {}
     for name, text in sorted((os.environ if environment is None else environment).items()):
         if name.startswith(PREFIX):
-            data[name.removeprefix(PREFIX).lower()] = text
-    return validate(HubSettings, data, f"hub config '{path}'" if path else "hub config")
+            key = name.removeprefix(PREFIX).lower()
+            data[key], variables[(key,)] = text, name
+    return validate(HubSettings, data, f"hub config '{path}'" if path else "hub config", variables)

@@ -79,6 +79,13 @@ def test_a_fault_from_the_environment_names_key_and_variable(tmp_path: Path) -> 
     assert any("'node.idd'" in line and "set by" not in line for line in lines), "this one is the file's"
 
 
+def test_a_secret_is_not_shown_in_an_error() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {"MILLHAND_TELEMETRY__PASSWORD": "4711"})
+    assert "4711" not in caught.value.message
+    assert "'telemetry.password' = (not shown)" in caught.value.message
+
+
 def test_a_variable_reaches_into_tables_alone(tmp_path: Path) -> None:
     path = write(tmp_path, "[[assets]]\nname = 'press'\nadapter = 'host'\n")
     with pytest.raises(ConfigError, match=r"'MILLHAND_ASSETS__PRESS__NAME': key 'assets' is no table"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -32,6 +33,17 @@ def test_readme_names_every_command() -> None:
     page = (ROOT / "README.md").read_text()
     for command in COMMANDS:
         assert f"millhand {command}" in page, command
+
+
+def test_readme_names_every_subcommand() -> None:
+    page = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| `millhand (\w+)(?: ([\w\\|]+))?` \|", page, re.MULTILINE)
+    named = {(group, word) for group, words in rows for word in words.split("\\|") if word}
+    real = set()
+    for name, (module, _) in COMMANDS.items():
+        command = importlib.import_module(f"millhand.cli.{module}").command
+        real |= {(name, sub) for sub in getattr(command, "commands", ())}
+    assert named == real
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

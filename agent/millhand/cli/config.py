@@ -10,9 +10,6 @@ import click
 
 from millhand.cli.output import Output, json_option, plural, silence_registry
 
-SECRET_WORDS = ("password", "secret", "token", "passphrase")
-SECRET_SHOWN = "(not shown)"  # noqa: S105 - a placeholder, not a secret
-
 
 @click.group("config")
 def command() -> None:
@@ -86,8 +83,9 @@ def mask(value: Any, key: str = "") -> Any:
         return {name: mask(item, name) for name, item in value.items()}
     if isinstance(value, list):
         return [mask(item, key) for item in value]
-    secret = any(word in key.lower() for word in SECRET_WORDS) and not key.endswith(("_file", "_env"))
-    return SECRET_SHOWN if secret and value else value
+    from millhand.validation import SECRET_SHOWN, is_secret
+
+    return SECRET_SHOWN if value and is_secret(key) else value
 
 
 def _toml_lines(prefix: str, table: dict[str, Any]) -> list[str]:
