@@ -159,20 +159,32 @@ def http_front(
 
     Raises ConfigError where `[tracing]` needs a package that is not installed.
     """
-    observed = observation_arguments(tracing or TracingSettings(), log_settings or LogSettings())
+    observation = observation_options(
+        tracing or TracingSettings(), log_settings or LogSettings(), settings.access_log, settings.access_log_per_minute
+    )
 
     def arguments(listener: socket.socket) -> dict[str, Any]:
-        own = {"listen_fd": listener.fileno(), "control_path": os.fspath(control_path)}
-        return {**settings.model_dump(mode="json"), **own, **observed}
+        own = {"listen_fd": listener.fileno(), "control_path": os.fspath(control_path), "observation": observation}
+        return {**settings.model_dump(mode="json"), **own}
 
     return FrontProcess("http", "millhand.serving.http", settings, arguments)
 
 
-def observation_arguments(tracing: TracingSettings, log_settings: LogSettings) -> dict[str, Any]:
-    """What any front process must know to trace and to log. Raises ConfigError where a package is missing."""
+def observation_options(
+    tracing: TracingSettings, log_settings: LogSettings, access_log: bool = False, access_log_per_minute: int = 600
+) -> dict[str, Any]:
+    """The argument `observation` of any front process (see ObservationOptions there).
+
+    Raises ConfigError where `[tracing]` needs a package that is not installed.
+    """
     if tracing.enabled:
         require_exporter()
-    return {"tracing": tracing.model_dump(mode="json"), "log": log_settings.model_dump(mode="json")}
+    return {
+        "access_log": access_log,
+        "access_log_per_minute": access_log_per_minute,
+        "tracing": tracing.model_dump(mode="json"),
+        "log": log_settings.model_dump(mode="json"),
+    }
 
 
 def _bind(name: str, address: Address, listening: bool) -> socket.socket:

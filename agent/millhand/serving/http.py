@@ -22,7 +22,7 @@ from millhand.serving.observation import ObservationOptions, open_observation
 DRAIN_S = 3
 
 
-class HttpArguments(ObservationOptions, frozen=True, kw_only=True):
+class HttpArguments(msgspec.Struct, frozen=True, kw_only=True):
     """The one argument of the process, as JSON (no pydantic there: it would cost 6 MB)."""
 
     listen_fd: int
@@ -30,6 +30,7 @@ class HttpArguments(ObservationOptions, frozen=True, kw_only=True):
     body_bytes_cap: int
     connections_cap: int
     keep_alive_s: int
+    observation: ObservationOptions
 
 
 async def serve(arguments: HttpArguments) -> None:
@@ -43,7 +44,7 @@ async def serve(arguments: HttpArguments) -> None:
     control_path = Path(arguments.control_path)
     routes = Routes(control_path)
     reporter = MetricsReporter(FRONT, control_path)
-    observation = open_observation(arguments)
+    observation = open_observation(arguments.observation)
     application = Application(routes, reporter, observation, arguments.body_bytes_cap)
     server = uvicorn.Server(
         uvicorn.Config(
@@ -79,7 +80,7 @@ async def serve(arguments: HttpArguments) -> None:
 def main() -> None:
     """Entry point of the process."""
     arguments = msgspec.json.decode(sys.argv[1], type=HttpArguments)
-    configure_logs(arguments.log)
+    configure_logs(arguments.observation.log)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     asyncio.run(serve(arguments))
 

@@ -18,7 +18,7 @@ class LogOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ObservationOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What every front process is told; a base of its arguments."""
+    """What every front process is told; a part of its argument."""
 
     access_log: bool = False
     access_log_per_minute: int = 600
