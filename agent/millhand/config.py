@@ -28,6 +28,7 @@ DEFAULT_PATH = Path("/etc/millhand/millhand.toml")
 PREFIX = "MILLHAND_"
 # Variables that start with the prefix and are not keys.
 NOT_KEYS = frozenset({"MILLHAND_CONFIG", "MILLHAND_DATA"})
+HUB_PREFIX = "MILLHAND_HUB_"  # the hub's own; both may run on one machine
 DEFAULT_PLUGINS = ("boards", "onnxruntime", "orders")
 
 
@@ -118,7 +119,7 @@ def _overlay(data: dict[str, Any], environment: Mapping[str, str]) -> dict[tuple
     """Lay the environment over `data`; returns key path -> the variable that set it. Raises ConfigError."""
     variables: dict[tuple[str, ...], str] = {}
     for name, text in sorted(environment.items()):
-        if not name.startswith(PREFIX) or name in NOT_KEYS:
+        if not name.startswith(PREFIX) or name in NOT_KEYS or name.startswith(HUB_PREFIX):
             continue
         keys = name.removeprefix(PREFIX).lower().split("__")
         if len(keys) < 2:

@@ -64,7 +64,7 @@ def test_missing_file_is_an_error_with_a_remedy(tmp_path: Path) -> None:
 def test_environment_overlays_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "[node]\nid = 'a'\n")
     environment = {"MILLHAND_NODE__ID": "press-7", "MILLHAND_HTTP__PORT": "9001", "MILLHAND_HTTP__ENABLED": "false"}
-    config = load_config(path, environment)
+    config = load_config(path, {**environment, "MILLHAND_HUB__BROKER": "mqtt://a"})
     assert (config.node.id, config.http.port, config.http.enabled) == ("press-7", 9001, False)
 
 

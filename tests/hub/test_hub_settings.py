@@ -40,6 +40,8 @@ def test_defaults_and_environment(tmp_path):
     environment = {"MILLHAND_HUB__BROKER": "mqtts://b:1", "MILLHAND_HUB__COMMIT_MS": "7", "MILLHAND_HUB_CONFIG": "x"}
     settings = load_settings(tmp_path / "hub.toml", environment)
     assert (settings.broker, settings.commit_ms, settings.keep_days) == ("mqtts://b:1", 7, 5)
+    with pytest.raises(ConfigError, match=r"'commit_ms' = 'soon': .* \(set by MILLHAND_HUB__COMMIT_MS\)"):
+        load_settings(tmp_path / "hub.toml", {"MILLHAND_HUB__COMMIT_MS": "soon"})
     assert settings.database_path == Path("/var/lib/millhand-hub/hub.db")
     with pytest.raises(ConfigError, match="does not exist"):
         load_settings(tmp_path / "none.toml", {})

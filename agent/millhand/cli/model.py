@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from millhand.serving.pool import ModelPool
 
 KIB = 1024
-UNREAD = {"state": "unloaded", "reason": "new on disk: millhand model load reads it"}
-GONE = {"bytes": None, "memory_bytes": None, "proof": "gone from disk", "proof_reason": ""}
+UNREAD = {"state": "unloaded", "memory_bytes": 0, "reason": "new on disk: millhand model load reads it"}
+GONE = {"bytes": None, "proof": "gone from disk", "proof_reason": ""}
 LOAD_TIMEOUT_S = 3600.0
 """The daemon has its own: [models] load_timeout_s, for each version."""
 
@@ -76,7 +76,7 @@ def versions(ctx: click.Context, name: str) -> None:
     ]
     reasons = [_why_not(version, model, running) for version in found]
     rows = [
-        (v["version"], v["state"], v["proof"], _size(v["bytes"]), _size(v["memory_bytes"]), reason)
+        (v["version"], v["state"], v["proof"], _size(v["bytes"]), _size(v["memory_bytes"] or None), reason)
         for v, reason in zip(found, reasons, strict=True)
     ]
     output.emit(found, _table_with_reasons(("version", "state", "proof", "on disk", "memory", "why not"), rows))

@@ -188,26 +188,24 @@ def metadata(folder: ModelFolder, served: Served | None, max_batch: int) -> dict
         "metadata": manifest.metadata,
         "accelerator": _evidence(served),
         "steps": _steps(folder, served),
-        "artifacts": _artifacts(folder, served),
+        "artifacts": _artifacts(folder),
     }
 
 
-def _artifacts(folder: ModelFolder, served: Served | None) -> dict[str, Any]:
+def _artifacts(folder: ModelFolder) -> dict[str, Any]:
     """Version -> its files, of all that are on disk now: some may have come since the folder was read."""
     try:
         versions = versions_in(folder.path, folder.manifest)
     except OSError:
         versions = ()
-    return {str(version): _artifact(folder, version, served) for version in versions}
+    return {str(version): _artifact(folder, version) for version in versions}
 
 
-def _artifact(folder: ModelFolder, version: int, served: Served | None) -> dict[str, Any]:
-    """What a version takes on disk and, while it is loaded and its worker tells it, in memory; why it is unproved."""
+def _artifact(folder: ModelFolder, version: int) -> dict[str, Any]:
+    """What a version takes on disk, and why it is unproved."""
     proof, details = folder.proof(version)
-    loaded = served.loads().get(version, {}) if served else {}
     return {
         "bytes": folder.size_bytes(version),
-        "memory_bytes": loaded.get("memory_bytes"),
         "proof": proof,
         "proof_reason": details["reason"] if proof == "unproved" else "",
     }
