@@ -1,14 +1,18 @@
-"""Open Inference Protocol v2 in JSON: requests to tensors, tensors to responses.
+"""Inference requests and responses of the Open Inference Protocol v2: JSON, and tensors as binary data.
 
-Rules where the protocol leaves room: `data` is flat or nested in row-major order, only the number of elements counts;
-JSON has no NaN and no infinity, so none can come in, and one that a model gives goes out as null; BYTES are UTF-8.
-Millhand's own request parameters: `deadline_ms` and `priority`.
+Decided here where the protocol leaves room: `data` is flat or nested in row-major order, only the number of elements
+counts; JSON has no NaN and no infinity, so none can come in, and one that a model gives goes out as null; binary data
+may hold both; BYTES are UTF-8 in JSON and anything in binary data. Parameters of requests: `deadline_ms` (millhand's),
+`timeout` (Triton's, microseconds), `priority`, `binary_data_output`; others are ignored, but those of shared memory
+are refused. The binary tensor data extension is Triton's:
+https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -16,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from millhand.errors import InputError, suggestion
-from millhand.serving.tensors import DATATYPE_OF, DATATYPES
+from millhand.serving.quick_json import read_quickly
+from millhand.serving.tensors import DATATYPE_OF, DATATYPES, dtype_name
 
 _LISTS: dict[str, Any] = {
     "BOOL": list[bool],
@@ -26,13 +31,14 @@ _LISTS: dict[str, Any] = {
     "FP64": list[float],
 }
 _FLAT = {name: msgspec.json.Decoder(_LISTS.get(name, list[int])) for name in DATATYPES}
+_DTYPES = {name: np.dtype(dtype) for name, dtype in DATATYPES.items()}
 
 
 class InputTensor(msgspec.Struct):
     name: str
     shape: list[int]
     datatype: str
-    data: msgspec.Raw
+    data: msgspec.Raw = msgspec.Raw(b"")
     parameters: dict[str, Any] = {}
 
 
@@ -55,34 +61,90 @@ class InferRequest(msgspec.Struct):
     """A request as the pool and the workers take it."""
 
     tensors: dict[str, NDArray[Any]]
-    id: str
-    wanted: tuple[str, ...]
+    """Views of the body where they came as binary data."""
+    id: str = ""
+    outputs: list[OutputWish] = []
     """The outputs asked for; empty for all."""
-    deadline_ms: float | None
-    priority: int
+    deadline_ms: float | None = None
+    priority: int = 0
+    binary: bool = False
+    """Whether outputs that do not say otherwise go back as binary data."""
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The names of the outputs asked for, each once."""
+        return tuple(dict.fromkeys([wish.name for wish in self.outputs]))
+
+    @property
+    def all_binary(self) -> bool:
+        """Whether every output goes back as binary data, as it is."""
+        if not self.outputs:
+            return self.binary
+        return all(
+            wish.parameters.get("binary_data", self.binary) is True and not wish.parameters.get("classification")
+            for wish in self.outputs
+        )
 
 
-def read_body(body: bytes) -> InferRequest:
-    """Read a JSON request. Raises InputError naming the tensor or the key, what came and what is expected."""
-    try:
-        request = _decode_body(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(
-            f"the body is no inference request: {error}",
-            hint='send {"inputs": [{"name", "shape", "datatype", "data"}]}; JSON knows neither NaN nor Infinity',
-        ) from error
+def read_body(body: bytes | memoryview, header_bytes: int | None = None) -> InferRequest:
+    """Read a request. `header_bytes`: the size of its JSON where binary data follow it; None where it is JSON alone.
+
+    Raises InputError naming the tensor or the key, what came and what is expected.
+    """
+    if header_bytes is None:
+        quick = read_quickly(body)
+        request, elements = (_decode(body), {}) if quick is None else (msgspec.convert(quick[0], Body), quick[1])
+        binary = memoryview(b"")
+    else:
+        if not 0 < header_bytes <= len(body):
+            raise InputError(
+                f"Inference-Header-Content-Length = {header_bytes} does not fit the body of {len(body)} bytes",
+                hint="give the number of bytes of the JSON that begins the body",
+            )
+        request, elements = _decode(body[:header_bytes]), {}
+        binary = memoryview(body)[header_bytes:]
     tensors: dict[str, NDArray[Any]] = {}
+    position = 0
     for tensor in request.inputs:
-        if tensor.name in tensors:
-            raise InputError(f"tensor '{tensor.name}' is given twice", hint="name each input once")
-        tensors[tensor.name] = _array(tensor)
-    return InferRequest(
-        tensors,
-        request.id,
-        tuple(output.name for output in request.outputs),
-        _number(request.parameters, "deadline_ms"),
-        int(_number(request.parameters, "priority") or 0),
-    )
+        name = tensor.name
+        if name in tensors:
+            raise InputError(f"tensor '{name}' is given twice", hint="name each input once")
+        _check_head(tensor)
+        size = tensor.parameters.get("binary_data_size") if tensor.parameters else None
+        if size is None:
+            found = elements.get(name)
+            tensors[name] = _array(tensor, _elements(tensor) if found is None else found)
+        else:
+            tensors[name] = _binary(tensor, size, binary, position)
+            position += size
+    if position != len(binary):
+        raise InputError(
+            f"{len(binary)} bytes follow the JSON, the tensors' binary_data_size add up to {position}",
+            hint="make Inference-Header-Content-Length and binary_data_size fit the body",
+        )
+    return _request(request, tensors)
+
+
+def read_raw(body: bytes | memoryview, specs: Sequence[Mapping[str, Any]]) -> InferRequest:
+    """Read a raw binary request (Inference-Header-Content-Length: 0): the body is the model's only input.
+
+    `specs`: the model's inputs (`name`, `datatype`, `shape`). The batch is what the size says, so only the first
+    dimension may be free; one element of BYTES is the whole body. Raises InputError.
+    """
+    if len(specs) != 1 or any(size < 0 for size in specs[0]["shape"][1:]):
+        raise InputError(
+            "a raw binary request needs a model with one input that is free in its first dimension alone",
+            hint="send the JSON header as well, with its size in Inference-Header-Content-Length",
+        )
+    name, datatype, shape = specs[0]["name"], specs[0]["datatype"], list(specs[0]["shape"][1:])
+    if datatype == "BYTES":
+        data: Any = struct.pack("<I", len(body)) + body
+        rows = 1
+    else:
+        data, row_bytes = body, math.prod(shape) * _DTYPES[datatype].itemsize
+        rows = len(body) // max(row_bytes, 1)
+    tensor = InputTensor(name, [rows, *shape], datatype)
+    return InferRequest({name: _binary(tensor, len(data), memoryview(data), 0)}, binary=True)
 
 
 def read_request(request: Mapping[str, Any]) -> InferRequest:
@@ -90,37 +152,99 @@ def read_request(request: Mapping[str, Any]) -> InferRequest:
     return read_body(msgspec.json.encode(request))
 
 
-def encode_response(
-    model: str, version: int, request: InferRequest, outputs: Mapping[str, NDArray[Any]]
-) -> dict[str, Any]:
-    """The response as plain data. Raises InputError for an output that the model does not give."""
-    for name in request.wanted:
-        if name not in outputs:
+def write_response(
+    model: str,
+    version: int,
+    request: InferRequest,
+    outputs: Mapping[str, NDArray[Any]],
+    labels: Sequence[str] = (),
+) -> tuple[dict[str, Any], list[Any]]:
+    """The response's JSON as plain data, and the buffers of binary data that follow it.
+
+    `labels` name the classes where an output is asked for as a classification. Raises InputError for an output that
+    the model does not give.
+    """
+    wishes = request.outputs or [OutputWish(name) for name in outputs]
+    entries: list[dict[str, Any]] = []
+    buffers: list[Any] = []
+    for wish in wishes:
+        name, parameters = wish.name, wish.parameters
+        array = outputs.get(name)
+        if array is None:
             raise InputError(
                 f"model '{model}' has no output '{name}'{suggestion(name, outputs)}",
                 hint=f"it gives {', '.join(outputs)}",
             )
-    names = request.wanted or tuple(outputs)
-    response: dict[str, Any] = {
-        "model_name": model,
-        "model_version": str(version),
-        "outputs": [_tensor(name, outputs[name]) for name in names],
-    }
+        if parameters.get("classification"):
+            array = _classes(name, array, parameters["classification"], labels)
+        if parameters.get("binary_data", request.binary):
+            data = _bytes(array)
+            buffers.append(data)
+            entries.append(_entry(name, array) | {"parameters": {"binary_data_size": len(data)}})
+        else:
+            entries.append(_entry(name, array) | {"data": _values(array)})
+    response: dict[str, Any] = {"model_name": model, "model_version": str(version), "outputs": entries}
     if request.id:
         response["id"] = request.id
-    return response
+    return response, buffers
 
 
-def _array(tensor: InputTensor) -> NDArray[Any]:
+def encode_response(
+    model: str, version: int, request: InferRequest, outputs: Mapping[str, NDArray[Any]]
+) -> dict[str, Any]:
+    """The response as plain data (the control socket's), without binary data."""
+    wishes = [OutputWish(name) for name in request.wanted]
+    plain = InferRequest(request.tensors, request.id, wishes)
+    return write_response(model, version, plain, outputs)[0]
+
+
+# ---- in -------------------------------------------------------------------------------------------------------------
+
+
+def _decode(body: bytes | memoryview) -> Body:
+    try:
+        return _decode_body(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(
+            f"the body is no inference request: {error}",
+            hint='send {"inputs": [{"name", "shape", "datatype", "data"}]}; JSON knows neither NaN nor Infinity',
+        ) from error
+
+
+def _request(body: Body, tensors: dict[str, NDArray[Any]]) -> InferRequest:
+    parameters = body.parameters
+    if not parameters:
+        return InferRequest(tensors, body.id, body.outputs)
+    deadline_ms = _number(parameters, "deadline_ms")
+    timeout_us = _number(parameters, "timeout")
+    if deadline_ms is None and timeout_us:  # Triton: 0 is none
+        deadline_ms = timeout_us / 1000
+    priority = int(_number(parameters, "priority") or 0)
+    binary = parameters.get("binary_data_output", False)
+    if not isinstance(binary, bool):
+        raise InputError(f"parameter 'binary_data_output' = {binary!r} is not valid", hint="give true or false")
+    if not -(1 << 31) <= priority < 1 << 31:
+        raise InputError(f"parameter 'priority' = {priority} is not valid", hint="give a small whole number")
+    return InferRequest(tensors, body.id, body.outputs, deadline_ms, priority, binary)
+
+
+def _check_head(tensor: InputTensor) -> None:
     name, datatype = tensor.name, tensor.datatype
     if datatype not in DATATYPES:
         raise InputError(
             f"tensor '{name}': datatype '{datatype}' is not known{suggestion(datatype, DATATYPES)}",
             hint=f"use one of {', '.join(DATATYPES)}",
         )
-    if any(size < 0 for size in tensor.shape):
+    if tensor.shape and min(tensor.shape) < 0:
         raise InputError(f"tensor '{name}': shape {tensor.shape} is negative", hint="give the shape of the data sent")
-    elements = _elements(tensor)
+    if "shared_memory_region" in tensor.parameters:
+        raise InputError(
+            f"tensor '{name}': shared memory regions are not supported", hint="send the data with the request"
+        )
+
+
+def _array(tensor: InputTensor, elements: Any) -> NDArray[Any]:
+    name, datatype = tensor.name, tensor.datatype
     if len(elements) != math.prod(tensor.shape):
         raise InputError(
             f"tensor '{name}' has {len(elements)} elements, its shape {tensor.shape} needs {math.prod(tensor.shape)}",
@@ -132,12 +256,26 @@ def _array(tensor: InputTensor) -> NDArray[Any]:
         return array.reshape(tensor.shape)
     try:
         with np.errstate(over="raise"):
-            return np.array(elements, dtype=DATATYPES[datatype]).reshape(tensor.shape)
+            if isinstance(elements, np.ndarray) and elements.dtype.kind in "iu":
+                return _narrowed(elements, _DTYPES[datatype]).reshape(tensor.shape)
+            return np.asarray(elements, dtype=_DTYPES[datatype]).reshape(tensor.shape)
     except (OverflowError, FloatingPointError) as error:
         raise InputError(f"tensor '{name}' holds a value that is too large for {datatype}", hint="check it") from error
 
 
+def _narrowed(elements: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Integers as another integer type. Raises OverflowError where one does not fit."""
+    limits = np.iinfo(dtype)
+    if elements.size and not (limits.min <= int(elements.min()) and int(elements.max()) <= limits.max):
+        raise OverflowError
+    return elements.astype(dtype)
+
+
 def _elements(tensor: InputTensor) -> list[Any]:
+    if not tensor.data:
+        raise InputError(
+            f"tensor '{tensor.name}' has no data", hint="give `data`, or binary data and parameter binary_data_size"
+        )
     try:
         flat: list[Any] = _FLAT[tensor.datatype].decode(tensor.data)
         return flat
@@ -163,21 +301,94 @@ def _leaves(data: Any) -> Iterator[Any]:
         yield data
 
 
+def _binary(tensor: InputTensor, size: Any, binary: memoryview, position: int) -> NDArray[Any]:
+    """A view of the tensor's binary data (little-endian, row major; BYTES: each a 4-byte length and its bytes)."""
+    name, count = tensor.name, math.prod(tensor.shape)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise InputError(f"tensor '{name}': binary_data_size = {size!r} is no size", hint="give a number of bytes")
+    if tensor.data:
+        raise InputError(f"tensor '{name}' has both data and binary_data_size", hint="send one of them")
+    if position + size > len(binary):
+        raise InputError(
+            f"tensor '{name}': binary_data_size = {size}, {len(binary) - position} bytes are left in the body",
+            hint="check binary_data_size and Inference-Header-Content-Length",
+        )
+    if tensor.datatype == "BYTES":
+        return _strings(name, bytes(binary[position : position + size]), count).reshape(tensor.shape)
+    dtype = _DTYPES[tensor.datatype]
+    if size != count * dtype.itemsize:
+        raise InputError(
+            f"tensor '{name}' has {size} bytes of binary data, its shape {tensor.shape} of {tensor.datatype} "
+            f"needs {count * dtype.itemsize}",
+            hint="send data that fit the shape",
+        )
+    array = np.frombuffer(binary, dtype, count, position).reshape(tensor.shape)
+    if dtype.kind == "b" and count and int(np.frombuffer(binary, np.uint8, count, position).max()) > 1:
+        raise InputError(f"tensor '{name}' of BOOL holds bytes other than 0 and 1", hint="send one byte a value")
+    return array
+
+
+def _strings(name: str, data: bytes, count: int) -> NDArray[Any]:
+    elements, position = [], 0
+    while position + 4 <= len(data):
+        (size,) = struct.unpack_from("<I", data, position)
+        elements.append(data[position + 4 : position + 4 + size])
+        position += 4 + size
+    if position != len(data) or len(elements) != count:
+        raise InputError(
+            f"tensor '{name}' holds {len(elements)} strings, its shape needs {count}",
+            hint="send each as a 4-byte little-endian length and its bytes",
+        )
+    array = np.empty(count, dtype=object)
+    array[:] = elements
+    return array
+
+
 def _number(parameters: Mapping[str, Any], key: str) -> float | None:
     value = parameters.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or (key == "deadline_ms" and value <= 0):
+    wrong = isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+    if wrong or (key == "deadline_ms" and value <= 0) or (key == "timeout" and value < 0):
         raise InputError(f"parameter '{key}' = {value!r} is not valid", hint="give a number; a deadline is above 0")
     return float(value)
 
 
-def _tensor(name: str, array: NDArray[Any]) -> dict[str, Any]:
+# ---- out ------------------------------------------------------------------------------------------------------------
+
+
+def _entry(name: str, array: NDArray[Any]) -> dict[str, Any]:
+    return {"name": name, "datatype": DATATYPE_OF[dtype_name(array.dtype)], "shape": array.shape}
+
+
+def _values(array: NDArray[Any]) -> list[Any]:
     flat = array.ravel()
     if array.dtype == object:
-        texts = [item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item) for item in flat]
-        return {"name": name, "datatype": "BYTES", "shape": list(array.shape), "data": texts}
+        return [item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item) for item in flat]
     data: list[Any] = flat.tolist()
     if array.dtype.kind == "f" and not np.isfinite(flat).all():
         data = [value if math.isfinite(value) else None for value in data]
-    return {"name": name, "datatype": DATATYPE_OF[array.dtype.name], "shape": list(array.shape), "data": data}
+    return data
+
+
+def _bytes(array: NDArray[Any]) -> bytes:
+    if array.dtype != object:
+        return array.tobytes()
+    items = [item if isinstance(item, bytes) else str(item).encode() for item in array.ravel()]
+    return b"".join([struct.pack("<I", len(item)) + item for item in items])
+
+
+def _classes(name: str, array: NDArray[Any], count: Any, labels: Sequence[str]) -> NDArray[Any]:
+    """Triton's classification extension: the `count` largest of each row as BYTES "value:index[:label]"."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0 or array.dtype.kind not in "iuf":
+        raise InputError(
+            f"output '{name}': classification = {count!r} is not valid", hint="ask for a number of classes"
+        )
+    rows = array.reshape(array.shape[0], -1)
+    count = min(count, rows.shape[1])
+    found = np.empty((len(rows), count), dtype=object)
+    for number, row in enumerate(rows):
+        for place, index in enumerate(np.argsort(-row, kind="stable")[:count]):
+            label = f":{labels[index]}" if index < len(labels) else ""
+            found[number, place] = f"{row[index]:f}:{index}{label}".encode()
+    return found
