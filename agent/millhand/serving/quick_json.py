@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 try:
     from simdjson import Array, Object, Parser
 except ImportError:  # no wheel for this platform
-    Parser = None
+    Parser = None  # type: ignore[assignment,misc]
 
 # Element types of simdjson's buffers, and NumPy's word for them.
 _FLOAT, _SIGNED, _UNSIGNED = ("d", np.dtype("f8")), ("i", np.dtype("i8")), ("u", np.dtype("u8"))
@@ -51,10 +51,12 @@ def _read(parser: Any, body: bytes | memoryview) -> tuple[dict[str, Any], dict[s
         return None
     request: dict[str, Any] = {"inputs": []}
     elements: dict[str, NDArray[Any]] = {}
-    for key in document:
+    found: Any = document
+    for key in found:
         if key != "inputs":
-            request[key] = _plain(document[key])
-    for tensor in document["inputs"]:
+            request[key] = _plain(found[key])
+    tensor: Any
+    for tensor in found["inputs"]:
         head = {key: _plain(tensor[key]) for key in tensor if key != "data"}
         code, dtype = _READ_AS[head["datatype"]]
         if head["name"] in elements:

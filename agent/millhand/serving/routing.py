@@ -65,7 +65,8 @@ class Routes:
     def __init__(self, control_path: Path) -> None:
         self._control_path = control_path
         self._models: dict[str, Any] = {}
-        self._deadline_ms = 0.0
+        self.deadline_ms = 0.0
+        """Of a request that names none."""
         self._clients: dict[str, asyncio.Task[WorkerClient]] = {}
         self._changed = asyncio.Event()
         self.known = False
@@ -76,7 +77,7 @@ class Routes:
         try:
             async for routes in control_stream(self._control_path, "model.routes"):
                 self._models = routes["models"]
-                self._deadline_ms = routes["deadline_ms"]
+                self.deadline_ms = routes["deadline_ms"]
                 self.known = True
                 self._forget_workers()
                 changed, self._changed = self._changed, asyncio.Event()
@@ -113,12 +114,16 @@ class Routes:
         version: str,
         tensors: Tensors,
         *,
-        deadline_ms: float | None,
-        priority: int,
-        wanted: tuple[str, ...],
+        deadline_ms: float | None = None,
+        deadline: int = 0,
+        priority: int = 0,
+        wanted: tuple[str, ...] = (),
     ) -> Answer:
-        """Run one request at the worker that has the version (the highest for ""). Errors as `WorkerClient.infer`."""
-        deadline = deadline_ns(deadline_ms or self._deadline_ms)
+        """Run one request at the worker that has the version (the highest for ""). Errors as `WorkerClient.infer`.
+
+        `deadline_ms` counts from now; `deadline`, CLOCK_MONOTONIC nanoseconds, goes before it.
+        """
+        deadline = deadline or deadline_ns(deadline_ms or self.deadline_ms)
         for attempt in range(2):
             client, chosen = await self._reach(name, version)
             changed = self._changed
@@ -131,6 +136,24 @@ class Routes:
                     raise
             await _wait_for(changed)  # the version was unloaded between the daemon's word and our request
         raise AssertionError("unreachable")
+
+    def reached(self, name: str, version: str) -> tuple[WorkerClient, int] | None:
+        """The least busy connected worker and the version; None where `infer` would have to wait for one."""
+        sockets = self._models[name]["sockets"]
+        if not sockets:
+            return None
+        chosen = version or max(sockets, key=int)
+        best: WorkerClient | None = None
+        for path in sockets[chosen]:
+            task = self._clients.get(path)
+            if task is None or not task.done() or task.cancelled() or task.exception() is not None:
+                return None
+            client = task.result()
+            if client.closed:
+                return None
+            if best is None or client.in_flight < best.in_flight:
+                best = client
+        return None if best is None else (best, int(chosen))
 
     async def _reach(self, name: str, version: str) -> tuple[WorkerClient, int]:
         model = self.model(name, version)

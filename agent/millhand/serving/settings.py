@@ -64,8 +64,14 @@ class HttpSettings(StrictTable):
     """A larger request body is refused with 413."""
     connections_cap: int = Field(default=512, ge=1)
     """Connections served at once; more are answered 503."""
-    keep_alive_s: int = Field(default=30, ge=1)
+    keep_alive_s: float = Field(default=30, gt=0)
     """An idle connection is closed after so long."""
+    request_timeout_s: float = Field(default=10, gt=0)
+    """A request whose head or body takes longer to come, or whose answer is not read for so long, ends with its
+    connection."""
+    admin_token_file: Path | None = None
+    """A file with the token that loads and unloads models over HTTP ('Authorization: Bearer <token>').
+    None: that is refused."""
     access_log: bool = False
     """Write a line to the log for each request: method, path, status, bytes, time, trace id."""
     access_log_per_minute: int = Field(default=600, ge=1)

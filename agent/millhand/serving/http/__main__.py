@@ -1,0 +1,74 @@
+"""An HTTP process: an equal client of the worker protocol (serving/front.py starts, watches and ends it).
+
+It accepts on the listening socket that the daemon hands over, and ends when the daemon's control socket closes. Run as
+`python -m millhand.serving.http '<JSON>'`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import msgspec
+
+from millhand.serving.front_metrics import HTTP, MetricsReporter
+from millhand.serving.http.endpoints import Endpoints
+from millhand.serving.http.server import HttpLimits, HttpServer
+from millhand.serving.routing import Routes
+
+DRAIN_S = 3.0
+
+
+class HttpArguments(HttpLimits, frozen=True, kw_only=True):
+    """The one argument of the process, as JSON (no pydantic there: it would cost 6 MB); keys as in `[http]`."""
+
+    listen_fd: int
+    control_path: str
+    admin_token_file: str | None = None
+
+
+async def serve(arguments: HttpArguments) -> None:
+    """Serve until the daemon is gone or SIGTERM comes."""
+    control_path = Path(arguments.control_path)
+    token_path = Path(arguments.admin_token_file) if arguments.admin_token_file else None
+    routes = Routes(control_path)
+    reporter = MetricsReporter(HTTP, control_path)
+    endpoints = Endpoints(routes, reporter, control_path, token_path)
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
+    follower = asyncio.create_task(routes.follow())
+    follower.add_done_callback(lambda _: ended.set())
+    reporting = asyncio.create_task(reporter.run())
+    with socket.socket(fileno=arguments.listen_fd) as listener:
+        server = HttpServer(listener, endpoints.handle, arguments)
+        server.start()
+        gc.freeze()  # what is loaded now stays
+        await ended.wait()
+        await server.stop(DRAIN_S)
+    for task in (follower, reporting):
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    routes.close()
+
+
+def main() -> None:
+    """Entry point of the process."""
+    arguments = msgspec.json.decode(sys.argv[1], type=HttpArguments)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    try:
+        import uvloop
+    except ImportError:  # no wheel for this platform: slower, not different
+        asyncio.run(serve(arguments))
+    else:
+        uvloop.run(serve(arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""The paths that are served, and what answers them."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+import msgspec
+
+from millhand import __version__
+from millhand.errors import InputError, MillhandError
+from millhand.metrics import CONTENT_TYPE
+from millhand.serving.front_metrics import MetricsReporter
+from millhand.serving.http.infer import InferEndpoint, Reply
+from millhand.serving.http.messages import Forbidden, Request, Response, WrongMethod, error_response, json_response
+from millhand.serving.http.openapi import document
+from millhand.serving.routing import Routes, UnknownModel, control_call
+
+log = logging.getLogger("millhand.http")
+
+EXTENSIONS = (
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "model_repository",
+    "parameters",
+    "schedule_policy",
+    "statistics",
+)
+
+Cancel = Callable[[], None]
+Endpoint = Callable[..., Response | Awaitable[Response]]
+
+VERSION_PART = "versions"
+
+
+class Endpoints:
+    """Answers requests; what it needs of the daemon it asks over the control socket."""
+
+    def __init__(
+        self, routes: Routes, reporter: MetricsReporter, control_path: Path, admin_token_path: Path | None
+    ) -> None:
+        self._routes = routes
+        self._reporter = reporter
+        self._control_path = control_path
+        self._admin_token_path = admin_token_path
+        self._infer = InferEndpoint(routes)
+        self._fixed: dict[str, tuple[str, Endpoint]] = {
+            "/v2": ("GET", self._server),
+            "/v2/health/live": ("GET", self._live),
+            "/v2/health/ready": ("GET", self._ready),
+            "/v2/models/stats": ("GET", self._all_stats),
+            "/v2/repository/index": ("POST", self._index),
+            "/v2/openapi.json": ("GET", self._openapi),
+            "/metrics": ("GET", self._metrics),
+        }
+        self._of_model: dict[str, tuple[str, Endpoint]] = {
+            "": ("GET", self._model),
+            "/ready": ("GET", self._model_ready),
+            "/config": ("GET", self._config),
+            "/stats": ("GET", self._stats),
+        }
+
+    def handle(self, request: Request, reply: Reply) -> Cancel | None:
+        """Answer now or later; what is returned calls a later answer off."""
+        try:
+            return self._dispatch(request, reply)
+        except MillhandError as error:
+            reply(error_response(error))
+        except Exception as error:
+            log.exception("a request failed")
+            reply(error_response(error))
+        return None
+
+    def _dispatch(self, request: Request, reply: Reply) -> Cancel | None:
+        path = request.path
+        if path.startswith("/v2/models/") and path != "/v2/models/stats":
+            name, version, rest = _split(path)
+            request.route = "/v2/models/{model}" + ("/versions/{version}" if version else "") + rest
+            if rest == "/infer":
+                _check_method(request, "POST")
+                return self._infer.start(request, name, version, reply)
+            found = self._of_model.get(rest)
+            arguments: tuple[Any, ...] = (name, version)
+        elif path.startswith("/v2/repository/models/"):
+            name, _, action = path[len("/v2/repository/models/") :].rpartition("/")
+            request.route = f"/v2/repository/models/{{model}}/{action}"
+            found = ("POST", self._load_or_unload) if action in ("load", "unload") and name else None
+            arguments = (name, action)
+        else:
+            path = path.rstrip("/") or "/"
+            request.route = path
+            found = self._fixed.get(path)
+            arguments = ()
+        if found is None:
+            request.route = "other"
+            raise _NoSuchPath(f"{request.method} '{request.path[:200]}' is not served", hint="see /v2/openapi.json")
+        method, endpoint = found
+        _check_method(request, method)
+        return _answer(endpoint(request, *arguments), reply)
+
+    # ---- the server -------------------------------------------------------------------------------------------------
+
+    def _server(self, request: Request) -> Response:
+        return json_response({"name": "millhand", "version": __version__, "extensions": EXTENSIONS})
+
+    def _live(self, request: Request) -> Response:
+        return json_response({"live": True})
+
+    def _ready(self, request: Request) -> Response:
+        ready = self._routes.ready()
+        return json_response({"ready": ready}, 200 if ready else 503)
+
+    def _openapi(self, request: Request) -> Response:
+        return json_response(document())
+
+    async def _metrics(self, request: Request) -> Response:
+        text = await self._reporter.page(parse_qs(request.query).get("names", [""])[0])
+        return Response(text.encode(), 200, CONTENT_TYPE.encode())
+
+    # ---- one model --------------------------------------------------------------------------------------------------
+
+    def _model(self, request: Request, name: str, version: str) -> Response:
+        model = self._routes.model(name, version)
+        keys = ("name", "datatype", "shape")
+        return json_response({
+            "name": name,
+            "versions": sorted(model["sockets"], key=int),
+            "platform": model["backend"],
+            "inputs": [{key: tensor[key] for key in keys} for tensor in model["inputs"]],
+            "outputs": [{key: tensor[key] for key in keys} for tensor in model["outputs"]],
+        })  # fmt: skip
+
+    def _model_ready(self, request: Request, name: str, version: str) -> Response:
+        ready = bool(self._routes.model(name, version)["sockets"])
+        return json_response({"name": name, "ready": ready}, 200 if ready else 503)
+
+    async def _config(self, request: Request, name: str, version: str) -> Response:
+        self._routes.model(name, version)
+        return json_response(model_config(await control_call(self._control_path, "model.show", model=name)))
+
+    async def _stats(self, request: Request, name: str, version: str) -> Response:
+        self._routes.model(name, version)
+        return json_response({"model_stats": await self._statistics(name, version)})
+
+    async def _all_stats(self, request: Request) -> Response:
+        return json_response({"model_stats": await self._statistics("", "")})
+
+    async def _statistics(self, name: str, version: str) -> list[dict[str, Any]]:
+        stats = await control_call(self._control_path, "model.stats")
+        return [
+            statistics(entry)
+            for entry in stats["models"]
+            if name in ("", entry["model"]) and version in ("", str(entry["version"]))
+        ]
+
+    # ---- the repository ---------------------------------------------------------------------------------------------
+
+    async def _index(self, request: Request) -> Response:
+        wanted = _body(request)
+        ready = wanted.get("ready", False)
+        if not isinstance(ready, bool):
+            raise InputError(f"key 'ready' = {ready!r} is not valid", hint="give true or false")
+        models = await control_call(self._control_path, "model.list")
+        return json_response([entry for model in models for entry in index_entries(model) if entry["ready"] >= ready])
+
+    async def _load_or_unload(self, request: Request, name: str, action: str) -> Response:
+        self._check_token(request)
+        parameters = _body(request).get("parameters", {})
+        if not isinstance(parameters, dict):
+            raise InputError("key 'parameters' is no object", hint="leave it out")
+        if action == "load" and parameters:
+            raise InputError(
+                f"parameter '{next(iter(parameters))}' is not supported", hint="put config and files on disk, then load"
+            )
+        await control_call(self._control_path, f"model.{action}", model=name)
+        return json_response({})
+
+    def _check_token(self, request: Request) -> None:
+        if self._admin_token_path is None:
+            raise Forbidden(
+                "models are not loaded over HTTP here", hint="set [http] admin_token_file, or use 'millhand model load'"
+            )
+        try:
+            token = self._admin_token_path.read_bytes().strip()
+        except OSError as error:
+            raise Forbidden(
+                f"[http] admin_token_file cannot be read: {error.strerror}", hint="mend its path or permissions"
+            ) from error
+        sent = request.headers.get(b"authorization", b"")
+        if not token or not hmac.compare_digest(sent, b"Bearer " + token):
+            raise Forbidden("the token is missing or wrong", hint="send the header 'Authorization: Bearer <token>'")
+
+
+class _NoSuchPath(UnknownModel):
+    """Nothing is served there."""
+
+
+def _answer(response: Response | Awaitable[Response], reply: Reply) -> Cancel | None:
+    if isinstance(response, Response):
+        reply(response)
+        return None
+
+    async def answer() -> None:
+        try:
+            found = await response
+        except Exception as error:
+            if not isinstance(error, MillhandError):
+                log.exception("a request failed")
+            found = error_response(error)
+        reply(found)
+
+    task = asyncio.create_task(answer())
+    return lambda: _call_off(task)
+
+
+def _call_off(task: asyncio.Task[None]) -> None:
+    task.cancel()
+
+
+def _split(path: str) -> tuple[str, str, str]:
+    """'/v2/models/<name>[/versions/<version>]<rest>' -> (name, version, rest)."""
+    name, *rest = path[len("/v2/models/") :].split("/")
+    version = ""
+    if len(rest) >= 2 and rest[0] == VERSION_PART:
+        version = rest[1]
+        rest = rest[2:]
+        if not version.isdecimal() or not version.isascii():
+            raise UnknownModel(f"model '{name[:100]}' has no version '{version[:100]}'", hint="versions are numbers")
+    return name, version, "".join(f"/{part}" for part in rest)
+
+
+def _check_method(request: Request, method: str) -> None:
+    if request.method == method or (method == "GET" and request.method == "HEAD"):
+        return
+    error = WrongMethod(f"{request.method} is not allowed on '{request.path[:200]}'", hint=f"use {method}")
+    error.allowed = method
+    raise error
+
+
+def _body(request: Request) -> dict[str, Any]:
+    if not request.body:
+        return {}
+    try:
+        body = msgspec.json.decode(request.body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"the body is not valid JSON: {error}", hint="send an object, or nothing") from error
+    if not isinstance(body, dict):
+        raise InputError("the body is no JSON object", hint="send an object, or nothing")
+    return body
+
+
+# ---- Triton's words -------------------------------------------------------------------------------------------------
+
+
+def index_entries(model: dict[str, Any]) -> list[dict[str, Any]]:
+    """Triton's repository index: an entry a version, or one for a model that has none."""
+    reason = model.get("reason", "")
+    ready = set(model["versions"])
+    versions = model.get("available") or [""]
+    return [
+        {
+            "name": model["name"],
+            "version": str(version),
+            "state": "READY" if version in ready else "UNAVAILABLE",
+            "reason": "" if version in ready else reason or "not loaded",
+            "ready": version in ready,
+        }
+        for version in versions
+    ]
+
+
+def model_config(model: dict[str, Any]) -> dict[str, Any]:
+    """The part of Triton's ModelConfig that has a meaning here."""
+
+    def tensors(specs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        names = {"BYTES": "TYPE_STRING"}
+        return [
+            {
+                "name": spec["name"],
+                "data_type": names.get(spec["datatype"], f"TYPE_{spec['datatype']}"),
+                "dims": spec["shape"][1:],
+            }
+            for spec in specs
+        ]
+
+    policies: dict[str, dict[str, Any]] = {
+        "all": {"all": {}},
+        "latest": {"latest": {"num_versions": 1}},
+        "specific": {"specific": {"versions": model["versions"]}},
+    }
+    return {
+        "name": model["name"],
+        "platform": model["backend"],
+        "backend": model["backend"],
+        "version_policy": policies[model["policy"]],
+        "max_batch_size": model["max_batch"],
+        "input": tensors(model["inputs"]),
+        "output": tensors(model["outputs"]),
+        "dynamic_batching": {"max_queue_delay_microseconds": model.get("max_delay_us", 0)},
+    }
+
+
+def statistics(entry: dict[str, Any]) -> dict[str, Any]:
+    """Triton's statistics of one version out of a worker's counters (LaneStats)."""
+
+    def duration(count: int, total_ns: int) -> dict[str, int]:
+        return {"count": count, "ns": total_ns}
+
+    failed = entry["failed"] + entry["expired"] + entry["rejected"] + entry["cancelled"]
+    return {
+        "name": entry["model"],
+        "version": str(entry["version"]),
+        "inference_count": entry["rows"],
+        "execution_count": entry["batches"],
+        "inference_stats": {
+            "success": duration(entry["success"], entry["queue_ns"] + entry["request_compute_ns"]),
+            "fail": duration(failed, 0),
+            "queue": duration(entry["success"], entry["queue_ns"]),
+            "compute_infer": duration(entry["success"], entry["request_compute_ns"]),
+        },
+    }
