@@ -82,8 +82,7 @@ class Counter(Family):
     kind = "counter"
 
     def inc(self, amount: float = 1, **labels: Any) -> None:
-        key = self._key(labels)
-        self._values[key] = self._values.get(key, 0) + amount
+        self.merge(self._key(labels), amount)
 
     def set_total(self, total: float, **labels: Any) -> None:
         """Take over a total that another process or table counts."""
@@ -103,7 +102,11 @@ class Histogram(Family):
 
     def observe(self, value: float, count: int = 1, **labels: Any) -> None:
         """Count `count` observations of `value`."""
-        series = self._series(self._key(labels))
+        self.observe_in(self._key(labels), value, count)
+
+    def observe_in(self, key: tuple[str, ...], value: float, count: int = 1) -> None:
+        """The same for a caller that keeps the values of the labels, in order: the quick way."""
+        series = self._series(key)
         series[bisect.bisect_left(self.bounds, value)] += count
         series[-1] += value * count
 

@@ -144,6 +144,11 @@ class WorkerClient:
         ring = self._exchange.ring
         return ring.slot(number) if ring and number >= 0 else None
 
+    def slot_bytes(self, number: int) -> int:
+        """The size of a leased slot; 0 for -1."""
+        ring = self._exchange.ring
+        return ring.slot_bytes if ring and number >= 0 else 0
+
     def submit(self, infer: protocol.Infer, payload: Sequence[Any], done: Callable[[Any], None]) -> int:
         """Send a request whose tensors lie in its leased slot, or in `payload`. Returns its id for `cancel`.
 
@@ -233,6 +238,8 @@ class WorkerClient:
             except OSError:
                 self.close()
                 return
+        if sent == len(parts[0]) and len(parts) == 1:
+            return
         if sent == sum([memoryview(part).nbytes for part in parts]):
             return
         for part in parts:

@@ -106,7 +106,7 @@ class Connection:
 
     def _keep(self, parts: list[Any], sent: int) -> bool:
         """Keep what was not sent; False where nothing is left."""
-        total = sum([memoryview(part).nbytes for part in parts])
+        total = len(parts[0]) if len(parts) == 1 else sum([memoryview(part).nbytes for part in parts])
         if sent == total:
             return False
         before = len(self._unsent)

@@ -8,6 +8,7 @@ memory of that size. Pipelined requests wait in a bounded buffer. A connection o
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
@@ -19,13 +20,16 @@ import numpy as np
 from millhand.errors import InputError, MillhandError
 from millhand.serving.http.chunks import ChunkedBody
 from millhand.serving.http.content import decode_body
-from millhand.serving.http.messages import BodyTooLarge, Request, Response, error_response, json_response
+from millhand.serving.http.messages import BodyTooLarge, Head, Request, Response, error_response, json_response
 
 if TYPE_CHECKING:
     from millhand.serving.http.server import HttpServer
 
 HEAD_BYTES_CAP = 16 << 10
 HEADERS_CAP = 100
+KEPT_HEADS_CAP = 256
+KEPT_HEAD_BYTES_CAP = 1024
+"""A client on a kept connection sends the same head again and again: parsed heads are kept, by their bytes."""
 WAITING_BYTES_CAP = 64 << 10
 """Bytes of further requests that are read while one is answered."""
 LINGER_S = 2.0
@@ -50,6 +54,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._cancel: Callable[[], None] | None = None
         self._parsing = False
         self._blocked = False
+        self._paused = False
         self._closing = False
         self.deadline_s = server.clock() + server.limits.keep_alive_s
         """When the server may close it: idle, or slow to send or to read."""
@@ -75,11 +80,25 @@ class HttpConnection(asyncio.BufferedProtocol):
             return
         if self._closing:
             return  # lingering: what still comes is not read
+        if not self._waiting and self._serving is None and self._head is None and self._take_whole(nbytes):
+            return
         self._waiting += self._server.scratch[:nbytes]
         if self._serving is None:
             self._parse()
         elif len(self._waiting) > WAITING_BYTES_CAP:
+            self._paused = True
             self._transport.pause_reading()
+
+    def _take_whole(self, nbytes: int) -> bool:
+        """The quick way of most requests: one that came as a whole, with a head that was seen before."""
+        scratch = self._server.scratch
+        end = self._server.scratch_bytes.find(_HEAD_END, 0, min(nbytes, HEAD_BYTES_CAP)) + len(_HEAD_END)
+        head = self._server.heads.get(bytes(scratch[:end])) if end >= len(_HEAD_END) else None
+        if head is None or head.chunked or end + head.content_length != nbytes or self._blocked:
+            return False
+        self._head = Request(head, time.monotonic_ns())
+        self._complete(bytes(scratch[end:nbytes]))
+        return True
 
     def connection_lost(self, error: Exception | None) -> None:
         self._server.forget(self)
@@ -142,29 +161,36 @@ class HttpConnection(asyncio.BufferedProtocol):
             else:
                 self._hurry()
             return False
-        head = bytes(self._waiting[: end + len(_HEAD_END)])
-        del self._waiting[: len(head)]
-        request = read_head(head)
-        if len(request.headers) > HEADERS_CAP:
-            self._refuse(json_response({"error": f"more than {HEADERS_CAP} headers (send fewer)"}, 431))
-            return False
-        request.started_ns = time.monotonic_ns()
-        self._head = request
-        return self._begin_body(request)
+        data = bytes(self._waiting[: end + len(_HEAD_END)])
+        del self._waiting[: len(data)]
+        head = self._server.heads.get(data)
+        if head is None:
+            head = read_head(data)
+            if len(head.headers) > HEADERS_CAP:
+                self._refuse(json_response({"error": f"more than {HEADERS_CAP} headers (send fewer)"}, 431))
+                return False
+            if len(data) <= KEPT_HEAD_BYTES_CAP:
+                if len(self._server.heads) >= KEPT_HEADS_CAP:
+                    self._server.heads.clear()
+                self._server.heads[data] = head
+        self._head = Request(head, time.monotonic_ns())
+        return self._begin_body(head)
 
-    def _begin_body(self, request: Request) -> bool:
-        cap = self._server.limits.body_bytes_cap
-        if b"transfer-encoding" in request.headers:
+    def _begin_body(self, head: Head) -> bool:
+        cap, size = self._server.limits.body_bytes_cap, head.content_length
+        if head.chunked:
             self._chunks = ChunkedBody(cap)
-        elif (size := _content_length(request)) > cap:
-            raise too_large(cap)
+        elif size > cap:
+            raise BodyTooLarge(
+                f"the body is larger than {cap} bytes", hint="send less at once, or raise [http] body_bytes_cap"
+            )
         elif size > len(self._waiting):
             # Uninitialised memory: pages are taken as bytes really come, whatever size the head claims.
             self._body = np.empty(size, dtype=np.uint8).data
             self._filled = len(self._waiting)
             self._body[: self._filled] = self._waiting
             self._waiting.clear()
-        if request.headers.get(b"expect", b"").lower() == b"100-continue" and (self._chunks or self._body is not None):
+        if head.headers.get(b"expect", b"").lower() == b"100-continue" and (self._chunks or self._body is not None):
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if self._body is not None:
             self._hurry()
@@ -175,7 +201,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         request = self._head
         assert request is not None
         if self._chunks is None:
-            size = _content_length(request)
+            size = request.head.content_length
             body = bytes(self._waiting[:size])
             del self._waiting[:size]
             self._complete(body)
@@ -190,17 +216,18 @@ class HttpConnection(asyncio.BufferedProtocol):
     def _complete(self, body: bytes | memoryview) -> None:
         request, self._head = self._head, None
         assert request is not None
-        try:
-            encoding = request.headers.get(b"content-encoding", b"")
-            request.body = decode_body(encoding, body, self._server.limits.body_bytes_cap)
-        except MillhandError as error:
-            self._serving = request
-            self._respond(request, error_response(error))
-            return
         self._serving = request
-        self._cancel = self._server.handle(request, lambda response: self._respond(request, response))
-        if self._serving is not request:
-            self._cancel = None  # answered already
+        request.body = body
+        encoding = request.head.headers.get(b"content-encoding")
+        if encoding is not None:
+            try:
+                request.body = decode_body(encoding, body, self._server.limits.body_bytes_cap)
+            except MillhandError as error:
+                self._respond(request, error_response(error))
+                return
+        cancel = self._server.handle(request, functools.partial(self._respond, request))
+        if self._serving is request:
+            self._cancel = cancel
 
     def _hurry(self) -> None:
         """A request has begun: the rest of it must come in time."""
@@ -216,7 +243,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         if self._serving is not request:
             return  # the client has left
         self._serving = self._cancel = None
-        keep_alive = request.keep_alive and not self._server.draining
+        keep_alive = request.head.keep_alive and not self._server.draining
         self._transport.write(response.encode(request, keep_alive))
         self._server.count(request, response)
         if not keep_alive:
@@ -228,7 +255,8 @@ class HttpConnection(asyncio.BufferedProtocol):
 
     def _rest(self) -> None:
         self.deadline_s = self._server.clock() + self._server.limits.keep_alive_s
-        if not self._transport.is_closing():
+        if self._paused and not self._transport.is_closing():
+            self._paused = False
             self._transport.resume_reading()
 
     def _refuse(self, response: Response) -> None:
@@ -258,7 +286,7 @@ class HttpConnection(asyncio.BufferedProtocol):
             self._server.count_left(request)
 
 
-class _Head:
+class _HeadCallbacks:
     """Callbacks for httptools."""
 
     __slots__ = ("headers", "twice", "url")
@@ -280,9 +308,9 @@ class _Head:
         self.headers[name] = value
 
 
-def read_head(data: bytes) -> Request:
+def read_head(data: bytes) -> Head:
     """Parse a head with its blank line. Raises InputError for what is none."""
-    head = _Head()
+    head = _HeadCallbacks()
     parser = httptools.HttpRequestParser(head)
     try:
         parser.feed_data(data)
@@ -299,7 +327,7 @@ def read_head(data: bytes) -> Request:
             raise InputError("transfer-encoding must be 'chunked'", hint="use it, or give content-length")
     path, _, query = head.url.partition(b"?")
     try:
-        return Request(
+        return Head(
             parser.get_method().decode(),
             (unquote_to_bytes(path) if b"%" in path else path).decode(),
             query.decode(),
@@ -308,16 +336,3 @@ def read_head(data: bytes) -> Request:
         )
     except UnicodeDecodeError as error:
         raise InputError("the request's path is no UTF-8", hint="percent-encode UTF-8") from error
-
-
-def _content_length(request: Request) -> int:
-    value = request.headers.get(b"content-length", b"0")
-    if not value.isdigit() or len(value) > 18:
-        raise InputError(f"content-length '{value.decode(errors='replace')}' is no size", hint="give a number of bytes")
-    return int(value)
-
-
-def too_large(cap: int) -> BodyTooLarge:
-    return BodyTooLarge(
-        f"the body is larger than {cap} bytes", hint="send less at once, or raise [http] body_bytes_cap"
-    )

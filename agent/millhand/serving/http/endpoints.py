@@ -59,7 +59,8 @@ class Endpoints:
             "/v2/openapi.json": ("GET", self._openapi),
             "/metrics": ("GET", self._metrics),
         }
-        self._of_model: dict[str, tuple[str, Endpoint]] = {
+        self._of_model: dict[str, tuple[str, Endpoint | None]] = {
+            "/infer": ("POST", None),
             "": ("GET", self._model),
             "/ready": ("GET", self._model_ready),
             "/config": ("GET", self._config),
@@ -78,31 +79,38 @@ class Endpoints:
         return None
 
     def _dispatch(self, request: Request, reply: Reply) -> Cancel | None:
-        path = request.path
+        target = request.head.target
+        if target is None:
+            target = request.head.target = self._find(request)
+        request.route, endpoint, arguments = target
+        if endpoint is None:
+            name, version = arguments
+            return self._infer.start(request, name, version, reply)
+        return _answer(endpoint(request, *arguments), reply)
+
+    def _find(self, request: Request) -> tuple[str, Endpoint | None, tuple[str, ...]]:
+        """(route, endpoint, its arguments); None is the endpoint that infers. Raises for what is not served."""
+        path = request.head.path
+        arguments: tuple[str, ...] = ()
         if path.startswith("/v2/models/") and path != "/v2/models/stats":
             name, version, rest = _split(path)
-            request.route = "/v2/models/{model}" + ("/versions/{version}" if version else "") + rest
-            if rest == "/infer":
-                _check_method(request, "POST")
-                return self._infer.start(request, name, version, reply)
+            route = "/v2/models/{model}" + ("/versions/{version}" if version else "") + rest
             found = self._of_model.get(rest)
-            arguments: tuple[Any, ...] = (name, version)
+            arguments = (name, version)
         elif path.startswith("/v2/repository/models/"):
             name, _, action = path[len("/v2/repository/models/") :].rpartition("/")
-            request.route = f"/v2/repository/models/{{model}}/{action}"
+            route = f"/v2/repository/models/{{model}}/{action}"
             found = ("POST", self._load_or_unload) if action in ("load", "unload") and name else None
             arguments = (name, action)
         else:
-            path = path.rstrip("/") or "/"
-            request.route = path
-            found = self._fixed.get(path)
-            arguments = ()
+            route = path.rstrip("/")
+            found = self._fixed.get(route)
         if found is None:
-            request.route = "other"
-            raise _NoSuchPath(f"{request.method} '{request.path[:200]}' is not served", hint="see /v2/openapi.json")
+            raise _NoSuchPath(f"{request.head.method} '{path[:200]}' is not served", hint="see /v2/openapi.json")
         method, endpoint = found
+        request.route = route
         _check_method(request, method)
-        return _answer(endpoint(request, *arguments), reply)
+        return route, endpoint, arguments
 
     # ---- the server -------------------------------------------------------------------------------------------------
 
@@ -120,7 +128,7 @@ class Endpoints:
         return json_response(document())
 
     async def _metrics(self, request: Request) -> Response:
-        text = await self._reporter.page(parse_qs(request.query).get("names", [""])[0])
+        text = await self._reporter.page(parse_qs(request.head.query).get("names", [""])[0])
         return Response(text.encode(), 200, CONTENT_TYPE.encode())
 
     # ---- one model --------------------------------------------------------------------------------------------------
@@ -192,7 +200,7 @@ class Endpoints:
             raise Forbidden(
                 f"[http] admin_token_file cannot be read: {error.strerror}", hint="mend its path or permissions"
             ) from error
-        sent = request.headers.get(b"authorization", b"")
+        sent = request.head.headers.get(b"authorization", b"")
         if not token or not hmac.compare_digest(sent, b"Bearer " + token):
             raise Forbidden("the token is missing or wrong", hint="send the header 'Authorization: Bearer <token>'")
 
@@ -236,9 +244,10 @@ def _split(path: str) -> tuple[str, str, str]:
 
 
 def _check_method(request: Request, method: str) -> None:
-    if request.method == method or (method == "GET" and request.method == "HEAD"):
+    head = request.head
+    if head.method == method or (method == "GET" and head.method == "HEAD"):
         return
-    error = WrongMethod(f"{request.method} is not allowed on '{request.path[:200]}'", hint=f"use {method}")
+    error = WrongMethod(f"{head.method} is not allowed on '{head.path[:200]}'", hint=f"use {method}")
     error.allowed = method
     raise error
 

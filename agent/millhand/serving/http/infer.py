@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+from numpy.typing import NDArray
 
 from millhand.errors import InputError, MillhandError, ModelError
 from millhand.serving import protocol
@@ -21,11 +22,15 @@ from millhand.serving.client import WorkerClient, deadline_ns
 from millhand.serving.http.messages import BINARY, JSON, Request, Response, error_response
 from millhand.serving.inference import InferRequest, read_body, read_raw, write_response
 from millhand.serving.routing import Routes
+from millhand.serving.tensors import dtype_name
 
 log = logging.getLogger("millhand.http")
 
 _encode = msgspec.json.Encoder().encode
 _HEADER_SIZE = b"inference-header-content-length"
+
+KEPT_CAP = 256
+KEPT_HEADER_BYTES_CAP = 1024
 
 Reply = Callable[[Response], None]
 
@@ -35,6 +40,8 @@ class InferEndpoint:
 
     def __init__(self, routes: Routes) -> None:
         self._routes = routes
+        self._plans: dict[bytes, BinaryPlan] = {}
+        self._answers: dict[tuple[Any, ...], bytes] = {}
 
     def start(self, request: Request, name: str, version: str, reply: Reply) -> Callable[[], None]:
         """Begin; `reply` is called once, now or later, unless what is returned is called: the client has left.
@@ -42,69 +49,178 @@ class InferEndpoint:
         Raises MillhandError for a request that cannot begin.
         """
         model = self._routes.model(name, version)
-        wanted = _read(request, model)
+        body, header_bytes = request.body, _header_bytes(request)
+        plan = self._plan(body, header_bytes) if header_bytes else None
+        wanted = _read(body, header_bytes, model) if plan is None else plan.request
+        if header_bytes and plan is None:
+            self._keep_plan(bytes(body[:header_bytes]), wanted)
         deadline = deadline_ns(wanted.deadline_ms or self._routes.deadline_ms)
-        call = _Call(self._routes, name, version, wanted, deadline, model.get("labels", ()), reply)
+        call = _Call(self, name, version, wanted, plan, body, header_bytes, deadline, reply)
         reached = self._routes.reached(name, version)
-        if reached is None:
-            return call.start_slowly()
-        return call.start(*reached)
+        return call.start_slowly() if reached is None else call.start(*reached)
+
+    def respond(self, call: _Call, result: protocol.Result, memory: memoryview) -> Response:
+        """The response around a worker's answer. Raises InputError."""
+        if call.plan is None or not call.plan.same_answer:
+            return self.write(call, result.version, protocol.fetch(result.tensors, memory))
+        # The JSON before binary data is the same for the same shapes; the data are in the slot as they go out.
+        key = (call.name, result.version, result.tensors)
+        head = self._answers.get(key)
+        if head is None:
+            outputs = protocol.fetch(result.tensors, memory)
+            head = _encode(write_response(call.name, result.version, call.wanted, outputs)[0])
+            if len(self._answers) >= KEPT_CAP:
+                self._answers.clear()
+            self._answers[key] = head
+        parts = [memory[tensor.offset : tensor.offset + tensor.size] for tensor in result.tensors]
+        return Response(b"".join([head, *parts]), 200, BINARY, [(_HEADER_SIZE, b"%d" % len(head))])
+
+    def write(self, call: _Call, version: int, outputs: dict[str, Any]) -> Response:
+        """The same for outputs as arrays."""
+        labels = self._routes.model(call.name).get("labels", ())
+        data, buffers = write_response(call.name, version, call.wanted, outputs, labels)
+        head = _encode(data)
+        if not buffers:
+            return Response(head, 200, JSON)
+        return Response(b"".join([head, *buffers]), 200, BINARY, [(_HEADER_SIZE, b"%d" % len(head))])
+
+    async def infer(self, call: _Call) -> Response:
+        """By the way that can wait for a connection or for the daemon's word."""
+        answer = await self._routes.infer(
+            call.name,
+            call.version,
+            call.tensors(),
+            deadline=call.deadline,
+            priority=call.wanted.priority,
+            wanted=call.wanted.wanted,
+        )
+        return self.write(call, answer.version, answer.outputs)
+
+    def _plan(self, body: bytes | memoryview, header_bytes: int) -> BinaryPlan | None:
+        plan = self._plans.get(bytes(body[:header_bytes]))
+        return plan if plan is not None and len(body) - header_bytes == plan.size else None
+
+    def _keep_plan(self, header: bytes, wanted: InferRequest) -> None:
+        """A client sends the same JSON before its data again and again: what it means is kept, by its bytes."""
+        plan = BinaryPlan.of(wanted) if len(header) <= KEPT_HEADER_BYTES_CAP else None
+        if plan is not None:
+            if len(self._plans) >= KEPT_CAP:
+                self._plans.clear()
+            self._plans[header] = plan
+
+
+class BinaryPlan(msgspec.Struct, frozen=True):
+    """What the JSON before binary data asks for, whatever the data are."""
+
+    request: InferRequest
+    """Without tensors."""
+    tensors: tuple[protocol.Tensor, ...]
+    """Where they lie in the data."""
+    size: int
+    """Bytes of the data."""
+    wanted: tuple[str, ...]
+    same_answer: bool
+    """Whether the JSON of the answer depends on its shapes alone."""
+
+    @classmethod
+    def of(cls, request: InferRequest) -> BinaryPlan | None:
+        """None where something hangs on the data, or where the JSON will hardly come again."""
+        if request.id or not request.tensors:
+            return None
+        tensors, position = [], 0
+        for name, array in request.tensors.items():
+            if array.base is None or array.dtype.kind in "Ob":  # JSON data, or values that must be looked at
+                return None
+            tensors.append(protocol.Tensor(name, dtype_name(array.dtype), array.shape, position, array.nbytes))
+            position += array.nbytes
+        bare = msgspec.structs.replace(request, tensors={})
+        same = request.all_binary and len(request.wanted) == len(request.outputs)
+        return cls(bare, tuple(tensors), position, request.wanted, same)
 
 
 class _Call:
     """One request under way."""
 
+    __slots__ = (
+        "_body",
+        "_endpoint",
+        "_header_bytes",
+        "_reply",
+        "_task",
+        "deadline",
+        "name",
+        "plan",
+        "version",
+        "wanted",
+    )
+
     def __init__(
         self,
-        routes: Routes,
+        endpoint: InferEndpoint,
         name: str,
         version: str,
         wanted: InferRequest,
+        plan: BinaryPlan | None,
+        body: bytes | memoryview,
+        header_bytes: int | None,
         deadline: int,
-        labels: tuple[str, ...],
         reply: Reply,
     ) -> None:
-        self._routes = routes
-        self._name = name
-        self._version = version
-        self._wanted = wanted
-        self._deadline = deadline
-        self._labels = labels
+        self._endpoint = endpoint
+        self.name = name
+        self.version = version
+        self.wanted = wanted
+        self.plan = plan
+        self.deadline = deadline
+        self._body = body
+        self._header_bytes = header_bytes
         self._reply = reply
         self._task: asyncio.Task[None] | None = None
 
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """The inputs as arrays."""
+        return self.wanted.tensors if self.plan is None else read_body(self._body, self._header_bytes).tensors
+
     def start(self, client: WorkerClient, version: int) -> Callable[[], None]:
         """Send it to a connected worker."""
-        wanted = self._wanted
         slot = client.lease()
         try:
-            placed, payload, size = protocol.place(wanted.tensors, client.slot(slot))
+            if self.plan is None:
+                placed, payload, size = protocol.place(self.wanted.tensors, client.slot(slot))
+                inline, wanted = size >= 0, self.wanted.wanted
+            else:
+                placed, wanted, size = self.plan.tensors, self.plan.wanted, self.plan.size
+                payload, inline = [], not protocol.INLINE_BYTES < size <= client.slot_bytes(slot)
+                data = memoryview(self._body)[self._header_bytes :]
+                if inline:
+                    payload = [data]
+                else:
+                    client.slot(slot)[:size] = data  # type: ignore[index]
             infer = protocol.Infer(
-                self._name, version, self._deadline, wanted.priority, slot, size >= 0, placed, wanted.wanted
+                self.name, version, self.deadline, self.wanted.priority, slot, inline, placed, wanted
             )
             number = client.submit(infer, payload, self._done)
         except BaseException:
             client.release(slot)
             raise
-
-        def cancel() -> None:
-            client.cancel(number)
-            if self._task is not None:
-                self._task.cancel()
-
-        return cancel
+        return functools.partial(self._cancel, client, number)
 
     def start_slowly(self) -> Callable[[], None]:
-        """Send it by the way that can wait for a connection or for the daemon's word."""
-        task = self._task = asyncio.create_task(self._infer_slowly())
-        return functools.partial(_call_off, task)
+        """Send it through a task."""
+        self._task = asyncio.create_task(self._infer_slowly())
+        return functools.partial(self._cancel, None, 0)
+
+    def _cancel(self, client: WorkerClient | None, number: int) -> None:
+        if client is not None:
+            client.cancel(number)
+        if self._task is not None:
+            self._task.cancel()
 
     def _done(self, outcome: Any) -> None:
         """The worker's answer; its memory is valid during this call alone."""
         try:
             if isinstance(outcome, tuple):
-                result, memory = outcome
-                response = self._respond(result.version, protocol.fetch(result.tensors, memory))
+                response = self._endpoint.respond(self, *outcome)
             elif isinstance(outcome, ModelError) and outcome.retriable:  # the version has moved: ask where to
                 self.start_slowly()
                 return
@@ -115,43 +231,28 @@ class _Call:
         self._reply(response)
 
     async def _infer_slowly(self) -> None:
-        wanted = self._wanted
         try:
-            answer = await self._routes.infer(
-                self._name,
-                self._version,
-                wanted.tensors,
-                deadline=self._deadline,
-                priority=wanted.priority,
-                wanted=wanted.wanted,
-            )
-            response = self._respond(answer.version, answer.outputs)
+            response = await self._endpoint.infer(self)
         except Exception as error:
             response = _failed(error)
         self._reply(response)
 
-    def _respond(self, version: int, outputs: dict[str, Any]) -> Response:
-        data, buffers = write_response(self._name, version, self._wanted, outputs, self._labels)
-        head = _encode(data)
-        if not buffers:
-            return Response(head, 200, JSON)
-        return Response(b"".join([head, *buffers]), 200, BINARY, [(_HEADER_SIZE, b"%d" % len(head))])
 
-
-def _read(request: Request, model: dict[str, Any]) -> InferRequest:
-    size = request.headers.get(_HEADER_SIZE)
+def _header_bytes(request: Request) -> int | None:
+    """The size of the JSON that begins the body; None where the body is JSON alone. Raises InputError."""
+    size = request.head.headers.get(_HEADER_SIZE)
     if size is None:
-        return read_body(request.body)
+        return None
     if not size.isdigit() or len(size) > 12:
         raise InputError(
             f"Inference-Header-Content-Length '{size.decode(errors='replace')}' is no size",
             hint="give the number of bytes of the JSON that begins the body",
         )
-    return read_body(request.body, int(size)) if int(size) else read_raw(request.body, model["inputs"])
+    return int(size)
 
 
-def _call_off(task: asyncio.Task[None]) -> None:
-    task.cancel()
+def _read(body: bytes | memoryview, header_bytes: int | None, model: dict[str, Any]) -> InferRequest:
+    return read_raw(body, model["inputs"]) if header_bytes == 0 else read_body(body, header_bytes)
 
 
 def _failed(error: Exception) -> Response:

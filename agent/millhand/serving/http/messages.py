@@ -37,23 +37,50 @@ class Forbidden(InputError):
     """The call needs [http] admin_token_file's token."""
 
 
-class Request:
-    """One request; `body` is complete. Header names are lower-case."""
+class Head:
+    """A request's head. Header names are lower-case. Shared by all requests that begin with the same bytes."""
 
-    __slots__ = ("accepts_gzip", "body", "headers", "keep_alive", "method", "path", "query", "route", "started_ns")
+    __slots__ = (
+        "accepts_gzip",
+        "chunked",
+        "content_length",
+        "headers",
+        "keep_alive",
+        "method",
+        "path",
+        "query",
+        "target",
+    )
 
     def __init__(self, method: str, path: str, query: str, headers: dict[bytes, bytes], keep_alive: bool) -> None:
+        """Raises InputError for a content-length that is none."""
         self.method = method
         self.path = path
         self.query = query
         self.headers = headers
         self.keep_alive = keep_alive
+        self.chunked = b"transfer-encoding" in headers
+        self.accepts_gzip = b"gzip" in headers.get(b"accept-encoding", b"")
+        self.target: Any = None
+        """What the endpoints made of method and path, once they have."""
+        value = headers.get(b"content-length", b"0")
+        if not value.isdigit() or len(value) > 18:
+            raise InputError(f"content-length '{value.decode(errors='replace')}' is no size", hint="give bytes")
+        self.content_length = int(value)
+
+
+class Request:
+    """One request; `body` is complete."""
+
+    __slots__ = ("body", "head", "route", "started_ns")
+
+    def __init__(self, head: Head, started_ns: int) -> None:
+        """`started_ns`: CLOCK_MONOTONIC when its head was complete."""
+        self.head = head
+        self.started_ns = started_ns
         self.body: bytes | memoryview = b""
         self.route = "other"
         """The path's template, for metrics."""
-        self.accepts_gzip = b"gzip" in headers.get(b"accept-encoding", b"")
-        self.started_ns = 0
-        """CLOCK_MONOTONIC when its head was complete."""
 
 
 class Response:
@@ -76,14 +103,14 @@ class Response:
     def encode(self, request: Request | None, keep_alive: bool) -> bytes:
         """The bytes on the wire; None for an answer to something that was no request."""
         body, extra = self.body, b"".join([b"\r\n%b: %b" % header for header in self.headers])
-        if request is not None and request.accepts_gzip and len(body) >= COMPRESS_FROM_BYTES:
+        if request is not None and request.head.accepts_gzip and len(body) >= COMPRESS_FROM_BYTES:
             packer = zlib.compressobj(COMPRESSION_LEVEL, zlib.DEFLATED, zlib.MAX_WBITS | 16)
             body = packer.compress(body) + packer.flush()
             extra += b"\r\ncontent-encoding: gzip\r\nvary: accept-encoding"
         if not keep_alive:
             extra += b"\r\nconnection: close"
         head = b"%b%b\r\ncontent-length: %d%b\r\n\r\n" % (_HEADS[self.status], self.content_type, len(body), extra)
-        return head if request is not None and request.method == "HEAD" else head + body
+        return head if request is not None and request.head.method == "HEAD" else head + body
 
 
 def json_response(data: Any, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()) -> Response:

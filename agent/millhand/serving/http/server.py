@@ -14,11 +14,13 @@ import msgspec
 
 from millhand.serving.front_metrics import REQUESTS, SECONDS
 from millhand.serving.http.connection import SCRATCH_BYTES, HttpConnection
-from millhand.serving.http.messages import CLIENT_LEFT, Request, Response
+from millhand.serving.http.messages import CLIENT_LEFT, Head, Request, Response
 
 log = logging.getLogger("millhand.http")
 
 SWEEP_S = 0.5
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+"""The others are counted as one: a client may make up any number of them."""
 REFUSAL = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: 88\r\n"
     b"connection: close\r\n\r\n"
@@ -46,7 +48,9 @@ class HttpServer:
         """`handle(request, reply)` answers, now or later; it may return what calls a later answer off."""
         self.handle = handle
         self.limits = limits
-        self.scratch = memoryview(bytearray(SCRATCH_BYTES))
+        self.scratch_bytes = bytearray(SCRATCH_BYTES)
+        self.scratch = memoryview(self.scratch_bytes)
+        self.heads: dict[bytes, Head] = {}
         self.draining = False
         self.observers: list[Observer] = []
         """Called with every request and its answer, after it was written."""
@@ -87,10 +91,11 @@ class HttpServer:
     def count(self, request: Request | None, response: Response) -> None:
         """A response was written; None: to something that was no request."""
         if request is None:
-            REQUESTS.inc(method="", path="other", status=response.status)
+            REQUESTS.inc(method="other", path="other", status=response.status)
             return
-        REQUESTS.inc(method=request.method, path=request.route, status=response.status)
-        SECONDS.observe((time.monotonic_ns() - request.started_ns) / 1e9, path=request.route)
+        method = request.head.method if request.head.method in METHODS else "other"
+        REQUESTS.merge((method, request.route, str(response.status)), 1)
+        SECONDS.observe_in((request.route,), (time.monotonic_ns() - request.started_ns) / 1e9)
         for observe in self.observers:
             observe(request, response)
 
