@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
-import logging
 import signal
 import socket
 import sys
@@ -17,19 +17,26 @@ from pathlib import Path
 
 import msgspec
 
-from millhand.serving.front_metrics import HTTP, MetricsReporter
+from millhand.logs import configure_logs
+from millhand.serving.front_metrics import FRONT, MetricsReporter
 from millhand.serving.http.endpoints import Endpoints
 from millhand.serving.http.server import HttpLimits, HttpServer
+from millhand.serving.http.trace import observe
+from millhand.serving.observation import ObservationOptions, open_observation
 from millhand.serving.routing import Routes
 
 DRAIN_S = 3.0
 
 
-class HttpArguments(HttpLimits, frozen=True, kw_only=True):
+class HttpArguments(ObservationOptions, frozen=True, kw_only=True):
     """The one argument of the process, as JSON (no pydantic there: it would cost 6 MB); keys as in `[http]`."""
 
     listen_fd: int
     control_path: str
+    body_bytes_cap: int
+    connections_cap: int
+    keep_alive_s: float
+    request_timeout_s: float
     admin_token_file: str | None = None
 
 
@@ -38,15 +45,24 @@ async def serve(arguments: HttpArguments) -> None:
     control_path = Path(arguments.control_path)
     token_path = Path(arguments.admin_token_file) if arguments.admin_token_file else None
     routes = Routes(control_path)
-    reporter = MetricsReporter(HTTP, control_path)
+    reporter = MetricsReporter(FRONT, control_path)
     endpoints = Endpoints(routes, reporter, control_path, token_path)
     ended = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
     follower = asyncio.create_task(routes.follow())
     follower.add_done_callback(lambda _: ended.set())
     reporting = asyncio.create_task(reporter.run())
+    observation = open_observation(arguments)
+    limits = HttpLimits(
+        body_bytes_cap=arguments.body_bytes_cap,
+        connections_cap=arguments.connections_cap,
+        keep_alive_s=arguments.keep_alive_s,
+        request_timeout_s=arguments.request_timeout_s,
+    )
     with socket.socket(fileno=arguments.listen_fd) as listener:
-        server = HttpServer(listener, endpoints.handle, arguments)
+        server = HttpServer(listener, endpoints.handle, limits)
+        if observation.wanted:
+            server.observe = functools.partial(observe, observation)
         server.start()
         gc.freeze()  # what is loaded now stays
         await ended.wait()
@@ -55,13 +71,14 @@ async def serve(arguments: HttpArguments) -> None:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
+    observation.close()
     routes.close()
 
 
 def main() -> None:
     """Entry point of the process."""
     arguments = msgspec.json.decode(sys.argv[1], type=HttpArguments)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    configure_logs(arguments.log)
     try:
         import uvloop
     except ImportError:  # no wheel for this platform: slower, not different

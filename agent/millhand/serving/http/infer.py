@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from millhand.errors import InputError, MillhandError, ModelError
 from millhand.serving import protocol
 from millhand.serving.client import WorkerClient, deadline_ns
-from millhand.serving.http.messages import BINARY, JSON, Request, Response, error_response
+from millhand.serving.http.messages import BINARY, JSON, Inference, Request, Response, error_response
 from millhand.serving.inference import InferRequest, read_body, read_raw, write_response
 from millhand.serving.routing import Routes
 from millhand.serving.tensors import dtype_name
@@ -86,6 +87,7 @@ class InferEndpoint:
 
     async def infer(self, call: _Call) -> Response:
         """By the way that can wait for a connection or for the daemon's word."""
+        sent_ns = time.monotonic_ns()
         answer = await self._routes.infer(
             call.name,
             call.version,
@@ -94,7 +96,9 @@ class InferEndpoint:
             priority=call.wanted.priority,
             wanted=call.wanted.wanted,
         )
-        return self.write(call, answer.version, answer.outputs)
+        response = self.write(call, answer.version, answer.outputs)
+        response.inference = Inference(call.name, answer.version, sent_ns, answer.queue_ns, answer.compute_ns)
+        return response
 
     def _plan(self, body: bytes | memoryview, header_bytes: int) -> BinaryPlan | None:
         plan = self._plans.get(bytes(body[:header_bytes]))
@@ -146,6 +150,7 @@ class _Call:
         "_endpoint",
         "_header_bytes",
         "_reply",
+        "_sent_ns",
         "_task",
         "deadline",
         "name",
@@ -175,6 +180,7 @@ class _Call:
         self._body = body
         self._header_bytes = header_bytes
         self._reply = reply
+        self._sent_ns = time.monotonic_ns()
         self._task: asyncio.Task[None] | None = None
 
     def tensors(self) -> dict[str, NDArray[Any]]:
@@ -220,7 +226,11 @@ class _Call:
         """The worker's answer; its memory is valid during this call alone."""
         try:
             if isinstance(outcome, tuple):
-                response = self._endpoint.respond(self, *outcome)
+                result, memory = outcome
+                response = self._endpoint.respond(self, result, memory)
+                response.inference = Inference(
+                    self.name, result.version, self._sent_ns, result.queue_ns, result.compute_ns
+                )
             elif isinstance(outcome, ModelError) and outcome.retriable:  # the version has moved: ask where to
                 self.start_slowly()
                 return

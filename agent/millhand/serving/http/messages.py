@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -83,10 +83,21 @@ class Request:
         """The path's template, for metrics."""
 
 
+class Inference(NamedTuple):
+    """What a worker said of an inference, for traces."""
+
+    model: str
+    version: int
+    sent_ns: int
+    """CLOCK_MONOTONIC when it was given to the worker."""
+    queue_ns: int
+    compute_ns: int
+
+
 class Response:
     """A complete answer."""
 
-    __slots__ = ("body", "content_type", "headers", "status")
+    __slots__ = ("body", "content_type", "headers", "inference", "status")
 
     def __init__(
         self,
@@ -99,6 +110,7 @@ class Response:
         self.status = status
         self.content_type = content_type
         self.headers = headers
+        self.inference: Inference | None = None
 
     def encode(self, request: Request | None, keep_alive: bool) -> bytes:
         """The bytes on the wire; None for an answer to something that was no request."""

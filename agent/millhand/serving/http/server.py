@@ -38,7 +38,6 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Handler = Callable[[Request, Callable[[Response], None]], "Callable[[], None] | None"]
-Observer = Callable[[Request, Response], None]
 
 
 class HttpServer:
@@ -52,7 +51,7 @@ class HttpServer:
         self.scratch = memoryview(self.scratch_bytes)
         self.heads: dict[bytes, Head] = {}
         self.draining = False
-        self.observers: list[Observer] = []
+        self.observe: Callable[[Request, Response], None] | None = None
         """Called with every request and its answer, after it was written."""
         self._loop = asyncio.get_running_loop()
         self.clock = self._loop.time
@@ -96,8 +95,8 @@ class HttpServer:
         method = request.head.method if request.head.method in METHODS else "other"
         REQUESTS.merge((method, request.route, str(response.status)), 1)
         SECONDS.observe_in((request.route,), (time.monotonic_ns() - request.started_ns) / 1e9)
-        for observe in self.observers:
-            observe(request, response)
+        if self.observe is not None:
+            self.observe(request, response)
 
     def count_left(self, request: Request) -> None:
         """The client left before its answer."""
