@@ -12,7 +12,6 @@ import functools
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
-from urllib.parse import unquote_to_bytes
 
 import httptools
 import numpy as np
@@ -325,14 +324,4 @@ def read_head(data: bytes) -> Head:
             raise InputError("the request has both content-length and transfer-encoding", hint="give one of them")
         if head.headers[b"transfer-encoding"].lower() != b"chunked":
             raise InputError("transfer-encoding must be 'chunked'", hint="use it, or give content-length")
-    path, _, query = head.url.partition(b"?")
-    try:
-        return Head(
-            parser.get_method().decode(),
-            (unquote_to_bytes(path) if b"%" in path else path).decode(),
-            query.decode(),
-            head.headers,
-            parser.should_keep_alive(),
-        )
-    except UnicodeDecodeError as error:
-        raise InputError("the request's path is no UTF-8", hint="percent-encode UTF-8") from error
+    return Head(parser.get_method().decode(), head.url, head.headers, parser.should_keep_alive())

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any, NamedTuple
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 
@@ -49,14 +50,19 @@ class Head:
         "method",
         "path",
         "query",
+        "raw_path",
         "target",
     )
 
-    def __init__(self, method: str, path: str, query: str, headers: dict[bytes, bytes], keep_alive: bool) -> None:
-        """Raises InputError for a content-length that is none."""
+    def __init__(self, method: str, url: bytes, headers: dict[bytes, bytes], keep_alive: bool) -> None:
+        """Raises InputError for a path that is no UTF-8, or a content-length that is no number."""
         self.method = method
-        self.path = path
-        self.query = query
+        self.raw_path, _, query = url.partition(b"?")
+        try:
+            self.path = (unquote_to_bytes(self.raw_path) if b"%" in self.raw_path else self.raw_path).decode()
+            self.query = query.decode()
+        except UnicodeDecodeError as error:
+            raise InputError("the request's path is no UTF-8", hint="percent-encode UTF-8") from error
         self.headers = headers
         self.keep_alive = keep_alive
         self.chunked = b"transfer-encoding" in headers

@@ -16,7 +16,7 @@ def observe(observation: Observation, request: Request, response: Response) -> N
     inference = response.inference
     trace = RequestTrace(
         method=head.method,
-        path=head.path,
+        path=head.raw_path.decode("latin-1"),
         route="" if request.route == "other" else request.route,
         status=response.status,
         start_ns=request.started_ns + unix_ns,
