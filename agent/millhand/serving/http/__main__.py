@@ -28,7 +28,7 @@ from millhand.serving.routing import Routes
 DRAIN_S = 3.0
 
 
-class HttpArguments(ObservationOptions, frozen=True, kw_only=True):
+class HttpArguments(msgspec.Struct, frozen=True, kw_only=True):
     """The one argument of the process, as JSON (no pydantic there: it would cost 6 MB); keys as in `[http]`."""
 
     listen_fd: int
@@ -38,6 +38,7 @@ class HttpArguments(ObservationOptions, frozen=True, kw_only=True):
     keep_alive_s: float
     request_timeout_s: float
     admin_token_file: str | None = None
+    observation: ObservationOptions = ObservationOptions()
 
 
 async def serve(arguments: HttpArguments) -> None:
@@ -52,7 +53,7 @@ async def serve(arguments: HttpArguments) -> None:
     follower = asyncio.create_task(routes.follow())
     follower.add_done_callback(lambda _: ended.set())
     reporting = asyncio.create_task(reporter.run())
-    observation = open_observation(arguments)
+    observation = open_observation(arguments.observation)
     limits = HttpLimits(
         body_bytes_cap=arguments.body_bytes_cap,
         connections_cap=arguments.connections_cap,
@@ -78,7 +79,7 @@ async def serve(arguments: HttpArguments) -> None:
 def main() -> None:
     """Entry point of the process."""
     arguments = msgspec.json.decode(sys.argv[1], type=HttpArguments)
-    configure_logs(arguments.log)
+    configure_logs(arguments.observation.log)
     try:
         import uvloop
     except ImportError:  # no wheel for this platform: slower, not different
