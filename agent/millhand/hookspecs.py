@@ -132,6 +132,14 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class ThreadedBackend(Protocol):
+    """A backend whose sessions on the CPU compute with `options["threads"]` threads."""
+
+    threaded: bool
+    """Says so by being there. Where the owner leaves the number open, several are tried at the load."""
+
+
+@runtime_checkable
 class PreparedBackend(Protocol):
     """A backend with a large library of its own."""
 

@@ -246,7 +246,7 @@ def _fit(profile: Profile, hardware: Hardware, reasons: list[str], visible: Sequ
     """Fill in what only the node knows: accelerators, the interpreter, near CPUs, NVLink."""
     plain = {name: getattr(profile.worker, name) for name in WorkerDefaults.model_fields}
     plain["interpreter"] = _interpreter(profile, hardware, reasons)
-    if hardware.cpu.usable:
+    if hardware.cpu.usable and isinstance(profile.worker.threads, int):
         plain["threads"] = max(1, min(profile.worker.threads, int(hardware.cpu.usable)))
     workers = []
     if profile.worker.isolation == "accelerator":

@@ -161,6 +161,7 @@ def _describe(model: dict[str, Any], running: bool) -> list[str]:
         ("backend", f"{model['backend']}, at most {model['max_batch']} rows a batch"),
         ("worker", model["worker"]),
         ("gpu", "; ".join(_evidence(*item) for item in model.get("accelerator", {}).items())),
+        ("threads", "; ".join(_threads(*item) for item in model.get("threads", {}).items())),
         ("needs", ", ".join(model["needs"])),
         ("rules", ", ".join(model["rules"])),
         ("licence", model["licence"]),
@@ -179,6 +180,12 @@ def _describe(model: dict[str, Any], running: bool) -> list[str]:
         steps = [(step["step"], step["version"] or "-", _microseconds(step["compute_us"])) for step in model["steps"]]
         lines += ["", *table(("steps", "version", "time of a batch"), steps)]
     return lines
+
+
+def _threads(version: str, choice: dict[str, Any]) -> str:
+    """How many threads one inference of a version gets, and what each number took."""
+    trials = ", ".join(f"{trial['threads']}: {trial['run_ms']:.3g} ms" for trial in choice["trials"])
+    return f"version {version}: {choice['threads']}" + (f" (measured {trials})" if trials else "")
 
 
 def _microseconds(time_us: float | None) -> str:

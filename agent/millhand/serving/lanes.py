@@ -250,6 +250,7 @@ class LoadedModel:
             "max_batch": self.lane.max_batch,
             "load_ms": self.load_ms,
             "memory_bytes": self.memory_bytes,
+            "threads": self._sessions.choice(self.session),
             "proof": getattr(self.session, "proof", {}),
         }
 

@@ -184,12 +184,12 @@ def _command(interpreter: Path | None, argument: str) -> list[str]:
     return [os.fspath(interpreter), "-c", FOREIGN_START, ":".join(dict.fromkeys(roots)), argument]
 
 
-def _environment(accelerator: str, threads: int) -> dict[str, str]:
+def _environment(accelerator: str, threads: int | str) -> dict[str, str]:
     return {
         **os.environ,
         "ORT_DISABLE_TELEMETRY": "1",
         "CUDA_VISIBLE_DEVICES": "" if accelerator == "cpu" else accelerator,
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(threads) if isinstance(threads, int) else "1",
         # NumPy only copies here; its BLAS would reserve memory for a thread on each core.
         "OPENBLAS_NUM_THREADS": "1",
         "MALLOC_ARENA_MAX": "1",  # malloc_trim gives back all of the first arena, of others not what lies on top

@@ -187,6 +187,7 @@ def metadata(folder: ModelFolder, served: Served | None, max_batch: int) -> dict
         "prediction": prediction and prediction.model_dump(mode="json", exclude_defaults=True),
         "metadata": manifest.metadata,
         "accelerator": _evidence(served),
+        "threads": _threads(served),
         "steps": _steps(folder, served),
         "artifacts": _artifacts(folder),
     }
@@ -234,6 +235,12 @@ def _steps(folder: ModelFolder, served: Served | None) -> list[dict[str, Any]]:
         }
         for step in request.steps
     ]
+
+
+def _threads(served: Served | None) -> dict[str, Any]:
+    """Ready version -> the threads of one inference and what was measured to choose them; see threads.Choice."""
+    loads = served.loads() if served else {}
+    return {str(version): loaded["threads"] for version, loaded in loads.items() if loaded.get("threads")}
 
 
 def _evidence(served: Served | None) -> dict[str, Any]:

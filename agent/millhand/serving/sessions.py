@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +19,17 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from numpy.typing import NDArray
 
-from millhand.errors import PluginError, suggestion
-from millhand.hookspecs import CountingSession, DeadlineSession, DeclaredBackend, PreparedBackend, ProvingSession
-from millhand.serving.tensors import Specs, Tensors, check_session
+from millhand.errors import ModelError, PluginError, suggestion
+from millhand.hookspecs import (
+    CountingSession,
+    DeadlineSession,
+    DeclaredBackend,
+    PreparedBackend,
+    ProvingSession,
+    ThreadedBackend,
+)
+from millhand.serving.tensors import Specs, Tensors, check_session, zeros
+from millhand.serving.threads import AUTO, Choice, choose_threads
 
 if TYPE_CHECKING:
     from millhand.hookspecs import Session
@@ -30,6 +39,7 @@ if TYPE_CHECKING:
 @dataclass
 class _Entry:
     session: Session
+    choice: Choice | None
     users: int = 1
 
 
@@ -58,13 +68,17 @@ class Sessions:
         if entry is not None:
             entry.users += 1
             return entry.session
-        session = _load(request, artifact, options)
+        session, choice = _load_measured(request, artifact, options)
         if not getattr(session, "concurrent", False):
             if isinstance(session, DeadlineSession):
                 return session  # users would wait for each other, beyond their deadlines
             session = OneAtATime(session)
-        self._entries[key] = _Entry(session)
+        self._entries[key] = _Entry(session, choice)
         return session
+
+    def choice(self, session: Session) -> Choice | None:
+        """The session's number of threads; None where its backend has no such thing."""
+        return next((entry.choice for entry in self._entries.values() if entry.session is session), None)
 
     def close(self, session: Session) -> None:
         """Let a session go; its last user frees it."""
@@ -112,8 +126,28 @@ def _key(request: LoadRequest, artifact: Path, options: Mapping[str, Any]) -> by
     return msgspec.msgpack.encode((told, version, sorted(options.items())))
 
 
-def _load(request: LoadRequest, artifact: Path, options: Mapping[str, Any]) -> Session:
+def _load_measured(request: LoadRequest, artifact: Path, options: Mapping[str, Any]) -> tuple[Session, Choice | None]:
+    """Load with the number of threads that was told, or for `auto` with the one that measures best."""
     backend = find_backend(request.module, request.backend, request.plugin_options)
+    threads = options.get("threads")
+    if not isinstance(backend, ThreadedBackend) or request.accelerator != "cpu":
+        told = {**options, "threads": 1} if threads == AUTO else options
+        return _load(backend, request, artifact, told), None
+    if threads != AUTO and not isinstance(threads or 0, int):
+        raise ModelError(
+            f"model '{request.model}': key 'options.threads' = {threads!r} is no number of threads",
+            hint="give a whole number, or 'auto'",
+        )
+    if threads != AUTO:
+        return _load(backend, request, artifact, options), Choice(threads or 1)
+    return choose_threads(
+        lambda number: _load(backend, request, artifact, {**options, "threads": number}),
+        lambda session: zeros(request.inputs or session.inputs, 1),
+        len(os.sched_getaffinity(0)),
+    )
+
+
+def _load(backend: Any, request: LoadRequest, artifact: Path, options: Mapping[str, Any]) -> Session:
     if isinstance(backend, DeclaredBackend):
         return backend.load_declared(artifact, request.accelerator, options, request.inputs, request.outputs)
     session: Session = backend.load(artifact, request.accelerator, options)

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from millhand.validation import StrictTable
+
+
+def _number_or_auto(least: int) -> BeforeValidator:
+    def check(value: object) -> object:
+        if value == "auto" or (type(value) is int and value >= least):
+            return value
+        raise ValueError(f"give a whole number from {least} on, or 'auto'")
+
+    return BeforeValidator(check)
 
 
 class ModelSettings(StrictTable):
@@ -25,8 +35,8 @@ class ModelSettings(StrictTable):
     """A request that names no deadline gets this one."""
     queue: int = Field(default=256, ge=1)
     """Requests that may wait for one model in its worker; more are refused as overload."""
-    threads: int = Field(default=0, ge=0)
-    """Threads of one inference on the CPU; 0 takes the profile's."""
+    threads: Annotated[int | Literal["auto"], _number_or_auto(0)] = 0
+    """Threads of one inference on the CPU; `auto` measures at each load how many pay, 0 takes the profile's."""
     cpus: tuple[int, ...] = ()
     """CPU numbers that workers are pinned to; empty takes the profile's, or none."""
     runners: int = Field(default=0, ge=0, le=24)
@@ -95,7 +105,8 @@ class WorkerDefaults(StrictTable):
     accelerator: str = "cpu"
     """`cpu`, or the UUID of the GPU or MIG slice."""
     interpreter: Path | None = None
-    threads: int = Field(default=1, ge=1)
+    threads: Annotated[int | Literal["auto"], _number_or_auto(1)] = "auto"
+    """Threads of one inference on the CPU; `auto` measures at each load how many pay."""
     cpus: tuple[int, ...] = ()
     runners: int = Field(default=1, ge=1, le=24)
     max_batch: int = Field(default=0, ge=0)

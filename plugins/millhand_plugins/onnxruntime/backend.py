@@ -19,6 +19,7 @@ class OnnxruntimeBackend:
 
     name = "onnxruntime"
     suffixes: tuple[str, ...] = (".onnx", ".ort")
+    threaded = True
 
     def prepare(self) -> None:
         """Import ONNX Runtime."""

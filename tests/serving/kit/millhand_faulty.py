@@ -56,6 +56,26 @@ class Backend:
         return session
 
 
+class ThreadedBackend(Backend):
+    """The artifact says for each number of threads how long a run takes: {"1": 8.0, "2": 4.5}, ms."""
+
+    name = "threaded"
+    threaded = True
+
+    def load(self, artifact, accelerator, options):
+        session = TimedSession()
+        session.run_s = json.loads(artifact.read_text())[str(options["threads"])] / 1e3
+        return session
+
+
+class TimedSession(Session):
+    concurrent = True
+
+    def run(self, inputs):
+        time.sleep(self.run_s)
+        return {"y": inputs["x"]}
+
+
 class SlowSumBackend:
     """y = x plus the batch's number of rows in a second output, after 2 ms; to see batches from outside."""
 
@@ -132,4 +152,4 @@ class AcceleratedSession(Session):
 
 @hookimpl
 def millhand_backends():
-    return [Backend(), SlowSumBackend(), DeclaredBackend(), ProvingBackend()]
+    return [Backend(), ThreadedBackend(), SlowSumBackend(), DeclaredBackend(), ProvingBackend()]
