@@ -77,6 +77,7 @@ class Calls:
             "assets": assets,
             "models": daemon.pool.index(),
             "http": daemon.http_url,
+            "grpc": daemon.grpc_address,
             "alerts": {"open": opened, "acked": sum(alert.state is AlertState.ACKED for alert in alerts)},
             "orders": len(await daemon.store.orders(limit=ID_SEARCH_LIMIT)),
             "telemetry": await self.telemetry_status(),

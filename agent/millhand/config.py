@@ -19,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from millhand.errors import ConfigError
 from millhand.log_settings import LogSettings
 from millhand.pipeline.settings import AssetSettings, OrderSettings
-from millhand.serving.settings import HttpSettings, ModelSettings, TracingSettings
+from millhand.serving.settings import GrpcSettings, HttpSettings, ModelSettings, TracingSettings
 from millhand.store.settings import StoreSettings
 from millhand.telemetry.settings import TelemetrySettings
 from millhand.validation import StrictTable, read_toml, validate
@@ -71,6 +71,7 @@ class Config(StrictTable):
     telemetry: TelemetrySettings = TelemetrySettings()
     models: ModelSettings = ModelSettings()
     http: HttpSettings = HttpSettings()
+    grpc: GrpcSettings = GrpcSettings()
     tracing: TracingSettings = TracingSettings()
     orders: OrderSettings = OrderSettings()
     plugins: dict[str, dict[str, Any]] = {}

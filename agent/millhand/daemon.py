@@ -34,7 +34,7 @@ from millhand.node_metrics import NodeMetrics
 from millhand.profiles import Match, load_profiles, match, profile_named
 from millhand.records import Alert, Batch, Severity
 from millhand.registry import Registry
-from millhand.serving.front import FrontProcess, http_front
+from millhand.serving.front import FrontProcess, grpc_front, http_front
 from millhand.serving.pool import ModelPool
 from millhand.serving.repository import Repository
 from millhand.store import Step, Store
@@ -54,7 +54,7 @@ THREAD_NAME = "millhand-work"
 PLUGIN_RETRY_FIRST_S = 5.0
 PLUGIN_RETRY_LAST_S = 300.0
 # What only a restart can change: the daemon's own place and its store.
-FIXED_SECTIONS = ("node", "store", "http", "tracing", "models")
+FIXED_SECTIONS = ("node", "store", "http", "grpc", "tracing", "models")
 
 
 class Daemon:
@@ -76,6 +76,7 @@ class Daemon:
         self.healthy_at = time.monotonic()
         self._control: ControlServer
         self._http: FrontProcess | None = None
+        self._grpc: FrontProcess | None = None
         self._set_aside_told = 0
         self._started = asyncio.Event()
         self._reloading = asyncio.Lock()
@@ -113,6 +114,9 @@ class Daemon:
         if config.http.enabled:
             self._http = http_front(config.http, config.node.control_path, config.tracing, config.log)
             await self._http.start()
+        if config.grpc.enabled:
+            self._grpc = grpc_front(config.grpc, config.node.control_path, config.tracing, config.log)
+            await self._grpc.start()
         self._spawn(self._watch_self(), "self-check")
         self._spawn(self._retry_plugins(), "plugin retry")
         self.ready = True
@@ -132,6 +136,7 @@ class Daemon:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         stages = [
             ("http", self._http),
+            ("grpc", self._grpc),
             ("assets", getattr(self, "fleet", None)),
             ("publisher", self.publisher),
             ("models", getattr(self, "pool", None)),
@@ -154,6 +159,11 @@ class Daemon:
     def http_url(self) -> str:
         """Where the HTTP processes listen; empty where it is switched off."""
         return "" if self._http is None else f"http://{self.config.http.host}:{self._http.port}"
+
+    @property
+    def grpc_address(self) -> str:
+        """Where the gRPC processes listen, as clients of gRPC write it; empty where it is switched off."""
+        return "" if self._grpc is None else f"{self.config.grpc.host}:{self._grpc.port}"
 
     async def reload(self) -> list[str]:
         """Read the configuration again and apply what changed; return what needs a restart.

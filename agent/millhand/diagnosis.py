@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from millhand.hardware.facts import Hardware
     from millhand.profiles import Match
     from millhand.serving.repository import Repository
+    from millhand.serving.settings import GrpcSettings, HttpSettings
 
 Level = Literal["ok", "warning", "error"]
 FREE_BYTES_WARNING = 1 << 30
@@ -55,7 +56,7 @@ def diagnose(config_path: Path | None) -> list[Finding]:
         return [_of_error("config", error)]
     findings = [Finding("config", "ok", f"valid, {len(config.assets)} assets")]
     checks: list[Callable[[Config], Iterator[Finding]]] = [
-        _folders, _clock, _hardware, _plugins, _models, _worker, _http, _broker, _daemon,
+        _folders, _clock, _hardware, _plugins, _models, _worker, _listeners, _broker, _daemon,
     ]  # fmt: skip
     for check in checks:
         try:
@@ -241,28 +242,33 @@ def _worker(config: Config) -> Iterator[Finding]:
         yield Finding("worker", "ok", f"'{interpreter}' has what its models need")
 
 
-def _http(config: Config) -> Iterator[Finding]:
-    """Whether the port is ours to take. A running daemon holds it itself, which `_daemon` tells of."""
+def _listeners(config: Config) -> Iterator[Finding]:
+    """Whether the ports are ours to take. A running daemon holds them itself, which `_daemon` tells of."""
     from millhand.control import ControlClient
 
-    settings = config.http
-    if not settings.enabled or settings.port == 0:
-        return
+    wanted: dict[str, HttpSettings | GrpcSettings] = {"http": config.http, "grpc": config.grpc}
+    wanted = {name: settings for name, settings in wanted.items() if settings.enabled and settings.port}
     try:
-        ControlClient(config.node.control_path, 5.0).call("asset.list")
+        if wanted:
+            ControlClient(config.node.control_path, 5.0).call("asset.list")
         return
     except ControlError:
         pass
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    for name, settings in wanted.items():
+        yield _listener(name, settings.host, settings.port)
+
+
+def _listener(name: str, host: str, port: int) -> Finding:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         # As the daemon binds: connections of an earlier run that wind down are no obstacle.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((settings.host, settings.port))
-            yield Finding("http", "ok", f"{settings.host}:{settings.port} is free")
+            probe.bind((host, port))
+            return Finding(name, "ok", f"{host}:{port} is free")
         except OSError as error:
-            hint = f"find its owner (ss -ltnp 'sport = :{settings.port}') or choose another [http] port"
-            yield Finding("http", "error", f"{settings.host}:{settings.port}: {error.strerror or error}", hint)
+            hint = f"find its owner (ss -ltnp 'sport = :{port}') or choose another [{name}] port"
+            return Finding(name, "error", f"{host}:{port}: {error.strerror or error}", hint)
 
 
 def _broker(config: Config) -> Iterator[Finding]:

@@ -117,4 +117,6 @@ def test_plugins_to_load_are_those_named_and_those_that_adapters_name(tmp_path: 
 
 def test_schema_describes_every_section() -> None:
     properties = Config.model_json_schema()["properties"]
-    assert {"node", "log", "store", "telemetry", "models", "http", "orders", "plugins", "assets"} <= set(properties)
+    assert {"node", "log", "store", "telemetry", "models", "http", "grpc", "orders", "plugins", "assets"} <= set(
+        properties
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -114,7 +113,7 @@ async def test_processes_end_when_the_daemon_is_gone(http, control):
 
 async def test_a_process_that_cannot_start_is_tried_again_more_slowly(tmp_path, monkeypatch):
     monkeypatch.setattr(front, "RESTART_DELAY_S", 0.01)
-    process = FrontProcess("http", "millhand.no_such_module", HttpSettings(port=0, processes=1), lambda _: {})
+    process = FrontProcess("http", "millhand.no_such_module", HttpSettings(port=0, processes=1), {})
     await process.start()
 
     async def restarted():
@@ -124,30 +123,14 @@ async def test_a_process_that_cannot_start_is_tried_again_more_slowly(tmp_path, 
     await process.stop()
 
 
-@pytest.mark.parametrize("shared_socket", [True, False])
-async def test_a_taken_port_is_an_error_with_a_remedy(shared_socket):
-    with socket.socket() as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
+async def test_a_taken_port_is_an_error_with_a_remedy(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        process = FrontProcess(
-            "http", "none", HttpSettings(port=port, processes=1), lambda _: {}, shared_socket=shared_socket
-        )
+        process = http_front(HttpSettings(port=port), tmp_path / "c.sock")
         with pytest.raises(ConfigError, match=f"port = {port} cannot be bound: Address already in use") as caught:
             await process.start()
         assert "[http] port" in caught.value.hint
-
-
-async def test_a_port_is_held_without_listening():
-    address = SimpleNamespace(host="127.0.0.1", port=0, processes=1)
-    process = FrontProcess("grpc", "millhand.no_such_module", address, lambda _: {}, shared_socket=False)
-    await process.start()
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", process.port)).close()
-    with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
-        other.bind(("127.0.0.1", process.port))
-    await process.stop()
+        await process.stop()
 
 
 @pytest.mark.parametrize(("cpus", "count"), [(1, 1), (2, 1), (3, 1), (4, 2), (8, 4), (64, 4)])

@@ -12,7 +12,6 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +19,9 @@ import msgspec
 
 from millhand.errors import ConfigError
 from millhand.log_settings import LogSettings
-from millhand.serving.settings import HttpSettings, TracingSettings
+from millhand.serving.settings import GrpcSettings, HttpSettings, TracingSettings
 from millhand.serving.tracing import require_exporter
+from millhand.validation import StrictTable
 
 log = logging.getLogger("millhand.front")
 
@@ -48,9 +48,8 @@ class Address(Protocol):
 class FrontProcess:
     """Keeps the processes of one kind running behind one port.
 
-    The daemon binds the port, so that a restart keeps it. With `shared_socket` the socket listens, and every process
-    inherits its descriptor and accepts on it: waiting connections outlive a process. Without, the socket only holds
-    the port, and every process binds it too, with SO_REUSEPORT.
+    The daemon binds the port and listens; every process inherits the socket and accepts on it. So a restart keeps the
+    port, and connections that wait outlive a process.
     """
 
     def __init__(
@@ -58,16 +57,13 @@ class FrontProcess:
         name: str,
         module: str,
         address: Address,
-        arguments: Callable[[socket.socket], dict[str, Any]],
-        *,
-        shared_socket: bool = True,
+        arguments: dict[str, Any],
     ) -> None:
-        """`name` is the table of the configuration; `arguments` makes the processes' argument from the bound socket."""
+        """`name` is the table of the configuration; `listen_fd` is added to the `arguments`."""
         self._name = name
         self._module = module
         self._address = address
         self._arguments = arguments
-        self._shared_socket = shared_socket
         self._socket: socket.socket | None = None
         self._processes: dict[int, asyncio.subprocess.Process] = {}
         self._watches: list[asyncio.Task[None]] = []
@@ -85,7 +81,7 @@ class FrontProcess:
 
     async def start(self) -> None:
         """Bind and start. Raises ConfigError where the address is taken or is not this node's."""
-        self._socket = _bind(self._name, self._address, self._shared_socket)
+        self._socket = _bind(self._name, self._address)
         for index in range(processes(self._address.processes)):
             await self._spawn(index)
             self._watches.append(asyncio.create_task(self._keep_alive(index), name=f"{self._name} process {index}"))
@@ -119,9 +115,9 @@ class FrontProcess:
             sys.executable,
             "-m",
             self._module,
-            msgspec.json.encode(self._arguments(self._socket)).decode(),
+            msgspec.json.encode({**self._arguments, "listen_fd": self._socket.fileno()}).decode(),
             stdin=asyncio.subprocess.DEVNULL,
-            pass_fds=(self._socket.fileno(),) if self._shared_socket else (),
+            pass_fds=(self._socket.fileno(),),
             env={**os.environ, **ENVIRONMENT},
             start_new_session=True,
         )
@@ -155,19 +151,28 @@ def http_front(
     tracing: TracingSettings | None = None,
     log_settings: LogSettings | None = None,
 ) -> FrontProcess:
-    """The HTTP processes, which accept on one inherited socket. They are told every key of `[http]`.
-
-    Raises ConfigError where `[tracing]` needs a package that is not installed.
-    """
+    """The HTTP processes. Raises ConfigError where `[tracing]` needs a package that is not installed."""
     observation = observation_options(
         tracing or TracingSettings(), log_settings or LogSettings(), settings.access_log, settings.access_log_per_minute
     )
+    return FrontProcess("http", "millhand.serving.http", settings, _told(settings, control_path, observation))
 
-    def arguments(listener: socket.socket) -> dict[str, Any]:
-        own = {"listen_fd": listener.fileno(), "control_path": os.fspath(control_path), "observation": observation}
-        return {**settings.model_dump(mode="json"), **own}
 
-    return FrontProcess("http", "millhand.serving.http", settings, arguments)
+def grpc_front(
+    settings: GrpcSettings,
+    control_path: Path,
+    tracing: TracingSettings | None = None,
+    log_settings: LogSettings | None = None,
+) -> FrontProcess:
+    """The gRPC processes. Raises ConfigError where `[tracing]` needs a package that is not installed."""
+    observation = observation_options(tracing or TracingSettings(), log_settings or LogSettings())
+    return FrontProcess("grpc", "millhand.serving.grpc", settings, _told(settings, control_path, observation))
+
+
+def _told(settings: StrictTable, control_path: Path, observation: dict[str, Any]) -> dict[str, Any]:
+    """What a process is told: every key of its table, where the daemon answers, and what to do beside answering."""
+    told = settings.model_dump(mode="json")
+    return {**told, "control_path": os.fspath(control_path), "observation": observation}
 
 
 def observation_options(
@@ -187,29 +192,16 @@ def observation_options(
     }
 
 
-def _bind(name: str, address: Address, listening: bool) -> socket.socket:
+def _bind(name: str, address: Address) -> socket.socket:
+    bound = socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_STREAM)
     try:
-        if not listening:
-            _open(address).close()  # with SO_REUSEPORT, a port that another program shares would look free
-        bound = _open(address, share_port=not listening)
-        if listening:
-            bound.listen(BACKLOG)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((address.host, address.port))
+        bound.listen(BACKLOG)
     except OSError as error:
+        bound.close()
         raise ConfigError(
             f"[{name}] host = '{address.host}', port = {address.port} cannot be bound: {error.strerror or error}",
             hint=f"choose another [{name}] port, or stop what listens there",
         ) from error
     return bound
-
-
-def _open(address: Address, share_port: bool = False) -> socket.socket:
-    opened = socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if share_port:
-            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        opened.bind((address.host, address.port))
-    except OSError:
-        opened.close()
-        raise
-    return opened

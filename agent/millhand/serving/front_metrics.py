@@ -29,13 +29,23 @@ LASTING_KINDS = ("counter", "histogram")
 """What an ended process leaves behind; a gauge of it says nothing any more."""
 
 FRONT = Registry()
+_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 REQUESTS = Counter(FRONT, "http_requests_total", "HTTP requests answered.", ["method", "path", "status"])
 SECONDS = Histogram(
     FRONT,
     "http_request_duration_seconds",
     "Time from the request's head to the answer.",
     ["path"],
-    bounds=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+    bounds=_BOUNDS_S,
+)
+_METHOD = ("grpc_type", "grpc_service", "grpc_method")
+GRPC_HANDLED = Counter(FRONT, "grpc_server_handled_total", "gRPC calls that ended, by code.", [*_METHOD, "grpc_code"])
+GRPC_SECONDS = Histogram(
+    FRONT,
+    "grpc_server_handling_seconds",
+    "Time from a gRPC call's head to its end.",
+    _METHOD,
+    bounds=_BOUNDS_S,
 )
 TRACES = Counter(
     FRONT,

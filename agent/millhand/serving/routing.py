@@ -85,6 +85,11 @@ class Routes:
         except ControlError as error:
             log.info("%s", error.message)
 
+    async def told(self) -> None:
+        """Wait until the daemon has told of its models; before, none is known."""
+        while not self.known:
+            await self._changed.wait()
+
     def close(self) -> None:
         for path in list(self._clients):
             self._forget(path)

@@ -180,6 +180,7 @@ def metadata(folder: ModelFolder, served: Served | None, max_batch: int) -> dict
         "path": str(folder.path),
         "policy": manifest.policy,
         "max_batch": max_batch,
+        "max_delay_us": manifest.max_delay_us,
         "inputs": [tensor(spec) for spec in manifest.inputs],
         "outputs": [tensor(spec) for spec in manifest.outputs],
         "needs": [] if manifest.window is None else [*manifest.window.signals, *manifest.window.waveforms],

@@ -1,4 +1,4 @@
-"""What the owner may say about models and the HTTP listener: the tables `[models]` and `[http]`."""
+"""What the owner may say about models and the listeners: the tables `[models]`, `[http]` and `[grpc]`."""
 
 from __future__ import annotations
 
@@ -97,6 +97,27 @@ class TracingSettings(StrictTable):
     """Share of the requests without a `traceparent` header that are traced; with one, its sampled flag decides."""
     service_name: str = Field(default="millhand", min_length=1)
     """The traces' `service.name`."""
+
+
+class GrpcSettings(StrictTable):
+    enabled: bool = False
+    """Serve Triton's inference service over gRPC; costs a process of about 40 MB."""
+    host: str = "127.0.0.1"
+    """Address to listen on; loopback until you say otherwise."""
+    port: int = Field(default=8001, ge=0, le=65535)
+    """0 takes a free port (`millhand` shows it)."""
+    processes: int = Field(default=0, ge=0, le=64)
+    """Processes that accept on the port; 0 takes one for every two CPUs, 1 to 4."""
+    message_bytes_cap: int = Field(default=64 << 20, ge=1024, le=1 << 30)
+    """A larger message, compressed or not, is refused with RESOURCE_EXHAUSTED."""
+    connections_cap: int = Field(default=512, ge=1)
+    """Connections of one process; more are closed."""
+    streams_cap: int = Field(default=256, ge=1, le=65_535)
+    """Calls of one connection at once; clients hold more back."""
+    keepalive_s: float = Field(default=60, ge=1)
+    """A connection that is silent for so long is asked (PING), and closed if it does not answer within 20 s."""
+    admin_token_file: Path | None = None
+    """A file with the token that lets a client list, load and unload models. None: nobody may."""
 
 
 class WorkerDefaults(StrictTable):

@@ -1,0 +1,96 @@
+"""The repository's methods of the inference service: index, load, unload. They need the token of the owner's file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from google.protobuf.message import Message
+
+from millhand.errors import InputError, ModelError, suggestion
+from millhand.serving.admin import AdminToken, PermissionDenied, TokenMissing
+from millhand.serving.grpc import wire
+from millhand.serving.grpc.rpc import Call, Method
+from millhand.serving.grpc.service import SERVICE, control, reading
+from millhand.serving.grpc.status import Code, Refusal
+from millhand.serving.routing import UnknownModel
+
+LOAD_PARAMETERS = ("version",)
+UNLOAD_PARAMETERS = ("unload_dependents",)
+"""Triton's clients always send it; no model depends on another here."""
+
+
+class RepositoryService:
+    """Index, load and unload through the daemon's control socket."""
+
+    def __init__(self, control_path: Path, token: AdminToken) -> None:
+        self._control_path = control_path
+        self._token = token
+
+    def methods(self) -> Iterable[Method]:
+        yield Method(SERVICE, "RepositoryIndex", unary=reading(wire.RepositoryIndexRequest, self._index))
+        yield Method(SERVICE, "RepositoryModelLoad", unary=reading(wire.RepositoryModelRequest, self._load))
+        yield Method(SERVICE, "RepositoryModelUnload", unary=reading(wire.RepositoryModelRequest, self._unload))
+
+    async def _index(self, call: Call, request: wire.RepositoryIndexRequest) -> Message:
+        self._authorize(call, request.repository_name)
+        response = wire.RepositoryIndexResponse()
+        for model in await control(call, self._control_path, "model.list"):
+            for version in model.get("available") or ("",):  # a folder that cannot be read has none
+                ready = version in model["versions"]
+                if ready or not request.ready:
+                    response.models.add(
+                        name=model["name"],
+                        version=str(version),
+                        state="READY" if ready else "UNAVAILABLE",
+                        reason="" if ready else model["reason"] or model["state"],
+                    )
+        return response
+
+    async def _load(self, call: Call, request: wire.RepositoryModelRequest) -> Message:
+        self._authorize(call, request.repository_name)
+        await self._check_known(call, request)
+        _check_parameters(request, LOAD_PARAMETERS)
+        version = request.parameters["version"].int64_param if "version" in request.parameters else None
+        await self._change(call, "model.load", model=request.model_name, version=version)
+        return wire.RepositoryModelRequest()  # the response has no fields
+
+    async def _unload(self, call: Call, request: wire.RepositoryModelRequest) -> Message:
+        self._authorize(call, request.repository_name)
+        await self._check_known(call, request)
+        _check_parameters(request, UNLOAD_PARAMETERS)
+        await self._change(call, "model.unload", model=request.model_name)
+        return wire.RepositoryModelRequest()
+
+    def _authorize(self, call: Call, repository: str) -> None:
+        try:
+            self._token.check(call.head.metadata.get("authorization", ""))
+        except TokenMissing as error:
+            raise Refusal(Code.UNAUTHENTICATED, error.message, hint=error.hint) from error
+        except PermissionDenied as error:
+            raise Refusal(Code.PERMISSION_DENIED, error.message, hint=error.hint) from error
+        if repository:
+            raise InputError(f"repository_name '{repository}' is not known", hint="leave it out: there is one only")
+
+    async def _check_known(self, call: Call, request: wire.RepositoryModelRequest) -> None:
+        names = [model["name"] for model in await control(call, self._control_path, "model.list")]
+        if request.model_name not in names:
+            raise UnknownModel(
+                f"model '{request.model_name}' is not in the repository{suggestion(request.model_name, names)}",
+                hint=f"known: {', '.join(sorted(names)) or 'none'}",
+            )
+
+    async def _change(self, call: Call, name: str, **arguments: object) -> None:
+        try:
+            await control(call, self._control_path, name, **arguments)
+        except ModelError as error:
+            raise Refusal(Code.FAILED_PRECONDITION, error.message, hint=error.hint) from error
+
+
+def _check_parameters(request: wire.RepositoryModelRequest, known: tuple[str, ...]) -> None:
+    for key in request.parameters:
+        if key not in known:
+            raise InputError(
+                f"parameter '{key}' is not served{suggestion(key, known)}",
+                hint=f"use {', '.join(known)}; a model's configuration is its model.toml",
+            )
