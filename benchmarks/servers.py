@@ -50,6 +50,10 @@ class Server:
         self.http: Address | None = None
         self.grpc: Address | None = None
 
+    def cpu_s(self) -> dict[str, float]:
+        """CPU seconds by role of all processes that answer a request."""
+        return self.family.cpu_s()
+
     def address(self, protocol: str) -> Address | None:
         return self.grpc if protocol == "grpc" else self.http
 
@@ -104,12 +108,13 @@ class Peer(Server):
         ports: Sequence[int],
         ready_path: str,
         environment: dict[str, str] | None = None,
+        venv: str = "",
     ) -> None:
         super().__init__(name)
-        self._command = [str(folder / name / "bin" / "python"), *command]
+        self._command = [str(folder / (venv or name) / "bin" / "python"), *command]
         self._ready_path = ready_path
-        self._environment = {**os.environ, **ONE_THREAD, **self.family.environment, **(environment or {})}
-        self._environment.pop("PYTHONPATH", None)
+        inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        self._environment = {**inherited, **ONE_THREAD, **self.family.environment, **(environment or {})}
         self._log = folder / f"{name}.run.log"
         self.http = ("127.0.0.1", ports[0])
         self.grpc = ("127.0.0.1", ports[1]) if len(ports) > 1 else None
@@ -150,11 +155,44 @@ class Peer(Server):
         self._process.wait()
 
 
-def bare(model: Path, folder: Path) -> Peer:
-    """uvicorn with uvloop and httptools, one process, no access log."""
+def bare(model: Path, folder: Path, threads: int = 0) -> Peer:
+    """uvicorn with uvloop and httptools, one process, no access log; `threads` as peers/bare.py says."""
     (port,) = _free_ports(1)
-    command = ["-m", "uvicorn", "bare:app", "--port", str(port), "--no-access-log", "--log-level", "warning"]
-    return Peer("bare", command, folder, [port], "/ready", {"MODEL_FILE": str(model)})
+    environment = {"MODEL_FILE": str(model), "THREADS": str(threads)}
+    name = "bare, threads" if threads else "bare"
+    return Peer(name, _uvicorn("bare:app", port), folder, [port], "/ready", environment, "bare")
+
+
+def bare_threads(model: Path, folder: Path) -> Peer:
+    """The same with a thread for each core."""
+    return bare(model, folder, os.cpu_count() or 1)
+
+
+class Front(Peer):
+    """Another HTTP server before the workers of a running agent (peers/front.py)."""
+
+    def __init__(self, server: str, agent: Millhand, folder: Path) -> None:
+        """`server`: uvicorn or granian. The agent must run."""
+        (port,) = _free_ports(1)
+        self._agent = agent
+        command = {
+            "uvicorn": _uvicorn("front:app", port),
+            "granian": ["-m", "granian", "--interface", "asgi", "--no-ws", "--port", str(port), "front:app"],
+        }[server]
+        # This interpreter's packages too: the agent's client lives there.
+        packages = [path for path in sys.path if path and path != str(HERE)]
+        environment = {
+            "CONTROL_SOCKET": str(agent.agent.folder / "run" / "control.sock"),
+            "PYTHONPATH": os.pathsep.join([str(PEERS), *packages]),
+        }
+        super().__init__(f"{server} front", command, folder, [port], "/ready", environment, "bare")
+
+    def cpu_s(self) -> dict[str, float]:
+        return {**self._agent.cpu_s(), **self.family.cpu_s()}
+
+
+def _uvicorn(app: str, port: int) -> list[str]:
+    return ["-m", "uvicorn", app, "--port", str(port), "--no-access-log", "--log-level", "warning"]
 
 
 def mlserver(model: Path, folder: Path) -> Peer:
@@ -184,12 +222,15 @@ def pytriton(model: Path, folder: Path) -> Peer:
     )
 
 
-def prepare(folder: Path) -> dict[str, dict[str, str]]:
+PEER_MAKERS = (bare, bare_threads, mlserver, pytriton)
+
+
+def prepare(folder: Path, names: Sequence[str] = tuple(REQUIREMENTS)) -> dict[str, dict[str, str]]:
     """Make the venvs that are missing or out of date; returns peer -> package -> version."""
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
-    for name, requirements in REQUIREMENTS.items():
-        wanted = [*requirements, f"onnxruntime=={version('onnxruntime')}"]
+    for name in names:
+        wanted = [*REQUIREMENTS[name], f"onnxruntime=={version('onnxruntime')}"]
         home = folder / name
         stamp = home / "requirements.json"
         if not stamp.exists() or json.loads(stamp.read_text()) != wanted:
@@ -206,7 +247,17 @@ def _installed(home: Path) -> dict[str, str]:
     ask = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
     done = subprocess.run([home / "bin" / "python", "-c", ask], check=True, capture_output=True, text=True)
     everything: dict[str, Any] = json.loads(done.stdout)
-    names = ("mlserver", "nvidia-pytriton", "onnxruntime", "numpy", "orjson", "starlette", "uvicorn", "uvloop")
+    names = (
+        "mlserver",
+        "nvidia-pytriton",
+        "onnxruntime",
+        "numpy",
+        "orjson",
+        "starlette",
+        "uvicorn",
+        "uvloop",
+        "granian",
+    )
     return {name: everything[name] for name in names if name in everything}
 
 

@@ -32,23 +32,35 @@ PROTOCOLS = ("json", "binary", "grpc")
 NAMES = (*PROTOCOLS, "batching")
 ROUNDS, SECONDS = 5, 5.0
 QUICK_ROUNDS, QUICK_SECONDS = 3, 1.0
-BATCHING_CONNECTIONS = 32
-UNITS = {"json": "JSON", "binary": "binary", "grpc": "gRPC", "bytes": "bytes"}
+ABLATION_SECONDS = 3.0
+THREADED = "bare, threads"
+PEERS_OF = {
+    "json": ("bare", THREADED, "mlserver", "pytriton"),
+    "binary": ("bare", THREADED, "pytriton"),
+    "grpc": ("pytriton",),
+}
+LABELS = {"json": "JSON", "binary": "binary", "grpc": "gRPC"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One server in one form. `protocol` is the server's own; `group` is what it is compared under."""
+    """One server under one load."""
 
     server: str
-    group: str
+    protocol: str
+    """What it is compared under: json, binary or grpc; `raw` for the session in process."""
     connections: int
-    protocol: str = ""
     model: str = "cnn"
 
     @property
     def form(self) -> str:
-        return self.protocol or self.group
+        """What is sent: the bare endpoints take a binary request as nothing but its tensor."""
+        return "bytes" if self.protocol == "binary" and self.server.startswith("bare") else self.protocol
+
+
+RAW = Case("raw", "raw", 1)
+BATCHED = Case("millhand", "json", 32, "mlp")
+UNBATCHED = Case("millhand", "json", 32, "mlp-single")
 
 
 @dataclass(frozen=True)
@@ -103,10 +115,10 @@ class Bench:
         if case.server == "raw":
             return _run_raw(Path(os.environ["MODEL_FILE"]), self._seconds)
         address, asked, size = self._asked[case]
-        family = self._running[case.server].family
-        before = family.cpu_s()
+        server = self._running[case.server]
+        before = server.cpu_s()
         done = drive(address, asked, case.connections, self._seconds, size)
-        after = family.cpu_s()
+        after = server.cpu_s()
         spent = {role: (seconds - before.get(role, 0.0)) / done.requests * 1e6 for role, seconds in after.items()}
         return Run(done.requests_per_s, done.p50_ms, done.p99_ms, spent)
 
@@ -175,64 +187,59 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def cases(wanted: Sequence[str], peers: bool) -> list[Case]:
-    """Every form of the CNN that is wanted."""
-    found = []
-    for group in PROTOCOLS:
-        if group not in wanted:
-            continue
-        for connections in (1, 8):
-            found.append(Case("millhand", group, connections))
-            if peers and group == "json":
-                found += [Case("bare", group, connections), Case("mlserver", group, connections)]
-            if peers and group == "binary":
-                found.append(Case("bare", group, connections, "bytes"))
-            if peers:
-                found.append(Case("pytriton", group, connections))
-    if "binary" in wanted:
-        found.append(Case("raw", "raw", 1))
-    return found
-
-
-BATCHED = Case("millhand", "batching", BATCHING_CONNECTIONS, "json", "mlp")
-UNBATCHED = Case("millhand", "batching", BATCHING_CONNECTIONS, "json", "mlp-single")
+    """Every form of the CNN that is wanted; those that are compared stand side by side."""
+    found = [
+        Case(server, protocol, connections)
+        for protocol in PROTOCOLS
+        for connections in (1, 8)
+        for server in ("millhand", *(PEERS_OF[protocol] if peers else ()))
+        if protocol in wanted
+    ]
+    return [*found, RAW] if "binary" in wanted else found
 
 
 def figures(bench: Bench, wanted: Sequence[str], peers: bool) -> list[Figure]:
-    def times(name: str, case: Case, other: Case, goal: str) -> Figure:
+    """The rows with a goal are what serving must reach; the others are there to understand them."""
+
+    def times(name: str, case: Case, other: Case, goal: str = "") -> Figure:
         value = bench.paired(case, other, lambda run, peer: run.requests_per_s / peer.requests_per_s)
         return Figure(name, _rounded(value, 2), "x", goal, other.server)
 
+    def times_at_8(protocol: str, peer: str, whose: str, goal: str = "") -> Figure:
+        name = f"{LABELS[protocol]} c=8, requests/s to {whose}"
+        return times(name, Case("millhand", protocol, 8), Case(peer, protocol, 8), goal)
+
     found: list[Figure] = []
     if "json" in wanted and peers:
-        ours = Case("millhand", "json", 8)
         found += [
-            times("JSON c=8, requests/s to MLServer's", ours, Case("mlserver", "json", 8), ">= 2"),
-            times("JSON c=8, requests/s to the bare endpoint's", ours, Case("bare", "json", 8), ">= 1.2"),
+            times_at_8("json", "mlserver", "MLServer's", ">= 2"),
+            times_at_8("json", "bare", "the bare endpoint's", ">= 1.2"),
+            times_at_8("json", THREADED, "the bare endpoint's with threads"),
+        ]
+    if "binary" in wanted and peers:
+        found += [
+            times_at_8("binary", "bare", "the bare endpoint's", ">= 1.5"),
+            times_at_8("binary", THREADED, "the bare endpoint's with threads"),
         ]
     if "binary" in wanted:
-        ours, bare = Case("millhand", "binary", 8), Case("bare", "binary", 8, "bytes")
-        if peers:
-            found.append(times("binary c=8, requests/s to the bare endpoint's", ours, bare, ">= 1.5"))
-        raw = Case("raw", "raw", 1)
-        above = bench.paired(Case("millhand", "binary", 1), raw, lambda run, peer: run.p50_ms - peer.p50_ms)
+        above = bench.paired(Case("millhand", "binary", 1), RAW, lambda run, raw: run.p50_ms - raw.p50_ms)
         found.append(Figure("binary c=1, p50 above the raw session's", _rounded(above, 3), "ms", "<= 0.2", "raw"))
     if "grpc" in wanted and peers:
-        ours, peer = Case("millhand", "grpc", 8), Case("pytriton", "grpc", 8)
-        found.append(times("gRPC c=8, requests/s to PyTriton's", ours, peer, ">= 2"))
-    for group in PROTOCOLS:
-        if group in wanted:
-            spread = bench.median(Case("millhand", group, 8), lambda run: run.p99_ms / run.p50_ms)
-            found.append(Figure(f"{UNITS[group]} c=8, p99 to p50", _rounded(spread, 2), "x", "<= 3"))
+        found.append(times_at_8("grpc", "pytriton", "PyTriton's", ">= 2"))
+    for protocol in PROTOCOLS:
+        if protocol in wanted:
+            spread = bench.median(Case("millhand", protocol, 8), lambda run: run.p99_ms / run.p50_ms)
+            found.append(Figure(f"{LABELS[protocol]} c=8, p99 to p50", _rounded(spread, 2), "x", "<= 3"))
     if "batching" in wanted:
         found.append(times("batching c=32, requests/s to max_batch 1", BATCHED, UNBATCHED, ">= 1.35"))
-    for group in PROTOCOLS:
-        if group in wanted:
-            found += _cpu_figures(bench, Case("millhand", group, 8))
+    for protocol in PROTOCOLS:
+        if protocol in wanted:
+            found += _cost(bench, Case("millhand", protocol, 8))
     return found
 
 
-def _cpu_figures(bench: Bench, case: Case) -> list[Figure]:
-    label = f"{UNITS[case.group]} c={case.connections}"
+def _cost(bench: Bench, case: Case) -> list[Figure]:
+    label = f"{LABELS[case.protocol]} c={case.connections}"
     rate = bench.median(case, lambda run: run.requests_per_s)
     found = [Figure(f"{label}, requests/s", _rounded(rate, 0), "1/s")]
     for role in ("front", "worker"):
@@ -253,7 +260,7 @@ def main() -> int:
     if chosen.ablation:
         from ablation import run
 
-        return run(rounds, seconds)
+        return run(rounds, min(seconds, ABLATION_SECONDS), chosen.peers_dir)
     peer_versions = servers.prepare(chosen.peers_dir) if chosen.peers else {}
     with tempfile.TemporaryDirectory(prefix="mhb-") as folder, ExitStack() as stack:
         repository = Path(folder)
@@ -266,7 +273,7 @@ def main() -> int:
             models.write_model(repository, models.MLP, mlp, name=UNBATCHED.model, max_batch=1)
         started: list[servers.Server] = [servers.Millhand(repository)]
         if chosen.peers:
-            started += [make(model, chosen.peers_dir) for make in (servers.bare, servers.mlserver, servers.pytriton)]
+            started += [make(model, chosen.peers_dir) for make in servers.PEER_MAKERS]
         running = {server.name: stack.enter_context(server) for server in started}
         bench = Bench(running, rounds, seconds)
         bench.measure(cases(chosen.only, chosen.peers), models.CNN, cnn)
