@@ -89,6 +89,11 @@ class Server:
         return [{"name": name, "datatype": datatype, "shape": list(shape)}]
 
     @property
+    def serving(self) -> bool:
+        """Whether a connection is open."""
+        return any(thread.is_alive() for thread in self._threads[1:])
+
+    @property
     def inferred(self) -> list[Request]:
         return [request for request in self.got if request.path.endswith("/infer")]
 

@@ -9,6 +9,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,21 @@ def test_random_bytes_are_no_answer(server: Any, load: Load) -> None:
         with pytest.raises(WorkerError):
             session.run_until(X, in_ms(5000))
     assert session.counts["upstream_failures"] == 300
+
+
+def test_lies_leave_no_socket_and_no_thread(server: Any, load: Load) -> None:
+    load(server.url).close()  # what the first load imports stays
+    wait_until(lambda: not server.serving, "the end of the first connection")
+    before = len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+    session = load(server.url, failures=10_000, failure_rate=1, rate_window=10_000)
+    for answer, _ in [*LIES.values()] * 5:
+        server.infer = lambda connection, request, answer=answer: answer(server, connection, request)
+        with suppress(WorkerError):
+            session.run_until(X, in_ms(5000))
+    session.close()
+    wait_until(lambda: not server.serving, "the end of the connections")
+    after = len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+    assert after == before
 
 
 # ---- the request's own fault ----------------------------------------------------------------------------------------
