@@ -188,12 +188,19 @@ def onnx_scale() -> Callable[[Path, float], None]:
 
 @pytest.fixture
 def load(tmp_path: Path) -> Iterator[Callable[..., RemoteSession]]:
-    """Load a session: URLs, `fallback` for a local y = 3 x, lines for upstream.toml, options as keywords."""
+    """Load a session: URLs, `fallback` for a local y = 3 x, lines and model for upstream.toml, options as keywords."""
     sessions: list[RemoteSession] = []
 
-    def load(*urls: str, fallback: bool = False, lines: str = "", specs: Any = SPECS, **options: Any) -> RemoteSession:
+    def load(
+        *urls: str,
+        fallback: bool = False,
+        model: str = "press",
+        lines: str = "",
+        specs: Any = SPECS,
+        **options: Any,
+    ) -> RemoteSession:
         artifact = tmp_path / "upstream.toml"
-        text = f"urls = {json.dumps(urls)}\nmodel = 'press'\n{lines}\n"
+        text = f"urls = {json.dumps(urls)}\nmodel = '{model}'\n{lines}\n"
         if fallback:
             scale(tmp_path / "model.onnx", 3)
             text += '[fallback]\nbackend = "onnxruntime"\nartifact = "model.onnx"\n'

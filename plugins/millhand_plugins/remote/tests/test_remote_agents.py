@@ -113,6 +113,7 @@ def node(
 
 def test_a_node_answers_with_another_nodes_model(node: Callable[..., Node], upstream: Node) -> None:
     upstream.start()
+    assert "binary_tensor_data" in httpx.get(f"{upstream.url}/v2", trust_env=False).json()["extensions"]
     front = node()
     assert front.y([1, 2.5]) == [2, 5]
     refused = front.infer([1, 2, 3])
