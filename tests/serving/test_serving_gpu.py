@@ -97,6 +97,15 @@ def test_a_heavy_node_on_the_cpu_is_an_error_with_its_name_and_a_remedy(profile)
     assert "float16" in e.value.hint and "providers = ['cpu']" in e.value.hint
 
 
+def test_profiles_recorded_on_a_card_are_read():
+    """Of one H100 with onnxruntime-gpu 1.31.1: a float net, and a quantised one without CUDA kernels."""
+    folder = Path(__file__).parent / "captures"
+    evidence = proof.check_nodes("cnn", proof.read_profile(folder / "ort_profile_cuda.json"))
+    assert (evidence["nodes"], evidence["gpu_nodes"], evidence["cpu_nodes"]) == (13, 13, [])
+    with pytest.raises(ModelError, match=r"the nodes that cost most ran on the CPU.*'ConvInteger_1' \(ConvInteger\)"):
+        proof.check_nodes("integer", proof.read_profile(folder / "ort_profile_cuda_integer.json"))
+
+
 def test_a_model_that_never_touched_the_gpu_is_an_error():
     nodes = [proof.NodeRun(f"n{number}", "Add", "CPUExecutionProvider", False) for number in range(7)]
     with pytest.raises(ModelError, match=r"none of its 7 nodes ran on the GPU: 'n0' \(Add\).*'n4' \(Add\) and 2 more"):
