@@ -92,19 +92,22 @@ class Batcher:
         """`wake` is called when there is work that an idle thread should `take`: never with the lock held."""
         self._clock_ns = clock_ns
         self._wake = wake
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._lanes: list[Lane] = []
         self._count = 0
+        self._waiting = 0
+        """Requests in all queues. Read without the lock where a moment too late does no harm: whoever submits takes."""
         self._idle = list(range(runners - 1, -1, -1))
 
     def add(self, lane: Lane) -> None:
         """Open a lane."""
-        with self._changed:
+        with self._lock:
             self._lanes.append(lane)
 
     def remove(self, lane: Lane) -> None:
         """Refuse new requests, wait until the waiting ones have run, and forget the lane."""
-        with self._changed:
+        with self._lock:
             lane.closed = True
         self._wake()  # a waiting batch is due now
         with self._changed:
@@ -115,7 +118,7 @@ class Batcher:
 
     def submit(self, lane: Lane, request: Request) -> None:
         """Queue a request. Raises OverloadError where the queue is full, ModelError where the lane is closed."""
-        with self._changed:
+        with self._lock:
             if lane.closed:
                 raise ModelError("the model version is being unloaded", hint="send the request again", retriable=True)
             queue = lane.queue
@@ -131,22 +134,26 @@ class Batcher:
                 queue.append(request)
             else:
                 bisect.insort(queue, request, key=_order)
+            self._waiting += 1
 
     def cancel(self, lane: Lane, request: Request) -> bool:
         """Take a waiting request out; False where it runs or has run."""
-        with self._changed:
+        with self._lock:
             index = bisect.bisect_left(lane.queue, request.order, key=_order)
             if index == len(lane.queue) or lane.queue[index] is not request:
                 return False
             del lane.queue[index]
+            self._waiting -= 1
             if lane.closed:
                 self._changed.notify_all()
             return True
 
     def take(self) -> Batch | None:
         """The next batch that is due, if a runner is free for it; it must be given to `finish`."""
+        if not self._waiting:
+            return None
         more = False
-        with self._changed:
+        with self._lock:
             if not self._idle:
                 return None
             now_ns = self._clock_ns()
@@ -154,7 +161,7 @@ class Batcher:
             if lane is None or due_ns > now_ns:
                 return None
             batch = self._cut(lane, now_ns, self._idle.pop())
-            if self._idle:  # another thread may have to start, or to wait for, what is left
+            if self._idle and self._waiting:  # another thread may have to start, or to wait for, what is left
                 more = self._next_lane(now_ns)[0] is not None
         if more:
             self._wake()
@@ -162,7 +169,7 @@ class Batcher:
 
     def finish(self, batch: Batch) -> None:
         """Say that a taken batch has been answered."""
-        with self._changed:
+        with self._lock:
             batch.lane.running -= 1
             self._idle.append(batch.runner)
             if batch.lane.closed:
@@ -170,7 +177,9 @@ class Batcher:
 
     def wait_s(self) -> float | None:
         """Seconds until `take` may give something that it does not give now; None: not before the next event."""
-        with self._changed:
+        if not self._waiting:
+            return None
+        with self._lock:
             if not self._idle:
                 return None
             now_ns = self._clock_ns()
@@ -202,6 +211,7 @@ class Batcher:
             expired: list[Request] = []
         else:
             requests, expired = self._fill(lane, now_ns)
+        self._waiting -= len(requests) + len(expired)
         lane.running += 1
         lane.busy = len(requests) > 1
         return Batch(lane, requests, expired, runner)

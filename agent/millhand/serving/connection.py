@@ -27,6 +27,7 @@ class Connection:
         """`arm` makes some thread call `flush` once there is room for what is unsent."""
         connection.setblocking(False)
         self.socket = connection
+        self.fd = connection.fileno()
         self.control = control
         self.greeted = False
         self.closed = False
@@ -165,10 +166,8 @@ class Origin:
         """Answer with the outputs: in the request's slot where they fit, else inline."""
         if self.wanted:
             outputs = {name: outputs[name] for name in self.wanted}
-        # An output may be a view of the inputs (identity); then it must leave the slot before it is written there.
-        own = None if self.slot is None else np.frombuffer(self.slot, np.uint8)
-        if own is not None:
-            outputs = {name: a.copy() if np.may_share_memory(a, own) else a for name, a in outputs.items()}
+        if self.slot is not None:
+            outputs = {name: _apart(array) for name, array in outputs.items()}
         try:
             tensors, payload, size = protocol.place(outputs, self.slot)
         except Exception as error:
@@ -180,3 +179,9 @@ class Origin:
     def fail(self, error: BaseException) -> None:
         """Answer with an error."""
         self.connection.answer(self.request_id, protocol.ERROR, protocol.fault_of(error))
+
+
+def _apart(array: NDArray[Any]) -> NDArray[Any]:
+    """The array; a copy where it may be a view of the request's slot, which is about to be written."""
+    root = array if array.base is None else array.base
+    return array if isinstance(root, np.ndarray) and root.flags.owndata else array.copy()

@@ -212,21 +212,26 @@ def place(tensors: Tensors, slot: memoryview | None) -> tuple[tuple[Tensor, ...]
 
     Returns (where they lie, payload buffers, payload bytes); the latter two are empty and -1 when the slot took them.
     """
-    arrays = [(name, dtype_name(array.dtype), array.shape, _flat(array)) for name, array in tensors.items()]
-    specs, offset = [], 0
-    for name, dtype, shape, flat in arrays:
-        specs.append(Tensor(name, dtype, shape, offset, flat.nbytes))
-        offset += -(-flat.nbytes // ALIGN_BYTES) * ALIGN_BYTES
+    specs, flats, offset = [], [], 0
+    for name, array in tensors.items():
+        flat = _flat(array)
+        size = flat.nbytes
+        specs.append(Tensor(name, dtype_name(array.dtype), array.shape, offset, size))
+        flats.append(flat)
+        offset += -(-size // ALIGN_BYTES) * ALIGN_BYTES
     if slot is not None and INLINE_BYTES < offset <= len(slot):
-        for spec, (*_, flat) in zip(specs, arrays):  # noqa: B905 (Python 3.10; lengths equal)
-            np.frombuffer(slot, np.uint8, spec.size, spec.offset)[:] = flat
+        for spec, flat in zip(specs, flats):  # noqa: B905 (Python 3.10; lengths equal)
+            slot[spec.offset : spec.offset + spec.size] = flat.data
         return tuple(specs), [], -1
-    payload: list[Any] = []
-    for spec, (*_, flat) in zip(specs, arrays):  # noqa: B905
-        payload.append(flat)
-        if padding := -spec.size % ALIGN_BYTES:
-            payload.append(bytes(padding))
-    return tuple(specs), payload, offset
+    if offset <= INLINE_BYTES:  # one small buffer is quicker to send than many
+        payload = b"".join([flat.tobytes() + bytes(-flat.nbytes % ALIGN_BYTES) for flat in flats])
+        return tuple(specs), [payload] if payload else [], offset
+    parts: list[Any] = []
+    for flat in flats:
+        parts.append(flat)
+        if padding := -flat.nbytes % ALIGN_BYTES:
+            parts.append(bytes(padding))
+    return tuple(specs), parts, offset
 
 
 def _flat(array: NDArray[Any]) -> NDArray[np.uint8]:
@@ -236,7 +241,9 @@ def _flat(array: NDArray[Any]) -> NDArray[np.uint8]:
         return np.frombuffer(b"".join(struct.pack("<I", len(item)) + item for item in elements), dtype=np.uint8)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
+    return array.reshape(-1).view(np.uint8)
 
 
 def fetch(tensors: Sequence[Tensor], memory: memoryview) -> dict[str, NDArray[Any]]:

@@ -145,8 +145,10 @@ class Worker:
 
     def _arm(self, connection: Connection) -> None:
         """Wait for more from a connection, and for room in it where something is unsent."""
-        with contextlib.suppress(OSError, ValueError):  # it is being closed
-            self._epoll.modify(connection.socket, READ_WRITE if connection.blocked else READ)
+        try:
+            self._epoll.modify(connection.fd, READ_WRITE if connection.blocked else READ)
+        except (OSError, ValueError):
+            return  # it is being closed
 
     def _read(self, connection: Connection, events: int) -> None:
         try:
