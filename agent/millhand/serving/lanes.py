@@ -76,6 +76,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Of the artifact's files, so that the daemon sees when they have changed; the worker does not look at it."""
     memory_bytes_cap: int = 0
     """A model that takes more is refused; 0 allows all."""
+    hang_ms: float = 0.0
+    """For the daemon alone: a batch that runs for longer hangs; 0 takes [models] hang_ms."""
 
 
 def _buckets() -> list[int]:

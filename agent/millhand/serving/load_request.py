@@ -95,6 +95,7 @@ def load_request(
         queue=settings.queue,
         warmup=manifest.warmup,
         fingerprint=folder.fingerprint(version),
+        hang_ms=manifest.hang_ms or 0.0,
         steps=steps,
     )
 

@@ -185,6 +185,8 @@ class Manifest(StrictTable):
     features: FeatureSpec = FeatureSpec()
     prediction: OutputSpec | None = None
     rules: tuple[RuleSpec, ...] = ()
+    hang_ms: float | None = Field(default=None, gt=0)
+    """An inference that takes longer hangs, and its worker is started again; none takes `[models] hang_ms`."""
     memory_bytes_cap: int = Field(default=0, ge=0)
     """A version that takes more memory is refused at its load; 0 allows all."""
     warmup: int = Field(default=1, ge=0)

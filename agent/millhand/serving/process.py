@@ -29,6 +29,8 @@ FOREIGN_START = (
     "import sys; sys.path.extend(sys.argv.pop(1).split(':')); from millhand.serving.worker import main; main()"
 )
 LISTEN_BACKLOG = 64
+STUCK_S = 1.0
+"""At the stop, a worker that runs one batch for longer, or runs none and does not answer, is not waited for."""
 STDERR_LINES = 20
 STDERR_LINE_CHARACTERS = 400
 
@@ -99,15 +101,30 @@ class WorkerProcess:
         return self
 
     async def stop(self, grace_s: float = 5.0) -> list[dict[str, Any]]:
-        """Let waiting requests run, then end the process; after `grace_s` without mercy.
+        """Let waiting requests run, then end the process: at once where it hangs, after `grace_s` in any case.
 
         Returns the stats of every loaded version after its last request; none where the worker did not answer.
         """
         stats: list[dict[str, Any]] = []
-        with contextlib.suppress(WorkerError):
-            stats = (await self.client.call("shutdown", timeout_s=grace_s))["stats"]
+        shutdown = asyncio.create_task(self.client.call("shutdown", timeout_s=grace_s))
+        await self._wait_while_it_works(shutdown)
+        shutdown.cancel()
+        with contextlib.suppress(WorkerError, asyncio.CancelledError):
+            stats = (await shutdown)["stats"]
         await self.kill()
         return stats
+
+    async def _wait_while_it_works(self, task: asyncio.Task[Any]) -> None:
+        """Wait for the task, but no longer than the worker gets anywhere: the black box says what it does."""
+        loop = asyncio.get_running_loop()
+        idle_since_s = loop.time()
+        while not task.done():
+            await asyncio.wait({task}, timeout=STUCK_S / 20)
+            running = self.blackbox.running()
+            if running is not None:
+                idle_since_s = loop.time()
+            if (running is not None and running.since_ns > STUCK_S * 1e9) or loop.time() - idle_since_s > STUCK_S:
+                return
 
     async def kill(self) -> int:
         """End the process now and return its exit status (negative: the signal)."""

@@ -63,7 +63,11 @@ class Served:
     @property
     def reason(self) -> str:
         """Why the model is not what the owner asked for, of the highest version that is not."""
-        return self.reasons[max(self.reasons)] if self.reasons else self.evicted
+        if self.reasons:
+            return self.reasons[max(self.reasons)]
+        if self.state == "restarting":
+            return "; ".join(worker.last_death for worker in self.workers if worker.last_death)
+        return self.evicted
 
     def version_state(self, version: int) -> str:
         """The same words as `state`, of one version."""

@@ -17,7 +17,7 @@ import msgspec
 from millhand.errors import MillhandError, WorkerError
 from millhand.serving.client import WorkerClient
 from millhand.serving.lanes import LoadRequest
-from millhand.serving.process import WorkerProcess, describe_exit
+from millhand.serving.process import STUCK_S, WorkerProcess, describe_exit
 from millhand.serving.settings import ModelSettings, WorkerDefaults
 from millhand.serving.worker_metrics import Ledger
 
@@ -51,6 +51,8 @@ class SupervisedWorker:
         self.ready: dict[Key, dict[str, Any]] = {}
         """Versions that answer now, with their metadata."""
         self.restarts = 0
+        self.last_death = ""
+        """Why the last process ended, or could not be started."""
         self.ledger = Ledger()
         """The counters of every version as of the last heartbeat, those of dead workers included."""
         self.process: WorkerProcess | None = None
@@ -63,7 +65,10 @@ class SupervisedWorker:
         self._lock = asyncio.Lock()
         self._watch: asyncio.Task[None] | None = None
         self._lost = asyncio.Event()
+        self._buried = asyncio.Event()
+        self._buried.set()
         self._verdict = ""
+        self._culprit = 0  # the thread that hangs
 
     @property
     def client(self) -> WorkerClient | None:
@@ -94,7 +99,8 @@ class SupervisedWorker:
         """
         async with self._lock:
             key = (request.model, request.version)
-            if self.process is None:
+            if self.client is None:
+                await self._buried.wait()  # one that has died is counted first
                 await self._begin()
                 if self.wanted.get(key) == request and key in self.ready:
                     return self.ready[key]
@@ -135,19 +141,29 @@ class SupervisedWorker:
                 await self._end()
 
     async def stop(self) -> None:
-        """End the worker."""
+        """End the worker. A load that is under way is not waited for."""
         self.wanted.clear()
         self.ready.clear()
-        async with self._lock:
+        try:
+            async with asyncio.timeout(STUCK_S):
+                await self._lock.acquire()
+        except TimeoutError:
+            if self.process is not None:
+                self.process.client.close()
+            await self._lock.acquire()
+        try:
             await self._end()
+        finally:
+            self._lock.release()
 
     # ---- one process ------------------------------------------------------------------------------------------------
 
     async def _begin(self) -> None:
         process = await self._launch(self.name, next(self._generations))
         self.process = process
+        self._buried.clear()
         self._lost.clear()
-        self._verdict = ""
+        self._verdict, self._culprit = "", 0
         process.client.on_close = self._on_lost
         if process.client.closed:
             self._on_lost()
@@ -163,6 +179,7 @@ class SupervisedWorker:
             with contextlib.suppress(asyncio.CancelledError):
                 await watch
         process, self.process = self.process, None
+        self._buried.set()
         self.ready.clear()
         self._on_change()
         if process is not None:
@@ -229,10 +246,10 @@ class SupervisedWorker:
         """Return the seconds the process lived, when it has died or was found hanging."""
         loop = asyncio.get_running_loop()
         started = loop.time()
-        interval_s = min(self._settings.heartbeat_ms, self._settings.hang_ms / 2) / 1e3
         while not self._lost.is_set():
+            limits_ms = [self._settings.hang_ms, *(self._hang_ms(key) for key in self.wanted)]
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(interval_s):
+                async with asyncio.timeout(min(self._settings.heartbeat_ms, min(limits_ms) / 2) / 1e3):
                     await self._lost.wait()
             if not self._lost.is_set():
                 self._verdict = await self._hang()
@@ -242,30 +259,43 @@ class SupervisedWorker:
 
     async def _hang(self) -> str:
         """Why the worker must be taken for hanging, else an empty string."""
-        process, limit_ms = self.process, self._settings.hang_ms
+        process = self.process
         assert process is not None
-        running = process.blackbox.running()
-        if running is not None and running[2] > limit_ms * 1e6:
-            return f"hangs: model '{running[0]}' version {running[1]} runs for more than {limit_ms:g} ms"
+        for run in process.blackbox.runs():
+            limit_ms = self._hang_ms((run.model, run.version))
+            if run.since_ns > limit_ms * 1e6:
+                self._culprit = run.thread
+                return f"hangs: model '{run.model}' version {run.version} runs for more than {limit_ms:g} ms"
+        limit_ms = self._settings.hang_ms
         try:
             self.ledger.take(await process.client.call("stats", limit_ms / 1e3))
         except WorkerError:
             return "" if self._lost.is_set() else f"hangs: no answer to a heartbeat within {limit_ms:g} ms"
         return ""
 
+    def _hang_ms(self, key: Key) -> float:
+        request = self.wanted.get(key)
+        return request.hang_ms if request is not None and request.hang_ms else self._settings.hang_ms
+
     async def _bury(self) -> None:
         process = self.process
         assert process is not None
         process.client.close()
         status = None if self._verdict else await process.exit_status(EXIT_WAIT_S)
-        record = process.blackbox.running() or process.blackbox.loading()
-        blamed = None if record is None else (record[0], record[1])
+        suspects, (crashed, stack) = process.blackbox.suspects(), process.blackbox.crash()
+        culprit = self._culprit or crashed
+        found = next((one for one in suspects if one.thread == culprit), suspects[0] if suspects else None)
+        blamed = None if found is None else (found.model, found.version)
+        await process.kill()
         reason = f"worker '{self.name}' {self._verdict or describe_exit(status)}"
         if blamed and not self._verdict:
             reason += f" while model '{blamed[0]}' version {blamed[1]} ran"
-        await process.kill()
         self.process = None
+        self._buried.set()
+        self.last_death = reason
         log.error("%s; it is started again", reason)
+        if stack:
+            log.warning("where worker '%s' crashed:\n%s", self.name, stack)
         self._on_death(blamed, reason)
 
     async def _restart(self) -> None:
@@ -276,6 +306,7 @@ class SupervisedWorker:
             try:
                 await self._begin()
             except WorkerError as error:
+                self.last_death = error.message
                 log.error("%s", error.message)
             self._on_change()
 

@@ -65,6 +65,7 @@ class Worker:
         self._settings = settings
         self._runners = max(1, min(settings.runners, RUNNERS_CAP))
         self._blackbox = Blackbox(settings.blackbox_fd)
+        self._blackbox.catch_crash()
         self._batcher = Batcher(self._runners, self._wake)
         self._models: dict[str, dict[int, LoadedModel]] = {}
         self._sessions = Sessions()

@@ -1,0 +1,183 @@
+"""What happens to a worker that dies, hangs or will not end."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import signal
+import time
+
+import psutil
+import pytest
+from serving_kit import action, identity, until, write_faulty, write_model
+
+from millhand.errors import MillhandError, ModelError, WorkerError
+
+
+def entry(pool, name="faulty"):
+    return next(one for one in pool.index() if one["name"] == name)
+
+
+async def pid_of(pool, worker="shared"):
+    await until(lambda: pool._workers[worker].client is not None)
+    return pool._workers[worker].process.pid
+
+
+async def test_the_back_off_grows_while_the_only_version_cannot_be_loaded(root, make_pool):
+    folder = write_faulty(root, "faulty")
+    pool = await make_pool(restart_delay_ms=100, restart_delay_cap_ms=60_000, deaths_cap=100)
+    worker = pool._workers["shared"]
+    (folder / "1/model.json").write_text(json.dumps({"load": "die"}))
+    psutil.Process(await pid_of(pool)).kill()
+    pauses, deaths = [], pool._served["faulty"].deaths
+    for number in range(1, 4):
+        await until(lambda number=number: len(deaths) == number, timeout_s=30)
+        died_s = time.monotonic()
+        await until(lambda number=number: worker.restarts == number + 1, timeout_s=30)
+        pauses.append(time.monotonic() - died_s)
+    assert all(later > 1.4 * earlier for earlier, later in itertools.pairwise(pauses)), pauses
+    await until(lambda: worker.process is None)
+    assert entry(pool)["state"] == "restarting"
+    assert "died of SIGKILL while model 'faulty' version 1 ran" in entry(pool)["reason"]
+    with pytest.raises(WorkerError) as caught:
+        await pool.infer("faulty", action(0))
+    assert caught.value.retriable
+
+
+async def test_a_version_that_cannot_come_back_fails_and_a_load_tries_again(root, make_pool):
+    folder = write_faulty(root, "faulty")
+    pool = await make_pool(deaths_cap=3)
+    (folder / "1/model.json").write_text(json.dumps({"load": "die"}))
+    psutil.Process(await pid_of(pool)).kill()
+    await until(lambda: entry(pool)["state"] == "failed", timeout_s=30)
+    assert "version 1 took its worker down 3 times" in entry(pool)["reason"]
+    assert pool._workers["shared"].process is None
+    with pytest.raises(MillhandError, match="took worker 'shared' down"):
+        await pool.load("faulty")
+    assert entry(pool)["state"] == "failed"
+    (folder / "1/model.json").write_text("{}")
+    assert (await pool.load("faulty"))["state"] == "ready"
+    assert entry(pool)["reason"] == ""
+    await pool.infer("faulty", action(0))
+
+
+async def test_a_load_does_not_wait_for_the_back_off(root, make_pool):
+    write_faulty(root, "faulty")
+    pool = await make_pool(restart_delay_ms=60_000, restart_delay_cap_ms=60_000)
+    psutil.Process(await pid_of(pool)).kill()
+    await until(lambda: entry(pool)["state"] == "restarting")
+    async with asyncio.timeout(20):
+        assert (await pool.load("faulty"))["state"] == "ready"
+    await pool.infer("faulty", action(0))
+
+
+async def test_a_version_that_cannot_be_loaded_after_a_restart_gives_way_to_the_one_before(root, make_pool):
+    folder = write_faulty(root, "faulty", versions={1: "", 2: ""})
+    pool = await make_pool()
+    (folder / "2/model.json").write_text(json.dumps({"load": "raise"}))
+    psutil.Process(await pid_of(pool)).kill()
+    await until(lambda: entry(pool)["versions"] == [1])
+    assert "version 2 could not be loaded after a restart" in entry(pool)["reason"]
+    assert entry(pool)["reason"].endswith("version 1 came back")
+
+
+async def test_a_models_own_limit_finds_its_hang(root, make_pool):
+    write_faulty(root, "faulty", extra="hang_ms = 150")
+    write_faulty(root, "slow")
+    pool = await make_pool(heartbeat_ms=50)
+    await pool.infer("slow", action(5), deadline_ms=10_000)  # 200 ms: within the node's limit
+    pid = await pid_of(pool)
+    with pytest.raises(WorkerError):
+        await pool.infer("faulty", action(5), deadline_ms=10_000)
+    await until(lambda: not psutil.pid_exists(pid))
+    assert "model 'faulty' version 1 runs for more than 150 ms" in pool._workers["shared"].last_death
+    assert [version for _, version in pool._served["faulty"].deaths] == [1]
+
+
+async def test_of_several_that_run_the_one_that_crashes_is_blamed(root, make_pool, caplog):
+    write_faulty(root, "faulty")
+    write_faulty(root, "slow")
+    pool = await make_pool(runners=2, deaths_cap=1)
+    slow = asyncio.create_task(pool.infer("slow", action(2), deadline_ms=60_000))
+    await until(pool._workers["shared"].process.blackbox.running)
+    with pytest.raises(WorkerError):
+        await pool.infer("faulty", action(1))
+    with pytest.raises(WorkerError):
+        await slow
+    await until(lambda: entry(pool)["state"] == "failed")
+    await until(lambda: entry(pool, "slow")["state"] == "ready")
+    assert "died of SIGSEGV while model 'faulty' version 1 ran" in entry(pool)["reason"]
+    assert not pool._served["slow"].deaths
+    assert "millhand_faulty.py" in caplog.text.partition("where worker 'shared' crashed:")[2]
+
+
+async def test_a_hang_is_not_blamed_on_another_that_has_run_for_longer(root, make_pool):
+    write_faulty(root, "faulty", extra="hang_ms = 300")
+    write_faulty(root, "slow")
+    pool = await make_pool(runners=2, deaths_cap=1, heartbeat_ms=50)
+    slow = asyncio.create_task(pool.infer("slow", action(2), deadline_ms=60_000))
+    await until(pool._workers["shared"].process.blackbox.running)
+    with pytest.raises(WorkerError):
+        await pool.infer("faulty", action(2), deadline_ms=60_000)
+    await asyncio.gather(slow, return_exceptions=True)
+    await until(lambda: entry(pool)["state"] == "failed")
+    assert not pool._served["slow"].deaths
+
+
+async def stopped_s(pool):
+    started_s = time.monotonic()
+    await pool.stop()
+    return time.monotonic() - started_s
+
+
+async def test_a_stop_does_not_wait_for_a_worker_that_hangs(root, make_pool):
+    write_faulty(root, "faulty")
+    pool = await make_pool()
+    hanging = asyncio.create_task(pool.infer("faulty", action(2), deadline_ms=60_000))
+    await until(pool._workers["shared"].process.blackbox.running)
+    assert await stopped_s(pool) < 2.5
+    with pytest.raises(WorkerError):
+        await hanging
+
+
+async def test_a_stop_does_not_wait_for_a_worker_that_is_frozen(root, make_pool):
+    write_faulty(root, "faulty")
+    pool = await make_pool()
+    os.kill(await pid_of(pool), signal.SIGSTOP)
+    assert await stopped_s(pool) < 2.5
+
+
+async def test_a_stop_does_not_wait_for_a_load_that_hangs(root, make_pool):
+    identity(write_model(root, "same") / "1/model.onnx")
+    pool = await make_pool()
+    write_faulty(root, "faulty", versions={1: "hang"})
+    loading = asyncio.create_task(pool.load("faulty"))
+    await until(pool._workers["shared"].process.blackbox.loading)
+    assert await stopped_s(pool) < 4
+    with pytest.raises(MillhandError):
+        await loading
+
+
+async def test_a_stop_lets_what_waits_run(root, make_pool):
+    write_faulty(root, "faulty", extra="max_batch = 1")
+    pool = await make_pool()
+    waiting = [asyncio.create_task(pool.infer("faulty", action(5), deadline_ms=60_000)) for _ in range(8)]
+    await until(lambda: pool._workers["shared"].client.in_flight == 8)
+    assert await stopped_s(pool) > 1  # 8 * 0.2 s, longer than one alone would be waited for
+    assert all(version == 1 for _, version in await asyncio.gather(*waiting))
+
+
+async def test_one_load_that_hangs_does_not_keep_another_model_from_being_unloaded(root, make_pool):
+    write_faulty(root, "apart", extra='isolation = "own"')
+    pool = await make_pool()
+    write_faulty(root, "faulty", versions={1: "hang"})
+    loading = asyncio.create_task(pool.load("faulty"))
+    await until(lambda: "faulty" in pool._served and entry(pool)["state"] == "loading")
+    async with asyncio.timeout(5):
+        assert (await pool.unload("apart"))["state"] == "unloaded"
+    with pytest.raises(ModelError, match="'faulty' is loading"):
+        await pool.infer("faulty", action(0))
+    await pool.stop()
+    await asyncio.gather(loading, return_exceptions=True)
