@@ -29,6 +29,7 @@ FOREIGN_START = (
     "import sys; sys.path.extend(sys.argv.pop(1).split(':')); from millhand.serving.worker import main; main()"
 )
 LISTEN_BACKLOG = 64
+RUNNERS_DEFAULT_CAP = 4
 STUCK_S = 1.0
 """At the stop, a worker that runs one batch for longer, or runs none and does not answer, is not waited for."""
 STDERR_LINES = 20
@@ -62,7 +63,7 @@ class WorkerProcess:
                 "blackbox_fd": blackbox_fd,
                 "listen_fd": listener.fileno(),
                 "cpus": settings.cpus or host.cpus,
-                "runners": settings.runners or host.runners,
+                "runners": settings.runners or host.runners or _runners(host),
             }
             interpreter = settings.interpreter or host.interpreter
             process = await asyncio.create_subprocess_exec(
@@ -165,6 +166,13 @@ class WorkerProcess:
         if text:
             self.last_words.append(text)
             log.warning("worker %s: %s", self.name, text)  # the log limits repeats
+
+
+def _runners(host: WorkerDefaults) -> int:
+    """Batches at once where nobody says: an accelerator is shared best by large batches, CPUs by several small ones."""
+    if host.accelerator != "cpu":
+        return 1
+    return min(len(host.cpus or os.sched_getaffinity(0)), RUNNERS_DEFAULT_CAP)
 
 
 def describe_exit(status: int | None) -> str:

@@ -129,7 +129,8 @@ class WorkerDefaults(StrictTable):
     threads: Annotated[int | Literal["auto"], _number_or_auto(1)] = "auto"
     """Threads of one inference on the CPU; `auto` measures at each load how many pay."""
     cpus: tuple[int, ...] = ()
-    runners: int = Field(default=1, ge=1, le=24)
+    runners: int = Field(default=0, ge=0, le=24)
+    """Batches that a worker may run at once; 0: on the CPU one for each CPU, at most 4, on an accelerator one."""
     max_batch: int = Field(default=0, ge=0)
     """Upper bound for every model's `max_batch`; 0 sets none."""
     max_delay_us: int = Field(default=0, ge=0, le=1_000_000)
