@@ -30,6 +30,7 @@ Check = Callable[[int, Headers, bytes], bool]
 RECONNECT_S = 0.05
 READ_BYTES = 1 << 18
 BODIES_KEPT = 5
+LATE_S = 1.0
 
 
 @dataclass
@@ -44,12 +45,36 @@ class Result:
     """Connections that were closed or refused in place of an answer."""
     hung: int = 0
     """No answer within the time limit."""
+    late: int = 0
+    """Sent more than a second after they fell due: all connections were taken."""
     latencies_ms: array[float] = field(default_factory=lambda: array("d"))
     """Of answers with status 200."""
     bodies: dict[str, list[str]] = field(default_factory=dict)
     """The beginnings of the first wrong answers, and of the first of every status but 200."""
     failures_s: list[float] = field(default_factory=list)
     """time.monotonic() of every outcome but a 200."""
+
+    def take(self, index: int, status: int, headers: Headers, body: bytes, seconds: float, check: Check) -> None:
+        """Count one answer."""
+        self.statuses[status] += 1
+        if status != 200:
+            self.failures_s.append(time.monotonic())
+            self._keep(str(status), body)
+            return
+        self.latencies_ms.append(seconds * 1e3)
+        if not check(index, headers, body):
+            self.wrong += 1
+            self._keep("wrong", body)
+
+    def fail(self, kind: str) -> None:
+        """Count a request that got no answer: `lost` or `hung`."""
+        setattr(self, kind, getattr(self, kind) + 1)
+        self.failures_s.append(time.monotonic())
+
+    def _keep(self, kind: str, body: bytes) -> None:
+        kept = self.bodies.setdefault(kind, [])
+        if len(kept) < BODIES_KEPT:
+            kept.append(body[:300].decode(errors="replace"))
 
     @property
     def requests(self) -> int:
@@ -77,6 +102,7 @@ class Result:
             "wrong": self.wrong,
             "lost": self.lost,
             "hung": self.hung,
+            "late": self.late,
             "bodies": self.bodies,
         }
 
@@ -181,7 +207,7 @@ class Load:
             try:
                 self._idle.append(Connection(self._address))
             except OSError:
-                self._lose()
+                self._result.fail("lost")
                 self._retry_s = now + RECONNECT_S
                 return
             self._missing -= 1
@@ -190,11 +216,12 @@ class Load:
         connection.index = self._turn % len(self._requests)
         self._turn += 1
         connection.due_s, connection.sent_s = due_s, time.monotonic()
+        self._result.late += connection.sent_s - due_s > LATE_S
         connection.unsent = memoryview(self._requests[connection.index])
         try:
             connection.send()
         except OSError:
-            self._lose()
+            self._result.fail("lost")
             self._drop(connection)
             return
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.unsent else 0)
@@ -217,42 +244,24 @@ class Load:
                     if answer is not None:
                         self._take(connection, *answer)
             except OSError:
-                self._lose()
+                self._result.fail("lost")
                 self._selector.unregister(connection.socket)
                 self._drop(connection)
         late = time.monotonic() - self._timeout_s
         for key in list(self._selector.get_map().values()):
             if key.data.sent_s < late:
-                self._result.hung += 1
-                self._result.failures_s.append(time.monotonic())
+                self._result.fail("hung")
                 self._selector.unregister(key.fileobj)
                 self._drop(key.data)
 
     def _take(self, connection: Connection, status: int, headers: dict[str, str], body: bytes) -> None:
-        result = self._result
-        result.statuses[status] += 1
-        if status == 200:
-            result.latencies_ms.append((time.monotonic() - connection.due_s) * 1e3)
-            if not self._check(connection.index, headers, body):
-                result.wrong += 1
-                self._keep("wrong", body)
-        else:
-            result.failures_s.append(time.monotonic())
-            self._keep(str(status), body)
+        seconds = time.monotonic() - connection.due_s
+        self._result.take(connection.index, status, headers, body, seconds, self._check)
         self._selector.unregister(connection.socket)
         if headers.get("connection", "").lower() == "close":
             self._drop(connection)
         else:
             self._idle.append(connection)
-
-    def _keep(self, kind: str, body: bytes) -> None:
-        kept = self._result.bodies.setdefault(kind, [])
-        if len(kept) < BODIES_KEPT:
-            kept.append(body[:300].decode(errors="replace"))
-
-    def _lose(self) -> None:
-        self._result.lost += 1
-        self._result.failures_s.append(time.monotonic())
 
     def _drop(self, connection: Connection) -> None:
         connection.socket.close()

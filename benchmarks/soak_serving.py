@@ -2,7 +2,8 @@
 
     python benchmarks/soak_serving.py [--minutes 10] [--kill-every-s 20] [--reload-every-s 30]
 
-First the peak is measured; then requests come at 80 % of it, JSON and binary in turn. Versions have two sets of weights
+First the peak is measured; then requests come at 80 % of it, JSON and binary in turn, and a few callers speak gRPC
+beside them. Versions have two sets of weights
 in turn, and every answer is compared with the right one of the version that says it answered. Counted: wrong answers,
 requests without an answer past their deadline, failures without a retriable error, growth of memory and descriptors,
 and what is left on the machine when the agent has stopped.
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 from figures import Figure, parser, progress, report
 from load import Load, Result
+from load_grpc import GrpcCallers
 from models import CNN, cnn, expected, write_model, write_version
 from processes import Process, holders
 from servers import Millhand
@@ -40,6 +42,7 @@ CONNECTIONS = 16
 ROWS = 16
 DEADLINE_MS = 1000
 GRACE_S = 1.0
+GRPC_CALLERS = 2
 RETRIABLE = (503, 504)
 SAMPLE_S = 2.0
 WINDOW = 0.1
@@ -218,6 +221,15 @@ def requests_of(server: Millhand, rows: Array, rights: Array) -> list[Request]:
     return found
 
 
+def grpc_callers(server: Millhand, rows: Array, rights: tuple[Array, Array]) -> GrpcCallers | None:
+    """None where the server does not speak gRPC."""
+    if server.grpc is None:
+        return None
+    requests = [request("grpc", "cnn", row[np.newaxis]) for row in rows]
+    verify(server.grpc, requests[0], rights[1][:1])
+    return GrpcCallers(server.grpc, requests, Judge(requests, rights), GRPC_CALLERS, DEADLINE_MS / 1e3)
+
+
 def soak(server: Millhand, folder: Path, minutes: float, kill_every_s: float, reload_every_s: float) -> int:
     artifacts = (cnn(1), cnn(0))  # of even and of odd versions
     rows = CNN.rows(ROWS)
@@ -241,8 +253,13 @@ def soak(server: Millhand, folder: Path, minutes: float, kill_every_s: float, re
         ]
         for thread in threads:
             thread.start()
+        callers = grpc_callers(server, rows, rights)
         begin_s = time.monotonic()
-        result = load.open(60 * minutes, rate)
+        if callers is not None:
+            callers.start()
+        results = {"http": load.open(60 * minutes, rate)}
+        if callers is not None:
+            results["grpc"] = callers.stop()
         end_s = time.monotonic()
         for thread in threads:
             thread.stop()
@@ -250,14 +267,14 @@ def soak(server: Millhand, folder: Path, minutes: float, kill_every_s: float, re
         server.agent.end(signal.SIGTERM)
         left = left_over(server, watch.memfds)
     errors = [thread.error for thread in threads if thread.error]
-    figures = _figures(result, rate, trouble, left, errors)
+    figures = _figures(results, rate, trouble, left, errors)
     grown, rss = _growth(watch, begin_s, end_s)
     return report(
         "soak_serving",
         figures + grown,
-        load=result.to_dict(),
+        load={name: result.to_dict() for name, result in results.items()},
         peak=peak.to_dict(),
-        protocols=sorted({one.protocol for one in requests}),
+        protocols=sorted({one.protocol for one in requests} | {"grpc"} & results.keys()),
         rate_per_s=round(rate, 1),
         minutes=minutes,
         reloads_again=trouble.reloads_again,
@@ -276,28 +293,38 @@ def _check_distinct(rights: Array) -> None:
 
 
 def _figures(
-    result: Result, rate: float, trouble: Trouble, left: dict[str, list[str]], errors: list[str]
+    results: dict[str, Result], rate: float, trouble: Trouble, left: dict[str, list[str]], errors: list[str]
 ) -> list[Figure]:
-    failed = result.requests - result.statuses[200]
-    retriable = sum(result.statuses[status] for status in RETRIABLE)
-    apart = [at for at in result.failures_s if not any(0 <= at - kill <= KILL_SHADOW_S for kill in trouble.kills_s)]
-    p50, p99 = result.percentile_ms(50), result.percentile_ms(99)
+    requests = sum(result.requests for result in results.values())
+    failed = requests - sum(result.statuses[200] for result in results.values())
+    hung = sum(result.hung for result in results.values())
+    retriable = sum(result.statuses[status] for result in results.values() for status in RETRIABLE)
+    right = sum(result.right for result in results.values())
+    failures = [at for result in results.values() for at in result.failures_s]
+    after = [[at - kill for at in failures if 0 <= at - kill <= KILL_SHADOW_S] for kill in trouble.kills_s]
+    p50, p99 = results["http"].percentile_ms(50), results["http"].percentile_ms(99)
     return [
-        Figure("requests", result.requests, ""),
+        Figure("requests", requests, ""),
         Figure("rate asked for, 80 % of the peak", round(rate, 1), "1/s"),
         Figure("workers killed", len(trouble.kills_s), ""),
         Figure("reloads", trouble.reloads, ""),
         Figure("kills and reloads that went wrong", len(errors), "", "== 0"),
-        Figure("wrong answers", result.wrong, "", "== 0"),
-        Figure("hangs past the deadline", result.hung, "", "== 0"),
-        Figure("failed requests without a retriable error", failed - retriable - result.hung, "", "== 0"),
+        Figure("wrong answers", sum(result.wrong for result in results.values()), "", "== 0"),
+        Figure("hangs past the deadline", hung, "", "== 0"),
+        Figure("failed requests without a retriable error", failed - retriable - hung, "", "== 0"),
         Figure("failed requests, all", failed, ""),
-        Figure(f"failed more than {KILL_SHADOW_S:g} s after a kill", len(apart), ""),
-        Figure("answered right", round(100 * result.right / max(1, result.requests), 3), "%"),
+        Figure(f"failed more than {KILL_SHADOW_S:g} s after a kill", len(failures) - sum(map(len, after)), ""),
+        Figure("failures last after a kill, median", _median([max(times, default=0.0) for times in after]), "s"),
+        Figure("sent late, all connections taken", results["http"].late, ""),
+        Figure("answered right", round(100 * right / max(1, requests), 3), "%"),
         Figure("p50", None if p50 is None else round(p50, 2), "ms"),
         Figure("p99", None if p99 is None else round(p99, 2), "ms"),
         *(Figure(f"{what} left over", len(found), "", "== 0") for what, found in left.items()),
     ]
+
+
+def _median(values: list[float]) -> float | None:
+    return round(statistics.median(values), 2) if values else None
 
 
 def _growth(watch: Watch, begin_s: float, end_s: float) -> tuple[list[Figure], dict[str, Any]]:

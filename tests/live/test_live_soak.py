@@ -33,5 +33,6 @@ def test_kills_and_reloads_under_load_give_no_wrong_answer_and_leave_nothing() -
     assert values["workers killed"] >= 5
     assert values["reloads"] >= 3
     assert len(document["versions_answering"]) >= 3
+    assert document["protocols"] == ["binary", "grpc", "json"]
     assert values["requests"] > 500
     assert values["answered right"] > 50
