@@ -181,3 +181,17 @@ async def test_one_load_that_hangs_does_not_keep_another_model_from_being_unload
         await pool.infer("faulty", action(0))
     await pool.stop()
     await asyncio.gather(loading, return_exceptions=True)
+
+
+async def test_nothing_is_started_after_a_stop(root, make_pool, tmp_path):
+    write_faulty(root, "apart", extra='isolation = "own"')
+    write_faulty(root, "faulty")
+    pool = await make_pool(load=("apart",))
+    loads = [asyncio.create_task(pool.load(name)) for name in ("faulty", "apart", "faulty")]
+    await asyncio.sleep(0)
+    await pool.stop()
+    await asyncio.gather(*loads, return_exceptions=True)
+    with pytest.raises(WorkerError, match="is stopping"):
+        await pool.load("faulty")
+    assert not list((tmp_path / "run").glob("worker-*"))
+    assert not [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]

@@ -107,7 +107,7 @@ class Loader:
                 request = await self.request(folder, version, worker.host)
                 if worker.wanted.get(key) == request and key in worker.ready:
                     continue
-                bytes_cap = await self._make_room(worker.host, folder, version, evict)
+                bytes_cap = await self._make_room(worker.host, served, folder, version, evict)
                 if key not in worker.wanted:
                     fresh.append(worker)
                 await worker.load(request, bytes_cap)
@@ -119,13 +119,14 @@ class Loader:
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 
-    async def _make_room(self, host: WorkerDefaults, folder: ModelFolder, version: int, evict: bool) -> int:
+    async def _make_room(
+        self, host: WorkerDefaults, served: Served, folder: ModelFolder, version: int, evict: bool
+    ) -> int:
         """Make room for what the version takes at least; return the most that it may take, 0 for any.
 
         Raises ModelError where it cannot fit.
         """
-        served, own_cap = self._models[folder.name], folder.manifest.memory_bytes_cap
-        cap = self._bytes_cap(host)
+        own_cap, cap = folder.manifest.memory_bytes_cap, self._bytes_cap(host)
         if not cap:
             return own_cap
         room = room_bytes(cap, await self._holdings(host, served, version, evict))

@@ -11,7 +11,7 @@ from typing import Any
 
 from millhand import metrics
 from millhand.control import Handler
-from millhand.errors import MillhandError, ModelError
+from millhand.errors import MillhandError, ModelError, WorkerError
 from millhand.registry import Registry
 from millhand.serving.client import deadline_ns
 from millhand.serving.load_request import batch_cap
@@ -60,6 +60,7 @@ class ModelPool:
         self._generation = 0
         self._loading = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._stopped = False
         self._unhook: Callable[[], None] = lambda: None
 
     # ---- for the daemon ---------------------------------------------------------------------------------------------
@@ -94,6 +95,7 @@ class ModelPool:
         """Let waiting requests run, then end every worker."""
         self._unhook()
         self._unhook = lambda: None
+        self._stopped = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -150,6 +152,8 @@ class ModelPool:
             if served is None:
                 served = self._served[name] = Served(folder, [])
             async with served.lock:
+                if self._stopped:
+                    raise WorkerError("the agent is stopping", hint="load the model when it runs again")
                 await self._loader.exchange(served, folder, chosen, evict)
             return self._entry(name)
 

@@ -69,6 +69,7 @@ class SupervisedWorker:
         self._buried.set()
         self._verdict = ""
         self._culprit = 0  # the thread that hangs
+        self._stopped = False
 
     @property
     def client(self) -> WorkerClient | None:
@@ -141,7 +142,8 @@ class SupervisedWorker:
                 await self._end()
 
     async def stop(self) -> None:
-        """End the worker. A load that is under way is not waited for."""
+        """End the worker for good. A load that is under way is not waited for."""
+        self._stopped = True
         self.wanted.clear()
         self.ready.clear()
         try:
@@ -159,6 +161,8 @@ class SupervisedWorker:
     # ---- one process ------------------------------------------------------------------------------------------------
 
     async def _begin(self) -> None:
+        if self._stopped:
+            raise WorkerError(f"worker '{self.name}' is stopped", hint="start the agent again", retriable=False)
         process = await self._launch(self.name, next(self._generations))
         self.process = process
         self._buried.clear()

@@ -56,6 +56,35 @@ class Backend:
         return session
 
 
+class VramBackend(Backend):
+    """Holds that much memory of the GPU, through the driver's own library: {"hold": MiB}."""
+
+    name = "vram"
+
+    def load(self, artifact, accelerator, options):
+        return VramSession(json.loads(artifact.read_text())["hold"] << 20)
+
+
+class VramSession(Session):
+    def __init__(self, size):
+        self.cuda = ctypes.CDLL("libcuda.so.1")
+        self.context, self.memory = ctypes.c_void_p(), ctypes.c_uint64()
+        self.ask("cuInit", 0)
+        self.ask("cuDevicePrimaryCtxRetain", ctypes.byref(self.context), 0)
+        self.ask("cuCtxSetCurrent", self.context)
+        self.ask("cuMemAlloc_v2", ctypes.byref(self.memory), ctypes.c_size_t(size))
+
+    def ask(self, function, *arguments):
+        status = getattr(self.cuda, function)(*arguments)
+        if status:
+            raise ModelError(f"{function} gave {status}")
+
+    def close(self):
+        self.ask("cuCtxSetCurrent", self.context)
+        self.ask("cuMemFree_v2", self.memory)
+        self.ask("cuDevicePrimaryCtxRelease_v2", 0)
+
+
 class ThreadedBackend(Backend):
     """The artifact says for each number of threads how long a run takes: {"1": 8.0, "2": 4.5}, ms."""
 
@@ -152,4 +181,4 @@ class AcceleratedSession(Session):
 
 @hookimpl
 def millhand_backends():
-    return [Backend(), ThreadedBackend(), SlowSumBackend(), DeclaredBackend(), ProvingBackend()]
+    return [Backend(), ThreadedBackend(), VramBackend(), SlowSumBackend(), DeclaredBackend(), ProvingBackend()]
