@@ -120,6 +120,7 @@ class Served:
             "backend": manifest.backend,
             "inputs": [tensor(spec) for spec in manifest.inputs],
             "outputs": [tensor(spec) for spec in manifest.outputs],
+            "labels": [] if manifest.prediction is None else list(manifest.prediction.labels),
             "sockets": {version: paths for version, paths in sockets.items() if paths},
         }
 

@@ -11,7 +11,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -56,7 +56,7 @@ class InferEndpoint:
         if header_bytes and plan is None:
             self._keep_plan(bytes(body[:header_bytes]), wanted)
         deadline = deadline_ns(wanted.deadline_ms or self._routes.deadline_ms)
-        call = _Call(self, name, version, wanted, plan, body, header_bytes, deadline, reply)
+        call = _Call(self, name, version, wanted, model["labels"], plan, body, header_bytes, deadline, reply)
         reached = self._routes.reached(name, version)
         return call.start_slowly() if reached is None else call.start(*reached)
 
@@ -78,8 +78,7 @@ class InferEndpoint:
 
     def write(self, call: _Call, version: int, outputs: dict[str, Any]) -> Response:
         """The same for outputs as arrays."""
-        labels = self._routes.model(call.name).get("labels", ())
-        data, buffers = write_response(call.name, version, call.wanted, outputs, labels)
+        data, buffers = write_response(call.name, version, call.wanted, outputs, call.labels)
         head = _encode(data)
         if not buffers:
             return Response(head, 200, JSON)
@@ -153,6 +152,7 @@ class _Call:
         "_sent_ns",
         "_task",
         "deadline",
+        "labels",
         "name",
         "plan",
         "version",
@@ -165,6 +165,7 @@ class _Call:
         name: str,
         version: str,
         wanted: InferRequest,
+        labels: Sequence[str],
         plan: BinaryPlan | None,
         body: bytes | memoryview,
         header_bytes: int | None,
@@ -175,6 +176,7 @@ class _Call:
         self.name = name
         self.version = version
         self.wanted = wanted
+        self.labels = labels
         self.plan = plan
         self.deadline = deadline
         self._body = body
