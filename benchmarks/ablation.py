@@ -59,6 +59,7 @@ def run(rounds: int, seconds: float, peers_dir: Path) -> int:
             if variant.part == BASE:
                 fronts = [servers.Front(name, server, peers_dir) for name in FRONTS]
                 running.update({front.name: stack.enter_context(front) for front in fronts})
+        decided = {name: one.chosen("cnn") for name, one in running.items() if isinstance(one, servers.Millhand)}
         bench = Bench(running, rounds, seconds)
         bench.measure([Case(name, form, c) for form, c in FORMS for name in running], models.CNN, cnn)
     table = bench.table()
@@ -69,7 +70,9 @@ def run(rounds: int, seconds: float, peers_dir: Path) -> int:
         for name in running
         if name != BASE
     ]
-    return report("serving_ablation", figures, table=table, left_out=bench.left_out, peer_versions=versions)
+    return report(
+        "serving_ablation", figures, table=table, left_out=bench.left_out, decided=decided, peer_versions=versions
+    )
 
 
 def _share(bench: Bench, name: str, form: str, connections: int) -> float | None:

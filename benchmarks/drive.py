@@ -65,6 +65,8 @@ def drive(address: tuple[str, int], request: Request, connections: int, seconds:
     Raises LoadFailed.
     """
     if request.protocol == "grpc":
+        if not shutil.which("h2load"):
+            raise LoadFailed("h2load is not installed")
         return _h2load(address, request, connections, seconds, answer_bytes)
     if shutil.which("wrk"):
         return _wrk(address, request, connections, seconds)

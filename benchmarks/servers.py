@@ -16,6 +16,7 @@ import time
 import tomllib
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from importlib.metadata import version
@@ -91,6 +92,15 @@ class Millhand(Server):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.agent.__exit__(kind, error, trace)
+
+    def chosen(self, model: str) -> dict[str, Any]:
+        """What it decided by itself for this machine and this model."""
+        shown = self.agent.call("model.show", model=model)
+        return {
+            "threads": {version: found["threads"] for version, found in shown["threads"].items()},
+            "max_batch": shown["max_batch"],
+            "processes": dict(Counter(process.role for process in self.family.processes())),
+        }
 
     def _serves(self) -> bool:
         assert self.http is not None

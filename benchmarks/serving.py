@@ -5,7 +5,8 @@
 Paired runs: in every round each server runs once in each form, one after the other on the same cores as the load; a
 ratio is the median of the rounds' ratios. Before each form's first run, its answer is compared with the model's.
 `front`, `worker` and `daemon` are millhand's processes; CPU time a request says what is saved even where the machine is
-busy. `raw` is ONNX Runtime in process. The peers' code is in benchmarks/peers/.
+busy. `raw` is ONNX Runtime in process. The peers' code is in benchmarks/peers/. The load comes from wrk and, for gRPC, h2load
+(Debian: wrk, nghttp2-client); without wrk from load.py, without h2load gRPC is left out.
 """
 
 from __future__ import annotations
@@ -271,10 +272,12 @@ def main() -> int:
         if "batching" in chosen.only:
             models.write_model(repository, models.MLP, mlp)
             models.write_model(repository, models.MLP, mlp, name=UNBATCHED.model, max_batch=1)
-        started: list[servers.Server] = [servers.Millhand(repository)]
+        product = servers.Millhand(repository)
+        started: list[servers.Server] = [product]
         if chosen.peers:
             started += [make(model, chosen.peers_dir) for make in servers.PEER_MAKERS]
         running = {server.name: stack.enter_context(server) for server in started}
+        decided = product.chosen("cnn")
         bench = Bench(running, rounds, seconds)
         bench.measure(cases(chosen.only, chosen.peers), models.CNN, cnn)
         if "batching" in chosen.only:
@@ -286,6 +289,7 @@ def main() -> int:
         figures(bench, chosen.only, chosen.peers),
         table=table,
         left_out=bench.left_out,
+        decided=decided,
         peer_versions=peer_versions,
         load={"rounds": rounds, "seconds": seconds, **generators()},
     )
