@@ -5,8 +5,8 @@
 Paired runs: in every round each server runs once in each form, one after the other on the same cores as the load; a
 ratio is the median of the rounds' ratios. Before each form's first run, its answer is compared with the model's.
 `front`, `worker` and `daemon` are millhand's processes; CPU time a request says what is saved even where the machine is
-busy. `raw` is ONNX Runtime in process. The peers' code is in benchmarks/peers/. The load comes from wrk and, for gRPC, h2load
-(Debian: wrk, nghttp2-client); without wrk from load.py, without h2load gRPC is left out.
+busy. `raw` is ONNX Runtime in process. The peers' code is in benchmarks/peers/. The load comes from wrk and, for gRPC,
+h2load (Debian: wrk, nghttp2-client); without wrk from load.py, without h2load gRPC is left out.
 """
 
 from __future__ import annotations
