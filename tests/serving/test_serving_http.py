@@ -33,13 +33,14 @@ async def served(root, make_pool, tmp_path):
     """(pool, client, process): an HTTP process in front of whatever `root` holds when the test calls it."""
     parts = []
 
-    async def start(body_bytes_cap=1 << 20, **options):
+    async def start(body_bytes_cap=1 << 20, token=None, **options):
         pool = await make_pool(**options)
         control = ControlServer(
             tmp_path / "c.sock", {**pool.control_handlers(), "metrics": render, "metrics.report": take_report}
         )
         await control.start()
-        process = http_front(HttpSettings(port=0, body_bytes_cap=body_bytes_cap), tmp_path / "c.sock")
+        settings = HttpSettings(port=0, body_bytes_cap=body_bytes_cap, admin_token_file=token)
+        process = http_front(settings, tmp_path / "c.sock")
         await process.start()
         client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{process.port}", timeout=20, trust_env=False)
         parts.extend([client.aclose, process.stop, control.stop])
@@ -230,6 +231,45 @@ async def test_a_reload_is_followed_without_a_failed_request(root, served):
     await until(lambda: "2" in seen)
     stop.set()
     await asyncio.gather(*tasks)
+
+
+async def test_models_are_managed_with_the_token_alone(root, served, tmp_path):
+    scale(write_model(root, "scale") / "1/model.onnx", 2)
+    token = tmp_path / "token"
+    token.write_text("secret\n")
+    _, client, _ = await served(token=token)
+    load, admin = "/v2/repository/models/late/load", {"Authorization": "Bearer secret"}
+    for path in (load, "/v2/repository/models/scale/unload", "/v2/repository/index"):
+        for headers in ({}, {"Authorization": "Bearer secrets"}, {"Authorization": "secret"}):
+            assert (await client.post(path, headers=headers)).status_code == 403
+    answer = await client.post(load, headers=admin)
+    assert answer.status_code == 404 and "'late'" in answer.json()["error"]
+    folder = write_model(root, "late")  # it comes while the node runs
+    answer = await client.post(load, headers=admin)
+    assert answer.status_code == 400 and "late" in answer.json()["error"]
+    scale(folder / "1/model.onnx", 5)
+    for _ in range(5):  # what was loaded answers at once, what was unloaded does not
+        assert (await client.post(load, headers=admin)).status_code == 200
+        answer = await client.post("/v2/models/late/infer", json=body([1, 2]))
+        assert answer.json()["outputs"][0]["data"] == [5.0, 10.0]
+        unload = await client.post("/v2/repository/models/late/unload", headers=admin)
+        assert unload.status_code == 200
+        assert (await client.post("/v2/models/late/infer", json=body([1, 2]))).status_code == 503
+    index = (await client.post("/v2/repository/index", headers=admin, json={"ready": True})).json()
+    assert [(entry["name"], entry["state"]) for entry in index] == [("scale", "READY")]
+
+
+async def test_classes_have_the_names_of_model_toml(root, served):
+    folder = write_model(root, "fault", columns=3)
+    identity(folder / "1/model.onnx", 3)
+    with (folder / "model.toml").open("a") as file:
+        file.write('[prediction]\ntask = "classification"\noutput = "y"\nlabels = ["healthy", "leak", "wear"]\n')
+    _, client, _ = await served()
+    await until(lambda: _is(client, "/v2/health/ready", 200))
+    wish = {"name": "y", "parameters": {"classification": 2}}
+    answer = await client.post("/v2/models/fault/infer", json=body([1, 3, 2], (1, 3), outputs=[wish]))
+    assert answer.json()["outputs"][0] == {
+        "name": "y", "datatype": "BYTES", "shape": [1, 2], "data": ["3.000000:1:leak", "2.000000:2:wear"]}  # fmt: skip
 
 
 async def test_metrics_of_daemon_and_http_process(root, served):

@@ -20,7 +20,7 @@ from millhand.testing import wait_until
 def told(sockets: dict[str, list[str]]) -> bytes:
     """A frame of the daemon's stream `model.routes`."""
     model: dict[str, Any] = {"state": "ready" if sockets else "restarting", "reason": "", "sockets": sockets}
-    body = json.dumps({"item": {"models": {"first": model}, "deadline_ms": 2000}}).encode()
+    body = json.dumps({"item": {"generation": 1, "models": {"first": model}, "deadline_ms": 2000}}).encode()
     return FRAME.pack(len(body)) + body
 
 

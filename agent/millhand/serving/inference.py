@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -157,11 +158,11 @@ def write_response(
     version: int,
     request: InferRequest,
     outputs: Mapping[str, NDArray[Any]],
-    labels: Sequence[str] = (),
+    labels: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], list[Any]]:
     """The response's JSON as plain data, and the buffers of binary data that follow it.
 
-    `labels` name the classes where an output is asked for as a classification. Raises InputError for an output that
+    `labels` name an output's classes, where it is asked for as a classification. Raises InputError for an output that
     the model does not give.
     """
     wishes = request.outputs or [OutputWish(name) for name in outputs]
@@ -176,7 +177,7 @@ def write_response(
                 hint=f"it gives {', '.join(outputs)}",
             )
         if parameters.get("classification"):
-            array = _classes(name, array, parameters["classification"], labels)
+            array = _classes(name, array, parameters["classification"], labels.get(name, ()))
         if parameters.get("binary_data", request.binary):
             data = _bytes(array)
             buffers.append(data)
@@ -212,6 +213,8 @@ def _decode(body: bytes | memoryview) -> Body:
 
 
 def _request(body: Body, tensors: dict[str, NDArray[Any]]) -> InferRequest:
+    for wish in body.outputs:
+        _check_memory(wish.name, wish.parameters)
     parameters = body.parameters
     if not parameters:
         return InferRequest(tensors, body.id, body.outputs)
@@ -237,9 +240,14 @@ def _check_head(tensor: InputTensor) -> None:
         )
     if tensor.shape and min(tensor.shape) < 0:
         raise InputError(f"tensor '{name}': shape {tensor.shape} is negative", hint="give the shape of the data sent")
-    if "shared_memory_region" in tensor.parameters:
+    _check_memory(name, tensor.parameters)
+
+
+def _check_memory(name: str, parameters: Mapping[str, Any]) -> None:
+    if "shared_memory_region" in parameters:
         raise InputError(
-            f"tensor '{name}': shared memory regions are not supported", hint="send the data with the request"
+            f"tensor '{name}': shared memory of clients is not served",
+            hint="send inputs in the request; outputs come in the answer",
         )
 
 

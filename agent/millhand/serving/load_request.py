@@ -40,6 +40,11 @@ def batch_cap(folder: ModelFolder, host: WorkerDefaults) -> int:
     return min(folder.manifest.max_batch, host.max_batch or folder.manifest.max_batch)
 
 
+def delay_us(folder: ModelFolder, host: WorkerDefaults) -> int:
+    """How long a request may wait for others to share an inference with: model.toml's word, else the profile's."""
+    return host.max_delay_us if folder.manifest.max_delay_us is None else folder.manifest.max_delay_us
+
+
 def load_request(
     folder: ModelFolder,
     version: int,
@@ -91,7 +96,7 @@ def load_request(
         inputs=manifest.specs(manifest.inputs),
         outputs=manifest.specs(manifest.outputs),
         max_batch=batch_cap(folder, host),
-        max_delay_us=host.max_delay_us if manifest.max_delay_us is None else manifest.max_delay_us,
+        max_delay_us=delay_us(folder, host),
         queue=settings.queue,
         warmup=manifest.warmup,
         fingerprint=folder.fingerprint(version),

@@ -180,7 +180,7 @@ class ModelPool:
         """What a model takes and gives, where it lives, and its versions. Raises ModelError for an unknown one."""
         served = self._served.get(name)
         folder = served.folder if served else self._repository.find(name)
-        return {**self._entry(name), **metadata(folder, served, batch_cap(folder, self._placement.defaults(folder)))}
+        return {**self._entry(name), **metadata(folder, served, self._placement.defaults(folder))}
 
     def manifest(self, name: str) -> Manifest:
         """The model.toml of a model in the repository, its `max_batch` within the profile's. Raises ModelError."""

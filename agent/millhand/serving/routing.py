@@ -53,7 +53,7 @@ async def control_stream(path: Path, call: str, **arguments: Any) -> AsyncIterat
 
 
 async def control_call(path: Path, call: str, **arguments: Any) -> Any:
-    """The one result of a call; errors as `control_stream`."""
+    """The one result of a call, or the first item of a stream; errors as `control_stream`."""
     async for result in control_stream(path, call, **arguments):
         return result
     raise ControlError(f"call '{call}' gave no result")
@@ -69,6 +69,7 @@ class Routes:
         """Of a request that names none."""
         self._clients: dict[str, asyncio.Task[WorkerClient]] = {}
         self._changed = asyncio.Event()
+        self._generation = 0
         self.known = False
         """True once the daemon has told of its models."""
 
@@ -76,14 +77,35 @@ class Routes:
         """Take every change; returns when the daemon is gone."""
         try:
             async for routes in control_stream(self._control_path, "model.routes"):
-                self._models = routes["models"]
-                self.deadline_ms = routes["deadline_ms"]
-                self.known = True
-                self._forget_workers()
-                changed, self._changed = self._changed, asyncio.Event()
-                changed.set()
+                self._take(routes)
         except ControlError as error:
             log.info("%s", error.message)
+
+    async def change(self, call: str, **arguments: Any) -> Any:
+        """Make a call that loads or unloads a model, and return once this process has heard of its effect.
+
+        Raises UnknownModel where the repository has no such model, else what the daemon raised.
+        """
+        try:
+            result = await control_call(self._control_path, call, **arguments)
+        except ModelError as error:
+            names = [model["name"] for model in await control_call(self._control_path, "model.list")]
+            if arguments["model"] in names:
+                raise
+            raise UnknownModel(error.message, hint=error.hint) from error
+        self._take(await control_call(self._control_path, "model.routes"))
+        return result
+
+    def _take(self, routes: dict[str, Any]) -> None:
+        if routes["generation"] < self._generation:
+            return
+        self._generation = routes["generation"]
+        self._models = routes["models"]
+        self.deadline_ms = routes["deadline_ms"]
+        self.known = True
+        self._forget_workers()
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
     async def told(self) -> None:
         """Wait until the daemon has told of its models; before, none is known."""

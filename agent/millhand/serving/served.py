@@ -9,7 +9,8 @@ from typing import Any
 
 from millhand.errors import ModelError, WorkerError
 from millhand.serving.client import WorkerClient
-from millhand.serving.manifest import TensorSpec
+from millhand.serving.load_request import batch_cap, delay_us
+from millhand.serving.manifest import Manifest, TensorSpec
 from millhand.serving.repository import BadFolder, ModelFolder, versions_in
 from millhand.serving.settings import WorkerDefaults
 from millhand.serving.steps import step_label
@@ -120,7 +121,7 @@ class Served:
             "backend": manifest.backend,
             "inputs": [tensor(spec) for spec in manifest.inputs],
             "outputs": [tensor(spec) for spec in manifest.outputs],
-            "labels": [] if manifest.prediction is None else list(manifest.prediction.labels),
+            "labels": _labels(manifest),
             "sockets": {version: paths for version, paths in sockets.items() if paths},
         }
 
@@ -176,16 +177,22 @@ def bad_entry(folder: BadFolder) -> dict[str, Any]:
     return {"name": folder.path.name, "state": "bad", "reason": folder.message, "hint": folder.hint, "versions": []}
 
 
-def metadata(folder: ModelFolder, served: Served | None, max_batch: int) -> dict[str, Any]:
-    """What the model takes and gives, and where it lies."""
+def _labels(manifest: Manifest) -> dict[str, list[str]]:
+    """Output -> the names of its classes."""
+    prediction = manifest.prediction
+    return {prediction.output: list(prediction.labels)} if prediction and prediction.labels else {}
+
+
+def metadata(folder: ModelFolder, served: Served | None, host: WorkerDefaults) -> dict[str, Any]:
+    """What the model takes and gives, and where it lies; `host` is where it runs or would run."""
     manifest, prediction = folder.manifest, folder.manifest.prediction
     return {
         "licence": manifest.licence,
         "backend": manifest.backend,
         "path": str(folder.path),
         "policy": manifest.policy,
-        "max_batch": max_batch,
-        "max_delay_us": manifest.max_delay_us,
+        "max_batch": batch_cap(folder, host),
+        "max_delay_us": delay_us(folder, host),
         "inputs": [tensor(spec) for spec in manifest.inputs],
         "outputs": [tensor(spec) for spec in manifest.outputs],
         "needs": [] if manifest.window is None else [*manifest.window.signals, *manifest.window.waveforms],

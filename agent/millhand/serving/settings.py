@@ -80,8 +80,8 @@ class HttpSettings(StrictTable):
     """A request whose head or body takes longer to come, or whose answer is not read for so long, ends with its
     connection."""
     admin_token_file: Path | None = None
-    """A file with the token that loads and unloads models over HTTP ('Authorization: Bearer <token>').
-    None: that is refused."""
+    """A file with the token that lets a client list, load and unload models ('Authorization: Bearer <token>').
+    None: nobody may."""
     access_log: bool = False
     """Write a line to the log for each request: method, path, status, bytes, time, trace id."""
     access_log_per_minute: int = Field(default=600, ge=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -13,11 +12,12 @@ from urllib.parse import parse_qs
 import msgspec
 
 from millhand import __version__
-from millhand.errors import InputError, MillhandError
+from millhand.errors import ConfigError, InputError, MillhandError, ModelError, PluginError
 from millhand.metrics import CONTENT_TYPE
+from millhand.serving.admin import AdminToken
 from millhand.serving.front_metrics import MetricsReporter
 from millhand.serving.http.infer import InferEndpoint, Reply
-from millhand.serving.http.messages import Forbidden, Request, Response, WrongMethod, error_response, json_response
+from millhand.serving.http.messages import Request, Response, WrongMethod, error_response, json_response
 from millhand.serving.http.openapi import document
 from millhand.serving.routing import Routes, UnknownModel, control_call
 
@@ -32,6 +32,14 @@ EXTENSIONS = (
     "schedule_policy",
     "statistics",
 )
+
+NOT_SERVED = {
+    "/v2/systemsharedmemory/": "send tensors in the request",
+    "/v2/cudasharedmemory/": "send tensors in the request",
+    "/v2/trace/setting": "send a traceparent with a request; [tracing] says where traces go",
+    "/v2/logging": "set [log] in the configuration",
+}
+"""Triton's extensions that have no meaning here, and what to do instead."""
 
 Cancel = Callable[[], None]
 Endpoint = Callable[..., Response | Awaitable[Response]]
@@ -48,7 +56,7 @@ class Endpoints:
         self._routes = routes
         self._reporter = reporter
         self._control_path = control_path
-        self._admin_token_path = admin_token_path
+        self._token = AdminToken(admin_token_path, "http")
         self._infer = InferEndpoint(routes)
         self._fixed: dict[str, tuple[str, Endpoint]] = {
             "/v2": ("GET", self._server),
@@ -106,7 +114,7 @@ class Endpoints:
             route = path.rstrip("/")
             found = self._fixed.get(route)
         if found is None:
-            raise _NoSuchPath(f"{request.head.method} '{path[:200]}' is not served", hint="see /v2/openapi.json")
+            raise _NoSuchPath(f"{request.head.method} '{path[:200]}' is not served", hint=_remedy(path))
         method, endpoint = found
         request.route = route
         _check_method(request, method)
@@ -170,6 +178,7 @@ class Endpoints:
     # ---- the repository ---------------------------------------------------------------------------------------------
 
     async def _index(self, request: Request) -> Response:
+        self._authorize(request)
         wanted = _body(request)
         ready = wanted.get("ready", False)
         if not isinstance(ready, bool):
@@ -178,7 +187,7 @@ class Endpoints:
         return json_response([entry for model in models for entry in index_entries(model) if entry["ready"] >= ready])
 
     async def _load_or_unload(self, request: Request, name: str, action: str) -> Response:
-        self._check_token(request)
+        self._authorize(request)
         parameters = _body(request).get("parameters", {})
         if not isinstance(parameters, dict):
             raise InputError("key 'parameters' is no object", hint="leave it out")
@@ -186,23 +195,16 @@ class Endpoints:
             raise InputError(
                 f"parameter '{next(iter(parameters))}' is not supported", hint="put config and files on disk, then load"
             )
-        await control_call(self._control_path, f"model.{action}", model=name)
+        try:
+            await self._routes.change(f"model.{action}", model=name)
+        except UnknownModel:
+            raise
+        except (ConfigError, ModelError, PluginError) as error:  # what was asked for cannot be: no fault of the server
+            raise InputError(error.message, hint=error.hint, retriable=error.retriable) from error
         return json_response({})
 
-    def _check_token(self, request: Request) -> None:
-        if self._admin_token_path is None:
-            raise Forbidden(
-                "models are not loaded over HTTP here", hint="set [http] admin_token_file, or use 'millhand model load'"
-            )
-        try:
-            token = self._admin_token_path.read_bytes().strip()
-        except OSError as error:
-            raise Forbidden(
-                f"[http] admin_token_file cannot be read: {error.strerror}", hint="mend its path or permissions"
-            ) from error
-        sent = request.head.headers.get(b"authorization", b"")
-        if not token or not hmac.compare_digest(sent, b"Bearer " + token):
-            raise Forbidden("the token is missing or wrong", hint="send the header 'Authorization: Bearer <token>'")
+    def _authorize(self, request: Request) -> None:
+        self._token.check(request.head.headers.get(b"authorization", b"").decode("latin-1"))
 
 
 class _NoSuchPath(UnknownModel):
@@ -229,6 +231,12 @@ def _answer(response: Response | Awaitable[Response], reply: Reply) -> Cancel | 
 
 def _call_off(task: asyncio.Task[None]) -> None:
     task.cancel()
+
+
+def _remedy(path: str) -> str:
+    """What to do instead of asking for a path that is not served."""
+    path = "/v2/trace/setting" if path.startswith("/v2/models/") and path.endswith("/trace/setting") else path
+    return next((remedy for start, remedy in NOT_SERVED.items() if path.startswith(start)), "see /v2/openapi.json")
 
 
 def _split(path: str) -> tuple[str, str, str]:

@@ -11,7 +11,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -165,7 +165,7 @@ class _Call:
         name: str,
         version: str,
         wanted: InferRequest,
-        labels: Sequence[str],
+        labels: Mapping[str, Sequence[str]],
         plan: BinaryPlan | None,
         body: bytes | memoryview,
         header_bytes: int | None,

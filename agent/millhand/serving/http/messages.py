@@ -11,6 +11,7 @@ from urllib.parse import unquote_to_bytes
 import msgspec
 
 from millhand.errors import DeadlineError, InputError, MillhandError
+from millhand.serving.admin import PermissionDenied
 from millhand.serving.routing import UnknownModel
 
 JSON = b"application/json"
@@ -32,10 +33,6 @@ class WrongMethod(InputError):
     """The path exists, but not for this method."""
 
     allowed = ""
-
-
-class Forbidden(InputError):
-    """The call needs [http] admin_token_file's token."""
 
 
 class Head:
@@ -148,7 +145,7 @@ _STATUSES: list[tuple[type[MillhandError], int]] = [
     (UnknownModel, 404),
     (BodyTooLarge, 413),
     (WrongMethod, 405),
-    (Forbidden, 403),
+    (PermissionDenied, 403),
     (DeadlineError, 504),
 ]
 
