@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from millhand.errors import MillhandError, WorkerError
+from millhand.errors import MillhandError, OverloadError, WorkerError
 from millhand.serving import protocol
 from millhand.serving.exchange import DEADLINE_GRACE_S, Answer, Exchange, deadline_ns, late, lost, read_answer
 from millhand.serving.tensors import Tensors
@@ -20,6 +20,8 @@ from millhand.serving.tensors import Tensors
 __all__ = ["Answer", "BlockingWorkerClient", "WorkerClient", "deadline_ns"]
 
 SWEEP_S = DEADLINE_GRACE_S / 2
+UNSENT_BYTES_CAP = 256 << 20
+"""What waits to be sent to a worker that does not read; it will be found to hang."""
 
 Outcome = "tuple[protocol.Result, memoryview] | Exception"
 """A result and the memory where its tensors lie, valid only while the callback runs; or what went wrong."""
@@ -153,19 +155,22 @@ class WorkerClient:
         """Send a request whose tensors lie in its leased slot, or in `payload`. Returns its id for `cancel`.
 
         `done` is called once with an Outcome; errors as those that `infer` raises. From here on the slot is the
-        client's, which frees it after `done`. Raises WorkerError where the connection is closed: then it still is
-        the caller's.
+        client's, which frees it after `done`. Raises InputError for a request that is too large, OverloadError where
+        the worker does not read, WorkerError where the connection is closed: then it still is the caller's.
         """
         if self.closed:
             raise lost(self.name)
+        if len(self._unsent) > UNSENT_BYTES_CAP:
+            raise OverloadError(f"worker '{self.name}' takes no more requests", hint="send the request again")
         request = self._next
+        size = sum([memoryview(part).nbytes for part in payload]) if payload else 0
+        parts = protocol.infer_frame(request, infer, payload, size)
         self._next += 1
         deadline = infer.deadline_ns
         self._pending[request] = _Pending(protocol.RESULT, done, infer.slot, infer.model, deadline)
         if deadline and self._sweep is None:
             self._sweep = self._loop.call_later(SWEEP_S, self._expire)
-        size = sum([memoryview(part).nbytes for part in payload]) if payload else 0
-        self._send(protocol.frame(protocol.INFER, request, infer, payload, size))
+        self._send(parts)
         return request
 
     def cancel(self, request: int) -> None:

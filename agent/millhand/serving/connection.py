@@ -170,6 +170,11 @@ class Origin:
             outputs = {name: _apart(array) for name, array in outputs.items()}
         try:
             tensors, payload, size = protocol.place(outputs, self.slot)
+            if size > protocol.PAYLOAD_BYTES_CAP:
+                raise InputError(
+                    f"the outputs take {size} bytes, allowed are {protocol.PAYLOAD_BYTES_CAP}",
+                    hint="send fewer rows",
+                )
         except Exception as error:
             self.fail(error)
             return

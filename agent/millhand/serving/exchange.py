@@ -68,7 +68,7 @@ class Exchange:
             memory = self.ring.slot(slot) if self.ring and slot >= 0 else None
             placed, payload, size = protocol.place(tensors, memory)
             infer = protocol.Infer(*target, deadline, priority, slot, size >= 0, placed, wanted)
-            return protocol.frame(protocol.INFER, request, infer, payload, max(size, 0)), slot
+            return protocol.infer_frame(request, infer, payload, max(size, 0)), slot
         except BaseException:
             self.release(slot)
             raise

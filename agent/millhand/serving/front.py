@@ -58,12 +58,17 @@ class FrontProcess:
         module: str,
         address: Address,
         arguments: dict[str, Any],
+        *,
+        refuses: bool = False,
     ) -> None:
-        """`name` is the table of the configuration; `listen_fd` is added to the `arguments`."""
+        """`name` is the table of the configuration; `listen_fd` is added to the `arguments`. `refuses`: new clients are
+        refused from the beginning of a stop; the processes must bear that their listening socket is shut down.
+        """
         self._name = name
         self._module = module
         self._address = address
         self._arguments = arguments
+        self._refuses = refuses
         self._socket: socket.socket | None = None
         self._processes: dict[int, asyncio.subprocess.Process] = {}
         self._watches: list[asyncio.Task[None]] = []
@@ -95,6 +100,8 @@ class FrontProcess:
         for process in running:
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
+        if self._refuses and self._socket is not None:
+            self._socket.shutdown(socket.SHUT_RDWR)
         try:
             async with asyncio.timeout(STOP_GRACE_S):
                 await asyncio.gather(*(process.wait() for process in running))
@@ -155,7 +162,9 @@ def http_front(
     observation = observation_options(
         tracing or TracingSettings(), log_settings or LogSettings(), settings.access_log, settings.access_log_per_minute
     )
-    return FrontProcess("http", "millhand.serving.http", settings, _told(settings, control_path, observation))
+    return FrontProcess(
+        "http", "millhand.serving.http", settings, _told(settings, control_path, observation), refuses=True
+    )
 
 
 def grpc_front(

@@ -31,6 +31,12 @@ _LISTS: dict[str, Any] = {
     "FP32": list[float],
     "FP64": list[float],
 }
+DIMENSIONS_CAP = 32
+DEADLINE_MS_CAP = 1e9
+"""Longer ones mean the same: 12 days."""
+NUMBER_CAP = 1e20
+"""Parameters beyond are mistakes; Triton's `timeout` may be any 64-bit number."""
+
 _FLAT = {name: msgspec.json.Decoder(_LISTS.get(name, list[int])) for name in DATATYPES}
 _DTYPES = {name: np.dtype(dtype) for name, dtype in DATATYPES.items()}
 
@@ -93,8 +99,7 @@ def read_body(body: bytes | memoryview, header_bytes: int | None = None) -> Infe
     Raises InputError naming the tensor or the key, what came and what is expected.
     """
     if header_bytes is None:
-        quick = read_quickly(body)
-        request, elements = (_decode(body), {}) if quick is None else (msgspec.convert(quick[0], Body), quick[1])
+        request, elements = _read_json(body)
         binary = memoryview(b"")
     else:
         if not 0 < header_bytes <= len(body):
@@ -202,6 +207,17 @@ def encode_response(
 # ---- in -------------------------------------------------------------------------------------------------------------
 
 
+def _read_json(body: bytes | memoryview) -> tuple[Body, dict[str, NDArray[Any]]]:
+    """A request, and the elements of those inputs that could be read quickly."""
+    quick = read_quickly(body)
+    if quick is not None:
+        try:
+            return msgspec.convert(quick[0], Body), quick[1]
+        except msgspec.ValidationError:
+            pass  # the plain reader says what is wrong
+    return _decode(body), {}
+
+
 def _decode(body: bytes | memoryview) -> Body:
     try:
         return _decode_body(body)
@@ -213,22 +229,36 @@ def _decode(body: bytes | memoryview) -> Body:
 
 
 def _request(body: Body, tensors: dict[str, NDArray[Any]]) -> InferRequest:
-    for wish in body.outputs:
-        _check_memory(wish.name, wish.parameters)
     parameters = body.parameters
+    for wish in body.outputs:
+        if wish.parameters:
+            _check_wish(wish)
     if not parameters:
         return InferRequest(tensors, body.id, body.outputs)
     deadline_ms = _number(parameters, "deadline_ms")
     timeout_us = _number(parameters, "timeout")
     if deadline_ms is None and timeout_us:  # Triton: 0 is none
         deadline_ms = timeout_us / 1000
-    priority = int(_number(parameters, "priority") or 0)
+    if deadline_ms is not None:
+        deadline_ms = min(deadline_ms, DEADLINE_MS_CAP)
+    priority = _number(parameters, "priority") or 0
     binary = parameters.get("binary_data_output", False)
     if not isinstance(binary, bool):
         raise InputError(f"parameter 'binary_data_output' = {binary!r} is not valid", hint="give true or false")
-    if not -(1 << 31) <= priority < 1 << 31:
-        raise InputError(f"parameter 'priority' = {priority} is not valid", hint="give a small whole number")
-    return InferRequest(tensors, body.id, body.outputs, deadline_ms, priority, binary)
+    if priority % 1 or not -(1 << 31) <= priority < 1 << 31:
+        raise InputError(f"parameter 'priority' = {priority:g} is not valid", hint="give a small whole number")
+    return InferRequest(tensors, body.id, body.outputs, deadline_ms, int(priority), binary)
+
+
+def _check_wish(wish: OutputWish) -> None:
+    binary, classes = wish.parameters.get("binary_data", False), wish.parameters.get("classification", 0)
+    if not isinstance(binary, bool):
+        raise InputError(f"output '{wish.name}': binary_data = {binary!r} is not valid", hint="give true or false")
+    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 0:
+        raise InputError(
+            f"output '{wish.name}': classification = {classes!r} is not valid", hint="ask for a number of classes"
+        )
+    _check_memory(wish.name, wish.parameters)
 
 
 def _check_head(tensor: InputTensor) -> None:
@@ -237,6 +267,10 @@ def _check_head(tensor: InputTensor) -> None:
         raise InputError(
             f"tensor '{name}': datatype '{datatype}' is not known{suggestion(datatype, DATATYPES)}",
             hint=f"use one of {', '.join(DATATYPES)}",
+        )
+    if len(tensor.shape) > DIMENSIONS_CAP:
+        raise InputError(
+            f"tensor '{name}' has {len(tensor.shape)} dimensions", hint=f"send no more than {DIMENSIONS_CAP}"
         )
     if tensor.shape and min(tensor.shape) < 0:
         raise InputError(f"tensor '{name}': shape {tensor.shape} is negative", hint="give the shape of the data sent")
@@ -261,14 +295,21 @@ def _array(tensor: InputTensor, elements: Any) -> NDArray[Any]:
     if datatype == "BYTES":
         array = np.empty(len(elements), dtype=object)
         array[:] = [element.encode() for element in elements]
-        return array.reshape(tensor.shape)
+        return _shaped(tensor, array)
     try:
         with np.errstate(over="raise"):
             if isinstance(elements, np.ndarray) and elements.dtype.kind in "iu":
-                return _narrowed(elements, _DTYPES[datatype]).reshape(tensor.shape)
-            return np.asarray(elements, dtype=_DTYPES[datatype]).reshape(tensor.shape)
+                return _shaped(tensor, _narrowed(elements, _DTYPES[datatype]))
+            return _shaped(tensor, np.asarray(elements, dtype=_DTYPES[datatype]))
     except (OverflowError, FloatingPointError) as error:
         raise InputError(f"tensor '{name}' holds a value that is too large for {datatype}", hint="check it") from error
+
+
+def _shaped(tensor: InputTensor, array: NDArray[Any]) -> NDArray[Any]:
+    try:
+        return array.reshape(tensor.shape)
+    except (OverflowError, ValueError) as error:  # the number of elements fits: it is 0, and the rest is huge
+        raise InputError(f"tensor '{tensor.name}': shape {tensor.shape} is too large", hint="check it") from error
 
 
 def _narrowed(elements: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -287,16 +328,15 @@ def _elements(tensor: InputTensor) -> list[Any]:
     try:
         flat: list[Any] = _FLAT[tensor.datatype].decode(tensor.data)
         return flat
-    except msgspec.ValidationError as error:
-        reason = str(error)
-    # Nested, or wrong: the flat reading above is the quick way of most requests.
-    elements = list(_leaves(msgspec.json.decode(tensor.data)))
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        pass  # nested, or wrong: the flat reading is the quick way of most requests
     try:
+        elements = list(_leaves(msgspec.json.decode(tensor.data)))
         converted: list[Any] = msgspec.convert(elements, _LISTS.get(tensor.datatype, list[int]))
         return converted
-    except msgspec.ValidationError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(
-            f"tensor '{tensor.name}': data is not {tensor.datatype}: {reason if not elements else error}",
+            f"tensor '{tensor.name}': data is not {tensor.datatype}: {error}",
             hint=f"send {tensor.datatype} values, flat or nested in row-major order",
         ) from error
 
@@ -322,7 +362,7 @@ def _binary(tensor: InputTensor, size: Any, binary: memoryview, position: int) -
             hint="check binary_data_size and Inference-Header-Content-Length",
         )
     if tensor.datatype == "BYTES":
-        return _strings(name, bytes(binary[position : position + size]), count).reshape(tensor.shape)
+        return _shaped(tensor, _strings(name, bytes(binary[position : position + size]), count))
     dtype = _DTYPES[tensor.datatype]
     if size != count * dtype.itemsize:
         raise InputError(
@@ -330,21 +370,22 @@ def _binary(tensor: InputTensor, size: Any, binary: memoryview, position: int) -
             f"needs {count * dtype.itemsize}",
             hint="send data that fit the shape",
         )
-    array = np.frombuffer(binary, dtype, count, position).reshape(tensor.shape)
+    array = _shaped(tensor, np.frombuffer(binary, dtype, count, position))
     if dtype.kind == "b" and count and int(np.frombuffer(binary, np.uint8, count, position).max()) > 1:
         raise InputError(f"tensor '{name}' of BOOL holds bytes other than 0 and 1", hint="send one byte a value")
     return array
 
 
 def _strings(name: str, data: bytes, count: int) -> NDArray[Any]:
-    elements, position = [], 0
-    while position + 4 <= len(data):
+    elements: list[bytes] = []
+    position = 0
+    while position + 4 <= len(data) and len(elements) < count:
         (size,) = struct.unpack_from("<I", data, position)
         elements.append(data[position + 4 : position + 4 + size])
         position += 4 + size
     if position != len(data) or len(elements) != count:
         raise InputError(
-            f"tensor '{name}' holds {len(elements)} strings, its shape needs {count}",
+            f"tensor '{name}': its {len(data)} bytes are not the {count} strings of its shape",
             hint="send each as a 4-byte little-endian length and its bytes",
         )
     array = np.empty(count, dtype=object)
@@ -356,9 +397,10 @@ def _number(parameters: Mapping[str, Any], key: str) -> float | None:
     value = parameters.get(key)
     if value is None:
         return None
-    wrong = isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+    wrong = isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= NUMBER_CAP
     if wrong or (key == "deadline_ms" and value <= 0) or (key == "timeout" and value < 0):
-        raise InputError(f"parameter '{key}' = {value!r} is not valid", hint="give a number; a deadline is above 0")
+        text = f"{value!r:.100}"
+        raise InputError(f"parameter '{key}' = {text} is not valid", hint="give a number; a deadline is above 0")
     return float(value)
 
 
@@ -386,17 +428,18 @@ def _bytes(array: NDArray[Any]) -> bytes:
     return b"".join([struct.pack("<I", len(item)) + item for item in items])
 
 
-def _classes(name: str, array: NDArray[Any], count: Any, labels: Sequence[str]) -> NDArray[Any]:
+def _classes(name: str, array: NDArray[Any], count: int, labels: Sequence[str]) -> NDArray[Any]:
     """Triton's classification extension: the `count` largest of each row as BYTES "value:index[:label]"."""
-    if isinstance(count, bool) or not isinstance(count, int) or count < 0 or array.dtype.kind not in "iuf":
+    if array.dtype.kind not in "iuf":
         raise InputError(
-            f"output '{name}': classification = {count!r} is not valid", hint="ask for a number of classes"
+            f"output '{name}' of {DATATYPE_OF[dtype_name(array.dtype)]} has no classes", hint="ask for it as it is"
         )
     rows = array.reshape(array.shape[0], -1)
+    falling = -rows if array.dtype.kind == "f" else ~rows  # of integers the complement: it cannot overflow
     count = min(count, rows.shape[1])
     found = np.empty((len(rows), count), dtype=object)
     for number, row in enumerate(rows):
-        for place, index in enumerate(np.argsort(-row, kind="stable")[:count]):
+        for place, index in enumerate(np.argsort(falling[number], kind="stable")[:count]):
             label = f":{labels[index]}" if index < len(labels) else ""
             found[number, place] = f"{row[index]:f}:{index}{label}".encode()
     return found

@@ -23,7 +23,7 @@ from millhand.serving.batcher import Batch, Lane, Request
 from millhand.serving.device_memory import trim_memory, used_bytes
 from millhand.serving.ensemble import EnsembleSession, open_session
 from millhand.serving.sessions import Sessions
-from millhand.serving.tensors import check_inputs, check_session, zeros
+from millhand.serving.tensors import check_finite, check_inputs, check_session, zeros
 
 log = logging.getLogger("millhand.worker")
 
@@ -66,6 +66,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     accelerator: str = "cpu"
     inputs: dict[str, tuple[str, tuple[int, ...]]]
     outputs: dict[str, tuple[str, tuple[int, ...]]]
+    finite: tuple[str, ...] = ()
+    """Inputs that must hold neither NaN nor infinity."""
     max_batch: int
     max_delay_us: int = 0
     queue: int = 256
@@ -144,7 +146,7 @@ class LoadedModel:
         self.name = request.model
         self.version = request.version
         self.stats = LaneStats()
-        self.inputs, self.outputs = request.inputs, request.outputs
+        self.inputs, self.outputs, self._finite = request.inputs, request.outputs, request.finite
         started = time.monotonic()
         self._sessions = sessions = Sessions() if sessions is None else sessions
         try:
@@ -185,6 +187,12 @@ class LoadedModel:
 
     def check(self, tensors: dict[str, NDArray[Any]]) -> int:
         """Return the number of rows. Raises InputError naming the tensor."""
+        rows = self._rows(tensors)
+        if self._finite:
+            check_finite(self.name, self._finite, tensors)
+        return rows
+
+    def _rows(self, tensors: dict[str, NDArray[Any]]) -> int:
         if not self._free and len(tensors) == len(self._expected):
             rows = 0
             for name, dtype, shape in self._expected:

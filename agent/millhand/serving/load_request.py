@@ -100,6 +100,7 @@ def load_request(
         queue=settings.queue,
         warmup=manifest.warmup,
         fingerprint=folder.fingerprint(version),
+        finite=tuple(tensor.name for tensor in manifest.inputs if tensor.finite),
         hang_ms=manifest.hang_ms or 0.0,
         steps=steps,
     )

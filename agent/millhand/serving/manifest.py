@@ -24,6 +24,8 @@ class TensorSpec(StrictTable):
     """-1 for a free dimension; the first dimension is the batch and must be -1."""
     unit: str = ""
     description: str = ""
+    finite: bool = False
+    """An input's: refuse requests that hold NaN or infinity there. False passes them on to the model."""
 
     @model_validator(mode="after")
     def _known_datatype(self) -> TensorSpec:
@@ -33,6 +35,8 @@ class TensorSpec(StrictTable):
             raise ValueError(
                 f"shape {list(self.shape)} must begin with -1, the batch; -1 elsewhere is a free dimension"
             )
+        if self.finite and not self.datatype.startswith("FP"):
+            raise ValueError(f"finite = true goes with FP16, FP32 and FP64 only, not with {self.datatype}")
         return self
 
 
@@ -214,6 +218,13 @@ class Manifest(StrictTable):
         if data.get("backend", ENSEMBLE) != ENSEMBLE:
             raise ValueError(f"key 'backend' = {data['backend']!r} does not go with [[steps]]; leave it out")
         return {**data, "artifact": MANIFEST, "backend": ENSEMBLE}
+
+    @model_validator(mode="after")
+    def _only_inputs_are_checked(self) -> Manifest:
+        for tensor in self.outputs:
+            if tensor.finite:
+                raise ValueError(f"output '{tensor.name}': key 'finite' goes with inputs only")
+        return self
 
     @property
     def backends(self) -> set[str]:

@@ -134,6 +134,21 @@ def frame(kind: int, request: int, body: Any, payload: Sequence[Any] = (), paylo
     return [HEAD.pack(MAGIC, kind, len(encoded), payload_bytes, request) + encoded, *payload]
 
 
+def infer_frame(request: int, infer: Infer, payload: Sequence[Any] = (), payload_bytes: int = 0) -> list[Any]:
+    """The frame of a request. Raises InputError for one that the worker would close the connection over."""
+    if payload_bytes > PAYLOAD_BYTES_CAP:
+        raise errors.InputError(
+            f"the tensors take {payload_bytes} bytes, allowed are {PAYLOAD_BYTES_CAP}",
+            hint="send fewer rows",
+        )
+    parts = frame(INFER, request, infer, payload, payload_bytes)
+    if len(parts[0]) > HEAD.size + BODY_BYTES_CAP:
+        raise errors.InputError(
+            f"the names and shapes of tensors take {len(parts[0])} bytes", hint="send and ask for fewer tensors"
+        )
+    return parts
+
+
 class Frame(msgspec.Struct):
     kind: int
     request: int

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+BOM = b"\xef\xbb\xbf"
+
 try:
     from simdjson import Array, Object, Parser
 except ImportError:  # no wheel for this platform
@@ -35,12 +37,12 @@ def read_quickly(body: bytes | memoryview) -> tuple[dict[str, Any], dict[str, ND
     Not thread-safe.
     """
     global _parser  # noqa: PLW0603 (one parser a process: it owns the memory that a document needs)
-    if _parser is None or len(body) < _SMALLEST_BYTES:
+    if _parser is None or len(body) < _SMALLEST_BYTES or body[:3] == BOM:  # simdjson would read over it
         return None
     parser = _parser if len(body) <= _KEPT_BYTES_CAP else Parser()
     try:
         return _read(parser, body)
-    except (ValueError, TypeError, KeyError, RuntimeError, UnicodeDecodeError):
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError):
         _parser = Parser()  # the failed document may still be held by the traceback
         return None
 
@@ -52,18 +54,26 @@ def _read(parser: Any, body: bytes | memoryview) -> tuple[dict[str, Any], dict[s
     request: dict[str, Any] = {"inputs": []}
     elements: dict[str, NDArray[Any]] = {}
     found: Any = document
-    for key in found:
+    for key in _keys(found):
         if key != "inputs":
             request[key] = _plain(found[key])
     tensor: Any
     for tensor in found["inputs"]:
-        head = {key: _plain(tensor[key]) for key in tensor if key != "data"}
+        head = {key: _plain(tensor[key]) for key in _keys(tensor) if key != "data"}
         code, dtype = _READ_AS[head["datatype"]]
         if head["name"] in elements:
             return None
         elements[head["name"]] = np.frombuffer(tensor["data"].as_buffer(of_type=code), dtype)
         request["inputs"].append(head)
     return request, elements
+
+
+def _keys(found: Any) -> list[str]:
+    """An object's keys. Raises KeyError where one comes twice: simdjson would take its first value, others the last."""
+    keys = list(found)
+    if len(set(keys)) != len(keys):
+        raise KeyError
+    return keys
 
 
 def _plain(value: Any) -> Any:

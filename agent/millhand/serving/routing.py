@@ -118,6 +118,8 @@ class Routes:
 
     def model(self, name: str, version: str = "") -> dict[str, Any]:
         """What the daemon told of a model. Raises UnknownModel with a suggestion."""
+        if not self.known:
+            raise ModelError("the node is starting", hint="send the request again", retriable=True)
         if name not in self._models:
             raise UnknownModel(
                 f"model '{name}' is not served{suggestion(name, self._models)}",

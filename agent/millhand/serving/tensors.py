@@ -5,7 +5,7 @@ Imported by workers: Python 3.10, no records and no pydantic.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,18 @@ def check_inputs(model: str, specs: Specs, tensors: Tensors, max_batch: int) -> 
             hint="split the request, or raise max_batch in model.toml",
         )
     return rows
+
+
+def check_finite(model: str, names: Sequence[str], tensors: Tensors) -> None:
+    """Check that these inputs hold numbers only. Raises InputError naming the tensor, the place and the value."""
+    for name in names:
+        finite = np.isfinite(tensors[name])
+        if not finite.all():
+            place = tuple(int(index) for index in np.argwhere(~finite)[0])
+            raise InputError(
+                f"tensor '{name}' of model '{model}' is {tensors[name][place]} at {list(place)}",
+                hint="send finite numbers; model.toml says finite = true for this input",
+            )
 
 
 def check_session(model: str, role: str, declared: Specs, found: Specs) -> None:

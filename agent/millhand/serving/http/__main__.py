@@ -7,7 +7,6 @@ It accepts on the listening socket that the daemon hands over, and ends when the
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import gc
 import signal
@@ -42,17 +41,16 @@ class HttpArguments(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def serve(arguments: HttpArguments) -> None:
-    """Serve until the daemon is gone or SIGTERM comes."""
+    """Serve until the daemon is gone or SIGTERM comes; requests under way may finish within `DRAIN_S`."""
     control_path = Path(arguments.control_path)
     token_path = Path(arguments.admin_token_file) if arguments.admin_token_file else None
     routes = Routes(control_path)
     reporter = MetricsReporter(FRONT, control_path)
     endpoints = Endpoints(routes, reporter, control_path, token_path)
-    ended = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
-    follower = asyncio.create_task(routes.follow())
-    follower.add_done_callback(lambda _: ended.set())
-    reporting = asyncio.create_task(reporter.run())
+    follower = asyncio.create_task(routes.follow(), name="routes")
+    told = asyncio.create_task(routes.told(), name="told")
+    reporting = asyncio.create_task(reporter.run(), name="metrics")
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, follower.cancel)
     observation = open_observation(arguments.observation)
     limits = HttpLimits(
         body_bytes_cap=arguments.body_bytes_cap,
@@ -60,18 +58,18 @@ async def serve(arguments: HttpArguments) -> None:
         keep_alive_s=arguments.keep_alive_s,
         request_timeout_s=arguments.request_timeout_s,
     )
+    await asyncio.wait({follower, told}, return_when=asyncio.FIRST_COMPLETED)  # till then clients wait to be accepted
     with socket.socket(fileno=arguments.listen_fd) as listener:
         server = HttpServer(listener, endpoints.handle, limits)
         if observation.wanted:
             server.observe = functools.partial(observe, observation)
         server.start()
         gc.freeze()  # what is loaded now stays
-        await ended.wait()
+        await asyncio.wait({follower})
         await server.stop(DRAIN_S)
-    for task in (follower, reporting):
+    for task in (told, reporting):
         task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+    await asyncio.gather(told, reporting, return_exceptions=True)
     observation.close()
     routes.close()
 

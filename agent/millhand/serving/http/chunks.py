@@ -47,10 +47,7 @@ class ChunkedBody:
             raise InputError(f"a chunk's size '{digits[:32].decode(errors='replace')}' is no hexadecimal number")
         size = int(digits, 16)
         if len(self.body) + size > self._bytes_cap:
-            raise BodyTooLarge(
-                f"the body is larger than {self._bytes_cap} bytes",
-                hint="send less at once, or raise [http] body_bytes_cap",
-            )
+            raise BodyTooLarge(self._bytes_cap)
         if size == 0:
             self._trailer_bytes = 0
         else:

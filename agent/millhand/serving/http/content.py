@@ -25,9 +25,7 @@ def decode_body(encoding: bytes, body: bytes | memoryview, cap: int) -> bytes | 
     except zlib.error as error:
         raise InputError(f"the body is not {encoding.decode()}: {error}", hint="check how it was compressed") from error
     if len(found) > cap:
-        raise BodyTooLarge(
-            f"the body unpacks to more than {cap} bytes", hint="send less at once, or raise [http] body_bytes_cap"
-        )
+        raise BodyTooLarge(cap, "the unpacked body")
     if not unpacker.eof or unpacker.unused_data:
         raise InputError(f"the body is cut off, or more follows its {encoding.decode()} data", hint="send all of it")
     return found

@@ -12,7 +12,7 @@ from urllib.parse import parse_qs
 import msgspec
 
 from millhand import __version__
-from millhand.errors import ConfigError, InputError, MillhandError, ModelError, PluginError
+from millhand.errors import ConfigError, DeadlineError, InputError, MillhandError, ModelError, PluginError, suggestion
 from millhand.metrics import CONTENT_TYPE
 from millhand.serving.admin import AdminToken
 from millhand.serving.front_metrics import MetricsReporter
@@ -45,6 +45,8 @@ Cancel = Callable[[], None]
 Endpoint = Callable[..., Response | Awaitable[Response]]
 
 VERSION_PART = "versions"
+CONTROL_S = 10.0
+"""How long the daemon may take to answer; loads and unloads take as long as they need."""
 
 
 class Endpoints:
@@ -136,7 +138,7 @@ class Endpoints:
         return json_response(document())
 
     async def _metrics(self, request: Request) -> Response:
-        text = await self._reporter.page(parse_qs(request.head.query).get("names", [""])[0])
+        text = await _soon(self._reporter.page(parse_qs(request.head.query).get("names", [""])[0]))
         return Response(text.encode(), 200, CONTENT_TYPE.encode())
 
     # ---- one model --------------------------------------------------------------------------------------------------
@@ -158,7 +160,7 @@ class Endpoints:
 
     async def _config(self, request: Request, name: str, version: str) -> Response:
         self._routes.model(name, version)
-        return json_response(model_config(await control_call(self._control_path, "model.show", model=name)))
+        return json_response(model_config(await self._ask("model.show", model=name)))
 
     async def _stats(self, request: Request, name: str, version: str) -> Response:
         self._routes.model(name, version)
@@ -168,7 +170,7 @@ class Endpoints:
         return json_response({"model_stats": await self._statistics("", "")})
 
     async def _statistics(self, name: str, version: str) -> list[dict[str, Any]]:
-        stats = await control_call(self._control_path, "model.stats")
+        stats = await self._ask("model.stats")
         return [
             statistics(entry)
             for entry in stats["models"]
@@ -183,20 +185,14 @@ class Endpoints:
         ready = wanted.get("ready", False)
         if not isinstance(ready, bool):
             raise InputError(f"key 'ready' = {ready!r} is not valid", hint="give true or false")
-        models = await control_call(self._control_path, "model.list")
-        return json_response([entry for model in models for entry in index_entries(model) if entry["ready"] >= ready])
+        entries = [entry for model in await self._ask("model.list") for entry in index_entries(model)]
+        return json_response([entry for entry in entries if entry["state"] == "READY" or not ready])
 
     async def _load_or_unload(self, request: Request, name: str, action: str) -> Response:
         self._authorize(request)
-        parameters = _body(request).get("parameters", {})
-        if not isinstance(parameters, dict):
-            raise InputError("key 'parameters' is no object", hint="leave it out")
-        if action == "load" and parameters:
-            raise InputError(
-                f"parameter '{next(iter(parameters))}' is not supported", hint="put config and files on disk, then load"
-            )
+        arguments = _change_arguments(action, _body(request).get("parameters", {}))
         try:
-            await self._routes.change(f"model.{action}", model=name)
+            await self._routes.change(f"model.{action}", model=name, **arguments)
         except UnknownModel:
             raise
         except (ConfigError, ModelError, PluginError) as error:  # what was asked for cannot be: no fault of the server
@@ -204,11 +200,22 @@ class Endpoints:
         return json_response({})
 
     def _authorize(self, request: Request) -> None:
-        self._token.check(request.head.headers.get(b"authorization", b"").decode("latin-1"))
+        self._token.check(request.head.headers.get(b"authorization", b"").decode(errors="replace"))
+
+    async def _ask(self, call: str, **arguments: Any) -> Any:
+        return await _soon(control_call(self._control_path, call, **arguments))
 
 
 class _NoSuchPath(UnknownModel):
     """Nothing is served there."""
+
+
+async def _soon(answer: Awaitable[Any]) -> Any:
+    try:
+        async with asyncio.timeout(CONTROL_S):
+            return await answer
+    except TimeoutError as error:
+        raise DeadlineError(f"the daemon did not answer within {CONTROL_S:g} s", hint="look at its log") from error
 
 
 def _answer(response: Response | Awaitable[Response], reply: Reply) -> Cancel | None:
@@ -260,6 +267,25 @@ def _check_method(request: Request, method: str) -> None:
     raise error
 
 
+def _change_arguments(action: str, parameters: Any) -> dict[str, Any]:
+    """What a load or unload is told by its `parameters`. Raises InputError."""
+    if not isinstance(parameters, dict):
+        raise InputError("key 'parameters' is no object", hint="leave it out")
+    if action == "unload":
+        return {}  # Triton's clients send unload_dependents; no model depends on another here
+    known = ("version",)
+    for key in parameters:
+        if key not in known:
+            raise InputError(
+                f"parameter '{key}' is not served{suggestion(key, known)}",
+                hint="put model.toml and artifacts on disk, then load",
+            )
+    version = parameters.get("version")
+    if isinstance(version, bool) or not isinstance(version, int | None):
+        raise InputError(f"parameter 'version' = {version!r} is not valid", hint="give a version's number")
+    return {"version": version}
+
+
 def _body(request: Request) -> dict[str, Any]:
     if not request.body:
         return {}
@@ -286,7 +312,6 @@ def index_entries(model: dict[str, Any]) -> list[dict[str, Any]]:
             "version": str(version),
             "state": "READY" if version in ready else "UNAVAILABLE",
             "reason": "" if version in ready else reason or "not loaded",
-            "ready": version in ready,
         }
         for version in versions
     ]

@@ -54,7 +54,7 @@ class InferEndpoint:
         plan = self._plan(body, header_bytes) if header_bytes else None
         wanted = _read(body, header_bytes, model) if plan is None else plan.request
         if header_bytes and plan is None:
-            self._keep_plan(bytes(body[:header_bytes]), wanted)
+            self._keep_plan(bytes(body[:header_bytes]), wanted, len(body) - header_bytes)
         deadline = deadline_ns(wanted.deadline_ms or self._routes.deadline_ms)
         call = _Call(self, name, version, wanted, model["labels"], plan, body, header_bytes, deadline, reply)
         reached = self._routes.reached(name, version)
@@ -103,9 +103,9 @@ class InferEndpoint:
         plan = self._plans.get(bytes(body[:header_bytes]))
         return plan if plan is not None and len(body) - header_bytes == plan.size else None
 
-    def _keep_plan(self, header: bytes, wanted: InferRequest) -> None:
+    def _keep_plan(self, header: bytes, wanted: InferRequest, size: int) -> None:
         """A client sends the same JSON before its data again and again: what it means is kept, by its bytes."""
-        plan = BinaryPlan.of(wanted) if len(header) <= KEPT_HEADER_BYTES_CAP else None
+        plan = BinaryPlan.of(wanted, size) if len(header) <= KEPT_HEADER_BYTES_CAP else None
         if plan is not None:
             if len(self._plans) >= KEPT_CAP:
                 self._plans.clear()
@@ -126,16 +126,18 @@ class BinaryPlan(msgspec.Struct, frozen=True):
     """Whether the JSON of the answer depends on its shapes alone."""
 
     @classmethod
-    def of(cls, request: InferRequest) -> BinaryPlan | None:
-        """None where something hangs on the data, or where the JSON will hardly come again."""
+    def of(cls, request: InferRequest, size: int) -> BinaryPlan | None:
+        """`size`: bytes of the data. None where something hangs on them, or where the JSON will hardly come again."""
         if request.id or not request.tensors:
             return None
         tensors, position = [], 0
         for name, array in request.tensors.items():
-            if array.base is None or array.dtype.kind in "Ob":  # JSON data, or values that must be looked at
+            if array.dtype.kind in "Ob":  # values that must be looked at
                 return None
             tensors.append(protocol.Tensor(name, dtype_name(array.dtype), array.shape, position, array.nbytes))
             position += array.nbytes
+        if position != size:  # some came as JSON
+            return None
         bare = msgspec.structs.replace(request, tensors={})
         same = request.all_binary and len(request.wanted) == len(request.outputs)
         return cls(bare, tuple(tensors), position, request.wanted, same)

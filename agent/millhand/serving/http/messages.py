@@ -6,12 +6,12 @@ import zlib
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any, NamedTuple
-from urllib.parse import unquote_to_bytes
 
 import msgspec
 
-from millhand.errors import DeadlineError, InputError, MillhandError
+from millhand.errors import ControlError, DeadlineError, InputError, MillhandError
 from millhand.serving.admin import PermissionDenied
+from millhand.serving.http.head import Head, HeadTooLarge
 from millhand.serving.routing import UnknownModel
 
 JSON = b"application/json"
@@ -23,53 +23,22 @@ COMPRESSION_LEVEL = 1
 
 _REASONS = {status.value: status.phrase for status in HTTPStatus} | {CLIENT_LEFT: "Client Closed Request"}
 _HEADS = {status: f"HTTP/1.1 {status} {reason}\r\ncontent-type: ".encode() for status, reason in _REASONS.items()}
+_HEADS[503] = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-type: "
 
 
 class BodyTooLarge(InputError):
     """A request's body exceeds [http] body_bytes_cap."""
+
+    def __init__(self, bytes_cap: int, what: str = "the body") -> None:
+        super().__init__(
+            f"{what} is larger than {bytes_cap} bytes", hint="send less at once, or raise [http] body_bytes_cap"
+        )
 
 
 class WrongMethod(InputError):
     """The path exists, but not for this method."""
 
     allowed = ""
-
-
-class Head:
-    """A request's head. Header names are lower-case. Shared by all requests that begin with the same bytes."""
-
-    __slots__ = (
-        "accepts_gzip",
-        "chunked",
-        "content_length",
-        "headers",
-        "keep_alive",
-        "method",
-        "path",
-        "query",
-        "raw_path",
-        "target",
-    )
-
-    def __init__(self, method: str, url: bytes, headers: dict[bytes, bytes], keep_alive: bool) -> None:
-        """Raises InputError for a path that is no UTF-8, or a content-length that is no number."""
-        self.method = method
-        self.raw_path, _, query = url.partition(b"?")
-        try:
-            self.path = (unquote_to_bytes(self.raw_path) if b"%" in self.raw_path else self.raw_path).decode()
-            self.query = query.decode()
-        except UnicodeDecodeError as error:
-            raise InputError("the request's path is no UTF-8", hint="percent-encode UTF-8") from error
-        self.headers = headers
-        self.keep_alive = keep_alive
-        self.chunked = b"transfer-encoding" in headers
-        self.accepts_gzip = b"gzip" in headers.get(b"accept-encoding", b"")
-        self.target: Any = None
-        """What the endpoints made of method and path, once they have."""
-        value = headers.get(b"content-length", b"0")
-        if not value.isdigit() or len(value) > 18:
-            raise InputError(f"content-length '{value.decode(errors='replace')}' is no size", hint="give bytes")
-        self.content_length = int(value)
 
 
 class Request:
@@ -115,8 +84,8 @@ class Response:
         self.headers = headers
         self.inference: Inference | None = None
 
-    def encode(self, request: Request | None, keep_alive: bool) -> bytes:
-        """The bytes on the wire; None for an answer to something that was no request."""
+    def encode(self, request: Request | None, keep_alive: bool) -> tuple[bytes, bytes]:
+        """Head and body on the wire; None for an answer to something that was no request."""
         body, extra = self.body, b"".join([b"\r\n%b: %b" % header for header in self.headers])
         if request is not None and request.head.accepts_gzip and len(body) >= COMPRESS_FROM_BYTES:
             packer = zlib.compressobj(COMPRESSION_LEVEL, zlib.DEFLATED, zlib.MAX_WBITS | 16)
@@ -125,7 +94,7 @@ class Response:
         if not keep_alive:
             extra += b"\r\nconnection: close"
         head = b"%b%b\r\ncontent-length: %d%b\r\n\r\n" % (_HEADS[self.status], self.content_type, len(body), extra)
-        return head if request is not None and request.head.method == "HEAD" else head + body
+        return head, b"" if request is not None and request.head.method == "HEAD" else body
 
 
 def json_response(data: Any, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()) -> Response:
@@ -146,12 +115,14 @@ _STATUSES: list[tuple[type[MillhandError], int]] = [
     (BodyTooLarge, 413),
     (WrongMethod, 405),
     (PermissionDenied, 403),
+    (HeadTooLarge, 431),
     (DeadlineError, 504),
+    (ControlError, 503),
 ]
 
 
 def status_of(error: MillhandError) -> int:
-    """400, 403, 404, 405 and 413 for the caller's mistakes, 503 for what may go well later, 504 for a deadline."""
+    """4xx for the caller's mistakes, 503 for what may go well later, 504 for a deadline, 500 for a model's failure."""
     for kind, status in _STATUSES:
         if isinstance(error, kind):
             return status

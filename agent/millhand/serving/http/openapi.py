@@ -10,7 +10,7 @@ from millhand.serving.tensors import DATATYPES
 
 _ERRORS = {
     "400": "The request is wrong; `error` says what and what to do.",
-    "403": "The token is missing or wrong.",
+    "403": "The token is missing or wrong, or models are not managed over HTTP here.",
     "404": "No such model or version.",
     "413": "The body is too large.",
     "503": "Not now: the model is not ready, its worker is restarted, or too many requests wait. Send it again.",
