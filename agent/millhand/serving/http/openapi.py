@@ -33,9 +33,16 @@ def document() -> dict[str, Any]:
             "get": _operation("allStatistics", "Counts of every version", _ref("Statistics"), ["503"])
         },
         "/v2/repository/index": {
-            "post": _operation(
-                "index", "Models on disk and what serves of them", _ref("Index"), ["400", "503"], body=_ref("IndexWish")
-            )
+            "post": {
+                **_operation(
+                    "index",
+                    "Models on disk and what serves of them",
+                    _ref("Index"),
+                    ["400", "403", "503"],
+                    body=_ref("IndexWish"),
+                ),
+                "security": [{"token": []}],
+            }
         },
         "/metrics": {"get": _metrics()},
         "/v2/openapi.json": {"get": _operation("openapi", "This document", {"type": "object"})},
