@@ -58,6 +58,7 @@ class Calls:
             "telemetry.status": self.telemetry_status,
             "telemetry.tail": self.telemetry_tail,
             **self._daemon.pool.control_handlers(),
+            "model.load": self._daemon.load_model,
         }
 
     async def state(self) -> dict[str, Any]:

@@ -165,6 +165,14 @@ class Daemon:
         """Where the gRPC processes listen, as clients of gRPC write it; empty where it is switched off."""
         return "" if self._grpc is None else f"{self.config.grpc.host}:{self._grpc.port}"
 
+    async def load_model(self, model: str, version: int | None = None) -> dict[str, Any]:
+        """As `ModelPool.load`; assets that use the model or waited for it go on with what its model.toml says now."""
+        await self._started.wait()
+        entry = await self.pool.load(model, version)
+        async with self._reloading:
+            await self.fleet.apply(self.config, self.publisher)
+        return entry
+
     async def reload(self) -> list[str]:
         """Read the configuration again and apply what changed; return what needs a restart.
 

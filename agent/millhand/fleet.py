@@ -44,6 +44,8 @@ class Fleet:
         self._waiting: dict[str, MillhandError] = {}
         self._unjudged: dict[str, MillhandError] = {}
         """Assets that are read while a model of theirs is missing."""
+        self._manifests: dict[str, list[Manifest]] = {}
+        """What each asset's pipeline was made with."""
         self._sinks: list[SinkRunner] = []
         self._sink_plugins: set[str] = set()
         """Plugins that were asked for sinks."""
@@ -52,13 +54,16 @@ class Fleet:
         await self.apply(self._config, self._publisher)
 
     async def apply(self, config: Config, publisher: Publisher | None) -> None:
-        """Start what is new, restart what changed or lacks a model, stop what is gone; leave the rest alone."""
+        """Start what is new, restart what changed or lacks a model, stop what is gone; leave the rest alone.
+
+        An asset has changed as well where model.toml of a model of its has, and that model serves.
+        """
         rewritten = config.orders != self._config.orders
         self._config, self._publisher = config, publisher
         await self._start_new_sinks()
         wanted = {asset.name: asset for asset in config.assets}
         for name, settings in list(self._settings.items()):
-            if rewritten or name in self._unjudged or wanted.get(name) != settings:
+            if rewritten or wanted.get(name) != settings or self._is_outdated(name):
                 await self._runners.pop(name).stop()
                 self._settings.pop(name)
         kinds, extractors = adapter_kinds(self._registry), self._extractors()
@@ -113,9 +118,10 @@ class Fleet:
     ) -> None:
         try:
             adapter = create_adapter(settings, kinds)
+            models = list(self._models(settings, extractors))
             pipeline = AssetPipeline(
                 settings,
-                models=list(self._models(settings, extractors)),
+                models=models,
                 infer=self._pool.infer,
                 store=self._store,
                 writer=self._writer(),
@@ -128,6 +134,7 @@ class Fleet:
         self._waiting.pop(settings.name, None)
         runner = AssetRunner(adapter, pipeline, on_alive=self._report_alive)
         self._runners[settings.name], self._settings[settings.name] = runner, settings
+        self._manifests[settings.name] = [manifest for manifest, _ in models]
         await runner.start()
 
     async def _tell_publisher(self) -> None:
@@ -141,6 +148,12 @@ class Fleet:
     def _report_alive(self, asset: str, alive: bool) -> None:
         if self._publisher is not None:
             self._publisher.set_asset_alive(asset, alive)
+
+    def _is_outdated(self, asset: str) -> bool:
+        """Whether a model has come or changed since the asset was started."""
+        if asset in self._unjudged:
+            return True
+        return any(self._pool.manifest(manifest.name) != manifest for manifest in self._manifests[asset])
 
     def _models(
         self, settings: AssetSettings, extractors: Mapping[str, FeatureExtractor]

@@ -49,7 +49,7 @@ class Placement:
         for worker in current:
             if worker.name in names:
                 return [worker]
-        name = max(names, key=lambda name: self._room(names[name]))
+        name = max(names, key=lambda name: self._room(names[name])) if len(names) > 1 else next(iter(names))
         return [self._worker(name, names[name])]
 
     def defaults(self, folder: ModelFolder) -> WorkerDefaults:

@@ -183,8 +183,12 @@ class ModelPool:
         return {**self._entry(name), **metadata(folder, served, self._placement.defaults(folder))}
 
     def manifest(self, name: str) -> Manifest:
-        """The model.toml of a model in the repository, its `max_batch` within the profile's. Raises ModelError."""
-        folder = self._repository.find(name)
+        """The model.toml that a model serves with, else the repository's; its `max_batch` is within the profile's.
+
+        Raises ModelError for an unknown model.
+        """
+        served = self._served.get(name)
+        folder = served.folder if served and served.wanted else self._repository.find(name)
         return folder.manifest.model_copy(update={"max_batch": batch_cap(folder, self._placement.defaults(folder))})
 
     async def stats(self) -> dict[str, Any]:

@@ -142,9 +142,16 @@ def _load_measured(request: LoadRequest, artifact: Path, options: Mapping[str, A
         return _load(backend, request, artifact, options), Choice(threads or 1)
     return choose_threads(
         lambda number: _load(backend, request, artifact, {**options, "threads": number}),
-        lambda session: zeros(request.inputs or session.inputs, 1),
+        lambda session: zeros(_checked_inputs(request, session), 1),
         len(os.sched_getaffinity(0)),
     )
+
+
+def _checked_inputs(request: LoadRequest, session: Session) -> Specs:
+    """What model.toml says that the session takes; a step's own artifact says it itself. Raises ModelError."""
+    inputs = request.inputs or session.inputs
+    check_session(request.model, "input", inputs, session.inputs)
+    return inputs
 
 
 def _load(backend: Any, request: LoadRequest, artifact: Path, options: Mapping[str, Any]) -> Session:
@@ -153,9 +160,7 @@ def _load(backend: Any, request: LoadRequest, artifact: Path, options: Mapping[s
     session: Session = backend.load(artifact, request.accelerator, options)
     if isinstance(session, ProvingSession):
         try:
-            inputs = request.inputs or session.inputs  # a step's own artifact says itself what it takes
-            check_session(request.model, "input", inputs, session.inputs)
-            session.prove(inputs, request.max_batch)
+            session.prove(_checked_inputs(request, session), request.max_batch)
         except BaseException:
             session.close()
             raise
