@@ -11,6 +11,7 @@ import pytest
 from grpc_kit import SERVICE, infer_request, outputs
 from serving_kit import scale, write_model
 
+from millhand.cli.state import state_lines
 from millhand.serving.grpc import wire
 from millhand.testing import wait_until
 
@@ -60,6 +61,7 @@ def test_the_agent_serves_grpc_and_leaves_nothing_behind(served):
     np.testing.assert_array_equal(infer(address), 2 * X)
     processes = fronts(agent)
     assert len(processes) == 2
+    assert f"gRPC {address}" in " ".join(state_lines(agent.call("state")))
     assert agent.stop() == 0
     assert not any(process.is_running() for process in processes)
     with pytest.raises(grpc.RpcError):

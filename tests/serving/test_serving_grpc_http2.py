@@ -224,8 +224,8 @@ async def test_a_drain_in_two_steps(started):
     assert (kind, *struct.unpack(">II", payload)) == (frames.GOAWAY, late, frames.NO_ERROR)
     service.release.set()
     assert (await peer.answer(stream))[1] == framed(b"hello")
-    await drain
     assert await peer.goodbye() == frames.NO_ERROR
+    await drain
 
 
 class KeepingTracer(Tracer):

@@ -40,7 +40,7 @@ def state_lines(state: dict[str, Any]) -> list[str]:
         f"Node       {state['group']}/{state['node']}, profile {state['profile']}, up {duration(state['uptime_s'])}",
         f"Assets     {_assets(state['assets'])}",
         *_faults(state["assets"]),
-        f"Models     {_models(state['models'], state['http'])}",
+        f"Models     {_models(state['models'], state['http'], state['grpc'])}",
         f"Alerts     {alerts['open']} open, {alerts['acked']} acknowledged; {state['orders']} work orders",
         f"Telemetry  {telemetry_text(telemetry)}",
         f"Next step  {state['next_step']}",
@@ -72,8 +72,9 @@ def _faults(assets: list[dict[str, Any]]) -> list[str]:
     return lines if len(faults) <= FAULTS_SHOWN else [*lines, " " * 11 + f"and {len(faults) - FAULTS_SHOWN} more"]
 
 
-def _models(models: list[dict[str, Any]], url: str) -> str:
-    place = f" at {url}" if url else ""
+def _models(models: list[dict[str, Any]], url: str, grpc_address: str) -> str:
+    places = [place for place in (url, grpc_address and f"gRPC {grpc_address}") if place]
+    place = f" at {' and '.join(places)}" if places else ""
     shown = [model for model in models if model["state"] != "unloaded"]
     if not shown:
         return "none loaded" + place

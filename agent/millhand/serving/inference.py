@@ -182,9 +182,9 @@ def write_response(
                 hint=f"it gives {', '.join(outputs)}",
             )
         if parameters.get("classification"):
-            array = _classes(name, array, parameters["classification"], labels.get(name, ()))
+            array = classify(name, array, parameters["classification"], labels.get(name, ()))
         if parameters.get("binary_data", request.binary):
-            data = _bytes(array)
+            data = raw_bytes(array)
             buffers.append(data)
             entries.append(_entry(name, array) | {"parameters": {"binary_data_size": len(data)}})
         else:
@@ -362,7 +362,7 @@ def _binary(tensor: InputTensor, size: Any, binary: memoryview, position: int) -
             hint="check binary_data_size and Inference-Header-Content-Length",
         )
     if tensor.datatype == "BYTES":
-        return _shaped(tensor, _strings(name, bytes(binary[position : position + size]), count))
+        return _shaped(tensor, read_strings(name, bytes(binary[position : position + size]), count))
     dtype = _DTYPES[tensor.datatype]
     if size != count * dtype.itemsize:
         raise InputError(
@@ -376,7 +376,7 @@ def _binary(tensor: InputTensor, size: Any, binary: memoryview, position: int) -
     return array
 
 
-def _strings(name: str, data: bytes, count: int) -> NDArray[Any]:
+def read_strings(name: str, data: bytes, count: int) -> NDArray[Any]:
     elements: list[bytes] = []
     position = 0
     while position + 4 <= len(data) and len(elements) < count:
@@ -421,14 +421,14 @@ def _values(array: NDArray[Any]) -> list[Any]:
     return data
 
 
-def _bytes(array: NDArray[Any]) -> bytes:
+def raw_bytes(array: NDArray[Any]) -> bytes:
     if array.dtype != object:
         return array.tobytes()
     items = [item if isinstance(item, bytes) else str(item).encode() for item in array.ravel()]
     return b"".join([struct.pack("<I", len(item)) + item for item in items])
 
 
-def _classes(name: str, array: NDArray[Any], count: int, labels: Sequence[str]) -> NDArray[Any]:
+def classify(name: str, array: NDArray[Any], count: int, labels: Sequence[str]) -> NDArray[Any]:
     """Triton's classification extension: the `count` largest of each row as BYTES "value:index[:label]"."""
     if array.dtype.kind not in "iuf":
         raise InputError(

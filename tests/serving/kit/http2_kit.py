@@ -149,6 +149,7 @@ class Peer:
             kind, _, _, payload = await self.read()
             if kind == frames.GOAWAY:
                 assert await asyncio.wait_for(self.reader.read(), 10) == b""
+                await self.close()
                 return struct.unpack_from(">II", payload)[1]
 
     async def works(self):

@@ -82,7 +82,12 @@ def main() -> None:
     """Entry point of the process."""
     arguments = msgspec.json.decode(sys.argv[1], type=GrpcArguments)
     configure_logs(arguments.observation.log)
-    asyncio.run(serve(arguments))
+    try:
+        import uvloop
+    except ImportError:  # no wheel for this platform: slower, not different
+        asyncio.run(serve(arguments))
+    else:
+        uvloop.run(serve(arguments))
 
 
 if __name__ == "__main__":

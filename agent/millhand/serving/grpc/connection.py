@@ -9,10 +9,11 @@ is its subclass's matter (rpc.py). Limits, so that no peer can take much: frames
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import struct
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from millhand.serving.grpc import frames
 from millhand.serving.grpc.frames import HEAD, ConnectionFault, StreamFault, frame, unpadded
@@ -92,8 +93,7 @@ class Connection(asyncio.Protocol):
     # ---- the transport's side ---------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
         full = len(self._owner.connections) >= self._owner.connections_cap
         self._owner.connections.add(self)
         settings = (
@@ -107,6 +107,8 @@ class Connection(asyncio.Protocol):
             self._fail(ConnectionFault(frames.ENHANCE_YOUR_CALM, "too many connections; see [grpc] connections_cap"))
 
     def data_received(self, data: bytes) -> None:
+        if self.closing:
+            return
         self._heard = True
         if self._rest:
             data = self._rest + data
@@ -166,11 +168,11 @@ class Connection(asyncio.Protocol):
 
     def check(self, now: float) -> None:
         """Close the connection if it is dead; called now and then."""
-        if self._heard:
-            self._since, self._heard, self._asked = now, False, False
-        elif self.closing:
+        if self.closing:
             if now - self._since > CLOSING_S:
                 self._transport.abort()
+        elif self._heard:
+            self._since, self._heard, self._asked = now, False, False
         elif not self._greeted:
             if now - self._since > GREETING_S:
                 self._transport.abort()
@@ -405,7 +407,9 @@ class Connection(asyncio.Protocol):
             log.debug("a connection is closed: %s", fault.text)
         self.write(frame(frames.GOAWAY, 0, 0, struct.pack(">II", self._last, fault.code) + fault.text.encode()))
         self.closing = True
-        self._since, self._heard = self._loop.time(), False
-        self._transport.close()
+        self._since = self._loop.time()
+        # What the client still sends is read and thrown away: an end with bytes unread would lose it the reason.
+        with contextlib.suppress(OSError):
+            self._transport.write_eof()
         for stream in list(self.streams.values()):
             self._drop(stream)

@@ -3,14 +3,13 @@
 Tensors come raw (`raw_input_contents`, views of the message's bytes) or typed (`contents`), not both in one request;
 answers are always raw, as Triton's are. FP16 comes raw only; BF16 is refused, for NumPy does not know it. Request
 parameters: `timeout` in µs (Triton's) and `deadline_ms` bound the request, the shorter counts; a higher `priority`
-goes first. Sequence parameters are ignored: models keep no state. Shared memory and classification are refused.
+goes first. Sequence parameters are ignored: models keep no state. Shared memory is refused.
 """
 
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from millhand.errors import InputError, suggestion
 from millhand.serving.grpc import wire
+from millhand.serving.inference import classify, raw_bytes, read_strings
 from millhand.serving.tensors import DATATYPE_OF, DATATYPES, dtype_name
 
 _DTYPES = {datatype: np.dtype(name) for datatype, name in DATATYPES.items()}
@@ -38,10 +38,7 @@ _CONTENTS = {
     "BYTES": "bytes_contents",
 }
 _FIELD_DTYPES = {"int_contents": np.dtype("int32"), "uint_contents": np.dtype("uint32")}
-_REFUSED = {
-    "shared_memory_region": "send the tensor in the request: shared memory of clients is not served",
-    "classification": "ask for the output itself: classification is not served",
-}
+WHOLE_CAP = 1 << 31
 FINAL_RESPONSE = "triton_enable_empty_final_response"
 
 
@@ -57,6 +54,8 @@ class InferCall(msgspec.Struct):
     """The outputs asked for; empty for all."""
     budget_ms: float | None
     priority: int
+    classes: dict[str, int]
+    """Outputs that are asked for as the names of so many classes."""
     marks_final: bool
     """The client of a stream wants to be told that an answer is the last of its request, as each is."""
 
@@ -90,8 +89,11 @@ def read_request(message: bytes) -> InferCall:
             tensors[name] = _from_raw(name, dtype, shape, raw[index])
         else:
             tensors[name] = _from_contents(name, tensor.datatype, dtype, shape, tensor.contents)
+    classes = {}
     for output in request.outputs:
         _check_parameters(output.name, output.parameters)
+        if "classification" in output.parameters:
+            classes[output.name] = max(_whole(output.parameters, "classification"), 1)
     parameters = request.parameters
     return InferCall(
         request.model_name,
@@ -100,13 +102,19 @@ def read_request(message: bytes) -> InferCall:
         tensors,
         tuple(output.name for output in request.outputs),
         _budget_ms(parameters) if parameters else None,
-        int(_number(parameters, "priority") or 0) if parameters else 0,
+        _whole(parameters, "priority") if parameters else 0,
+        classes,
         FINAL_RESPONSE in parameters and parameters[FINAL_RESPONSE].bool_param,
     )
 
 
-def write_response(call: InferCall, version: int, outputs: Mapping[str, NDArray[Any]]) -> wire.ModelInferResponse:
-    """The response. Raises InputError for an output that the model does not give."""
+def write_response(
+    call: InferCall,
+    version: int,
+    outputs: Mapping[str, NDArray[Any]],
+    labels: Mapping[str, Sequence[str]],
+) -> wire.ModelInferResponse:
+    """The response; `labels` names the classes of an output. Raises InputError for an output that the model does not give."""
     response = wire.ModelInferResponse(model_name=call.model, model_version=str(version), id=call.id)
     for name in call.wanted or outputs:
         array = outputs.get(name)
@@ -115,8 +123,10 @@ def write_response(call: InferCall, version: int, outputs: Mapping[str, NDArray[
                 f"model '{call.model}' has no output '{name}'{suggestion(name, outputs)}",
                 hint=f"it gives {', '.join(outputs)}",
             )
+        if name in call.classes:
+            array = classify(name, array, call.classes[name], labels.get(name, ()))
         response.outputs.add(name=name, datatype=DATATYPE_OF[dtype_name(array.dtype)], shape=array.shape)
-        response.raw_output_contents.append(_to_raw(array))
+        response.raw_output_contents.append(raw_bytes(array))
     if call.marks_final:
         response.parameters["triton_final_response"].bool_param = True
     return response
@@ -135,13 +145,15 @@ def _dtype(name: str, datatype: str) -> np.dtype[Any]:
 def _from_raw(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], data: bytes) -> NDArray[Any]:
     count = math.prod(shape)
     if dtype.hasobject:
-        return _strings(name, shape, _split(name, data))
+        return read_strings(name, data, count).reshape(shape)
     if count * dtype.itemsize != len(data):
         raise InputError(
             f"tensor '{name}' has {len(data)} bytes, its shape {list(shape)} of {DATATYPE_OF[dtype_name(dtype)]} "
             f"needs {count * dtype.itemsize}",
             hint="send data that fit the shape",
         )
+    if dtype.kind == "b" and data.strip(b"\0\1"):
+        raise InputError(f"tensor '{name}' of BOOL holds bytes other than 0 and 1", hint="send one byte a value")
     return np.frombuffer(data, dtype).reshape(shape)
 
 
@@ -158,10 +170,15 @@ def _from_contents(
                 hint=f"put its data into {field}, or into raw_input_contents",
             )
     elements = getattr(contents, field)
-    if datatype == "BYTES":
-        return _strings(name, shape, list(elements))
     if len(elements) != math.prod(shape):
-        raise _wrong_count(name, shape, len(elements))
+        raise InputError(
+            f"tensor '{name}' has {len(elements)} elements, its shape {list(shape)} needs {math.prod(shape)}",
+            hint="send data that fit the shape",
+        )
+    if dtype.hasobject:
+        array = np.empty(len(elements), dtype=object)
+        array[:] = list(elements)
+        return array.reshape(shape)
     array = np.fromiter(elements, _FIELD_DTYPES.get(field, dtype), len(elements))
     if array.dtype != dtype:  # integers of 8 and 16 bits travel as 32
         narrow = array.astype(dtype)
@@ -171,46 +188,11 @@ def _from_contents(
     return array.reshape(shape)
 
 
-def _strings(name: str, shape: tuple[int, ...], elements: list[bytes]) -> NDArray[Any]:
-    if len(elements) != math.prod(shape):
-        raise _wrong_count(name, shape, len(elements))
-    array = np.empty(len(elements), dtype=object)
-    array[:] = elements
-    return array.reshape(shape)
-
-
-def _wrong_count(name: str, shape: tuple[int, ...], count: int) -> InputError:
-    return InputError(
-        f"tensor '{name}' has {count} elements, its shape {list(shape)} needs {math.prod(shape)}",
-        hint="send data that fit the shape",
-    )
-
-
-def _split(name: str, data: bytes) -> list[bytes]:
-    """The elements of a raw BYTES tensor."""
-    elements, position, end = [], 0, len(data)
-    while position + 4 <= end:
-        (size,) = struct.unpack_from("<I", data, position)
-        position += 4 + size
-        elements.append(data[position - size : position])
-    if position != end:
-        raise InputError(
-            f"tensor '{name}' of BYTES ends inside an element", hint="send a 4-byte little-endian length before each"
-        )
-    return elements
-
-
-def _to_raw(array: NDArray[Any]) -> bytes:
-    if array.dtype.hasobject:
-        elements = [item if isinstance(item, bytes) else str(item).encode() for item in array.ravel()]
-        return b"".join(struct.pack("<I", len(item)) + item for item in elements)
-    return array.tobytes()
-
-
 def _check_parameters(name: str, parameters: Mapping[str, Any]) -> None:
-    for key, remedy in _REFUSED.items() if parameters else ():
-        if key in parameters:
-            raise InputError(f"tensor '{name}': parameter '{key}' is not served", hint=remedy)
+    if parameters and "shared_memory_region" in parameters:
+        raise InputError(
+            f"tensor '{name}': shared memory regions are not served", hint="send the tensor in the request"
+        )
 
 
 def _budget_ms(parameters: Mapping[str, wire.InferParameter]) -> float | None:
@@ -229,3 +211,10 @@ def _number(parameters: Mapping[str, wire.InferParameter], key: str) -> float | 
     if kind not in ("int64_param", "uint64_param", "double_param") or not math.isfinite(getattr(parameter, kind)):
         raise InputError(f"parameter '{key}' is not valid", hint="send it as int64_param, uint64_param or double_param")
     return float(getattr(parameter, kind))
+
+
+def _whole(parameters: Mapping[str, wire.InferParameter], key: str) -> int:
+    number = _number(parameters, key) or 0
+    if number % 1 or abs(number) >= WHOLE_CAP:
+        raise InputError(f"parameter '{key}' = {number:g} is not valid", hint="give a small whole number")
+    return int(number)

@@ -43,16 +43,23 @@ ANSWER_HEAD = encode(*FIRST)
 ANSWER_OK = encode(("grpc-status", "0"))
 
 Unary = Callable[["Call", bytes], Awaitable[bytes]]
+CallOff = Callable[[], object]
+Starting = Callable[["Call", bytes], CallOff]
 Streaming = Callable[["Call"], Awaitable[None]]
 
 
 @dataclass(frozen=True)
 class Method:
-    """What answers a path. One of `unary` (message in, message out) and `streaming` (reads and writes the call)."""
+    """What answers a path: one of
+
+    `unary`: message in, message out; `starting`: begins with a message, answers by `Call.reply`, and returns what calls
+    it off; `streaming`: reads and writes the call.
+    """
 
     service: str
     name: str
     unary: Unary | None = None
+    starting: Starting | None = None
     streaming: Streaming | None = None
 
     @property
@@ -87,18 +94,18 @@ class Call(Stream):
     __slots__ = (
         "_begun",
         "_buffer",
+        "_cancel",
         "_held",
         "_inbox",
+        "_inference",
         "_over",
         "_parts",
         "_server",
         "_size",
         "_started_ns",
-        "_task",
         "_waiter",
         "deadline_ns",
         "head",
-        "inference",
     )  # fmt: skip
 
     def __init__(self, server: Server, connection: Connection, number: int, head: Head) -> None:
@@ -116,11 +123,10 @@ class Call(Stream):
         self._buffer = bytearray()
         self._inbox: deque[bytes] = deque()
         self._waiter: asyncio.Future[None] | None = None
-        self._task: asyncio.Task[None] | None = None
-        self.inference: dict[str, Any] = {}
-        """What a trace tells of an inference: model, version, and the times of tracing.RequestTrace."""
+        self._cancel: CallOff | None = None
+        self._inference: dict[str, Any] = {}
         if head.method.streaming is not None and head.refusal is None:
-            self._task = server.loop.create_task(self._stream(head.method.streaming))
+            self._cancel = server.loop.create_task(self._stream(head.method.streaming)).cancel
 
     @property
     def remaining_ms(self) -> float | None:
@@ -140,26 +146,26 @@ class Call(Stream):
         try:
             if self.head.refusal is not None:
                 raise self.head.refusal
-            if self.head.method.unary is None:
+            if self.head.method.streaming is not None:
                 self._take_messages(chunk, ended)
             else:
-                self._take_message(chunk, ended, self.head.method.unary)
+                self._take_message(chunk, ended)
         except Exception as error:
             self.fail(error)
 
     def on_gone(self) -> None:
         if not self._over:
             self._finish(Code.CANCELED)
-            if self._task is not None:
-                self._task.cancel()
+            if self._cancel is not None:
+                self._cancel()
 
     def check(self, now_ns: int) -> None:
         """End the call if it is late; called now and then."""
-        waits = self._task is None and now_ns - self._started_ns > RECEIVE_S * 1e9
+        waits = self._cancel is None and now_ns - self._started_ns > RECEIVE_S * 1e9
         if not self._over and (waits or 0 < self.deadline_ns < now_ns):
             self.fail(_late())
 
-    def _take_message(self, chunk: bytes, ended: bool, handler: Unary) -> None:
+    def _take_message(self, chunk: bytes, ended: bool) -> None:
         self._size += len(chunk)
         if len(chunk) >= PREFIX_BYTES and len(chunk) == self._size:
             self._check_size(int.from_bytes(chunk[1:PREFIX_BYTES], "big"))
@@ -179,7 +185,11 @@ class Call(Stream):
         message = chunk[PREFIX_BYTES:]
         if chunk[0]:
             message = self._inflate(message)
-        self._task = self._server.loop.create_task(self._run(handler, message))
+        method = self.head.method
+        if method.starting is not None:
+            self._cancel = method.starting(self, message)
+        elif method.unary is not None:
+            self.answer_later(method.unary, self, message)
 
     def _take_messages(self, chunk: bytes, ended: bool) -> None:
         buffer = self._buffer
@@ -231,27 +241,48 @@ class Call(Stream):
         if not isinstance(error, MillhandError):
             log.error("a call of %s failed", self.head.method.path, exc_info=error)
         self._finish(code_of(error))
-        if self._task is not None:
-            self._task.cancel()
+        if self._cancel is not None:
+            self._cancel()
         trailers = trailers_of(error)
         self.end(encode(*trailers) if self._begun else encode(*FIRST, *trailers))
 
-    async def _run(self, handler: Unary, message: bytes) -> None:
+    def reply(self, message: bytes) -> None:
+        """End the call with its one message, unless it has ended."""
+        if not self._over:
+            self._finish(Code.OK)
+            self.answer(ANSWER_HEAD, _framed(message), ANSWER_OK)
+
+    def answer_later(self, work: Callable[..., Awaitable[bytes]], *arguments: Any) -> CallOff:
+        """End the call with what `work` gives; returns what calls that off."""
+        task = self._server.loop.create_task(self._run(work, arguments))
+        self._cancel = task.cancel
+        return task.cancel
+
+    def note(self, model: str, answer: Any, sent_ns: int) -> None:
+        """Keep what a trace tells of an inference; `answer` has its version and times."""
+        if self._server.observation.wanted:
+            self._inference = {
+                "model": model,
+                "version": str(answer.version),
+                "infer_ns": sent_ns,
+                "queue_ns": answer.queue_ns,
+                "compute_ns": answer.compute_ns,
+            }
+
+    async def _run(self, work: Callable[..., Awaitable[bytes]], arguments: tuple[Any, ...]) -> None:
         try:
-            reply = await handler(self, message)
+            reply = await work(*arguments)
         except Exception as error:
-            self._task = None
+            self._cancel = None
             self.fail(error)
         else:
-            if not self._over:
-                self._finish(Code.OK)
-                self.answer(ANSWER_HEAD, _framed(reply), ANSWER_OK)
+            self.reply(reply)
 
     async def _stream(self, handler: Streaming) -> None:
         try:
             await handler(self)
         except Exception as error:
-            self._task = None
+            self._cancel = None
             self.fail(error)
         else:
             if not self._over:
@@ -279,7 +310,7 @@ class Call(Stream):
             end_ns=end_ns,
             grpc=True,
             traceparent=self.head.metadata.get("traceparent", ""),
-            **self.inference,
+            **self._inference,
         )
 
     # ---- limits -----------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +13,8 @@ from google.protobuf.message import DecodeError, Message
 from millhand import __version__
 from millhand.errors import DeadlineError, InputError, MillhandError
 from millhand.serving.grpc import wire
-from millhand.serving.grpc.requests import InferCall, read_request, write_response
+from millhand.serving.grpc.infer import InferMethod
+from millhand.serving.grpc.requests import read_request
 from millhand.serving.grpc.rpc import Call, Method, Unary
 from millhand.serving.grpc.status import Code, Refusal, text_of
 from millhand.serving.routing import Routes, UnknownModel, control_call
@@ -48,6 +48,7 @@ class InferenceService:
     def __init__(self, routes: Routes, control_path: Path) -> None:
         self._routes = routes
         self._control_path = control_path
+        self._infer = InferMethod(routes)
 
     def methods(self) -> Iterable[Method]:
         """Everything but the repository's methods."""
@@ -59,38 +60,14 @@ class InferenceService:
             "ModelMetadata": reading(wire.ModelRequest, self._model_metadata),
             "ModelConfig": reading(wire.ModelRequest, self._model_config),
             "ModelStatistics": reading(wire.ModelRequest, self._model_statistics),
-            "ModelInfer": self._infer,
         }
         yield from (Method(SERVICE, name, unary=handler) for name, handler in unary.items())
+        yield Method(SERVICE, "ModelInfer", starting=self._infer.start)
         yield Method(SERVICE, "ModelStreamInfer", streaming=self._stream_infer)
         yield from (Method(SERVICE, name, unary=_refusing(name, remedy)) for name, remedy in NOT_SERVED.items())
         yield Method(HEALTH, "Check", unary=reading(wire.HealthCheckRequest, self._health))
 
     # ---- inference --------------------------------------------------------------------------------------------------
-
-    async def _infer(self, call: Call, message: bytes) -> bytes:
-        request = read_request(message)
-        return (await self._run(call, request)).SerializeToString()
-
-    async def _run(self, call: Call, request: InferCall) -> wire.ModelInferResponse:
-        budgets_ms = [budget for budget in (call.remaining_ms, request.budget_ms) if budget is not None]
-        infer_ns = time.time_ns()
-        answer = await self._routes.infer(
-            request.model,
-            request.version,
-            request.tensors,
-            deadline_ms=min(budgets_ms, default=None),
-            priority=request.priority,
-            wanted=request.wanted,
-        )
-        call.inference = {
-            "model": request.model,
-            "version": str(answer.version),
-            "infer_ns": infer_ns,
-            "queue_ns": answer.queue_ns,
-            "compute_ns": answer.compute_ns,
-        }
-        return write_response(request, answer.version, answer.outputs)
 
     async def _stream_infer(self, call: Call) -> None:
         """Requests run as they come, answers keep their order; one request's error is its own answer."""
@@ -107,7 +84,7 @@ class InferenceService:
         except InputError as error:
             return wire.ModelStreamInferResponse(error_message=text_of(error)).SerializeToString()
         try:
-            response = wire.ModelStreamInferResponse(infer_response=await self._run(call, request))
+            response = wire.ModelStreamInferResponse(infer_response=await self._infer.infer(call, request))
         except Exception as error:
             if not isinstance(error, MillhandError):
                 log.exception("a request of a stream failed")
