@@ -114,7 +114,10 @@ def write_response(
     outputs: Mapping[str, NDArray[Any]],
     labels: Mapping[str, Sequence[str]],
 ) -> wire.ModelInferResponse:
-    """The response; `labels` names the classes of an output. Raises InputError for an output that the model does not give."""
+    """The response; `labels` names the classes of an output.
+
+    Raises InputError for an output that the model does not give.
+    """
     response = wire.ModelInferResponse(model_name=call.model, model_version=str(version), id=call.id)
     for name in call.wanted or outputs:
         array = outputs.get(name)
