@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,11 @@ class Routes:
                 hint=f"ready versions: {', '.join(model['sockets']) or 'none'}",
             )
         return model
+
+    @property
+    def models(self) -> Mapping[str, Any]:
+        """Model -> what the daemon told of it."""
+        return self._models
 
     def ready(self) -> bool:
         """Whether every model that should be served answers."""

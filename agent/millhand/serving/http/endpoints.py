@@ -135,7 +135,7 @@ class Endpoints:
         return json_response({"ready": ready}, 200 if ready else 503)
 
     def _openapi(self, request: Request) -> Response:
-        return json_response(document())
+        return json_response(document(self._routes.models))
 
     async def _metrics(self, request: Request) -> Response:
         text = await _soon(self._reporter.page(parse_qs(request.head.query).get("names", [""])[0]))

@@ -1,8 +1,9 @@
-"""The OpenAPI 3.1 document of what is served: GET /v2/openapi.json."""
+"""The OpenAPI 3.1 document of what is served: GET /v2/openapi.json. Its examples are the models that are ready."""
 
 from __future__ import annotations
 
-import functools
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from millhand import __version__
@@ -20,9 +21,15 @@ _INTEGER = {"type": "integer", "minimum": 0}
 _NAMED_TENSOR = {"name": {"type": "string"}, "datatype": {"type": "string", "enum": list(DATATYPES)}}
 
 
-@functools.cache
-def document() -> dict[str, Any]:
-    """The document; the same for every process of this version."""
+EXAMPLE_ELEMENTS_CAP = 256
+"""A model whose smallest request is larger is no example."""
+
+
+def document(models: Mapping[str, Any]) -> dict[str, Any]:
+    """The document. `models`: name -> inputs, and sockets by version, as the daemon tells of them."""
+    requests = _example_requests(models)
+    versions = sorted({version for name in requests for version in models[name]["sockets"]}, key=int)
+    model, version = {"$ref": "#/components/parameters/model"}, {"$ref": "#/components/parameters/version"}
     paths: dict[str, Any] = {
         "/v2": {"get": _operation("server", "The server and its extensions", _ref("ServerMetadata"))},
         "/v2/health/live": {"get": _operation("live", "Whether the server lives", _flag("live"))},
@@ -49,7 +56,7 @@ def document() -> dict[str, Any]:
     }
     for action in ("load", "unload"):
         paths[f"/v2/repository/models/{{model}}/{action}"] = {
-            "parameters": [_path_parameter("model")],
+            "parameters": [model],
             "post": {
                 **_operation(f"{action}Model", f"Make the node {action} a model", {"type": "object"},
                              ["400", "403", "404", "503"], body={"type": "object"}),
@@ -59,7 +66,7 @@ def document() -> dict[str, Any]:
     for versioned in (False, True):
         prefix = "/v2/models/{model}" + ("/versions/{version}" if versioned else "")
         suffix = "OfVersion" if versioned else ""
-        parameters = [_path_parameter("model")] + ([_path_parameter("version")] if versioned else [])
+        parameters = [model, version] if versioned else [model]
         operations = {
             "": ("get", _operation(f"model{suffix}", "What a model takes and gives", _ref("Model"), ["404"])),
             "/ready": (
@@ -84,9 +91,12 @@ def document() -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": _schemas(),
+            "parameters": {"model": _path_parameter("model", list(requests)),
+                           "version": _path_parameter("version", versions)},
+            "requestBodies": {"Infer": _infer_body(requests)},
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         },
-    }
+    }  # fmt: skip
 
 
 def _operation(
@@ -109,10 +119,7 @@ def _infer(name: str) -> dict[str, Any]:
     answer["headers"] = header
     operation = _operation(name, "Infer", _ref("InferResponse"), ["400", "404", "413", "503", "504"])
     operation["responses"]["200"] = answer
-    operation["requestBody"] = {
-        "required": True,
-        "content": {"application/json": {"schema": _ref("InferRequest")}, "application/octet-stream": {}},
-    }
+    operation["requestBody"] = {"$ref": "#/components/requestBodies/Infer"}
     operation["parameters"] = [
         {
             "name": "Inference-Header-Content-Length",
@@ -123,6 +130,11 @@ def _infer(name: str) -> dict[str, Any]:
         }
     ]
     return operation
+
+
+def _infer_body(requests: dict[str, Any]) -> dict[str, Any]:
+    json_body = {"schema": _ref("InferRequest"), "examples": _examples(requests)}
+    return {"required": True, "content": {"application/json": json_body, "application/octet-stream": {}}}
 
 
 def _metrics() -> dict[str, Any]:
@@ -191,6 +203,29 @@ def _flag(name: str) -> dict[str, Any]:
     return {"type": "object", "required": [name], "properties": {name: {"type": "boolean"}}}
 
 
-def _path_parameter(name: str) -> dict[str, Any]:
+def _path_parameter(name: str, values: list[str]) -> dict[str, Any]:
     pattern = r"^[0-9]+$" if name == "version" else r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
-    return {"name": name, "in": "path", "required": True, "schema": {"type": "string", "pattern": pattern}}
+    schema = {"type": "string", "pattern": pattern}
+    examples = _examples({value: value for value in values})
+    return {"name": name, "in": "path", "required": True, "schema": schema, "examples": examples}
+
+
+def _examples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: {"value": value} for name, value in values.items()}
+
+
+def _example_requests(models: Mapping[str, Any]) -> dict[str, Any]:
+    """Name -> the smallest request, all zeros, of every model that is ready."""
+    requests = {}
+    for name, model in sorted(models.items()):
+        inputs = [_zeros(tensor) for tensor in model["inputs"]]
+        if model["sockets"] and sum(len(tensor["data"]) for tensor in inputs) <= EXAMPLE_ELEMENTS_CAP:
+            requests[name] = {"inputs": inputs}
+    return requests
+
+
+def _zeros(tensor: dict[str, Any]) -> dict[str, Any]:
+    shape, datatype = [max(size, 1) for size in tensor["shape"]], tensor["datatype"]
+    zero: Any = {"BOOL": False, "BYTES": ""}.get(datatype, 0)
+    count = min(math.prod(shape), EXAMPLE_ELEMENTS_CAP + 1)
+    return {"name": tensor["name"], "datatype": datatype, "shape": shape, "data": [zero] * count}
