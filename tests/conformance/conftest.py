@@ -17,7 +17,7 @@ from conformance_kit import Node, config, ready
 from millhand.testing import millhand_agents
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     folder = tmp_path_factory.mktemp("node")
     with millhand_agents(folder) as start:

@@ -140,7 +140,13 @@ class Routes:
 
     def ready(self) -> bool:
         """Whether every model that should be served answers."""
-        return self.known and all(model["sockets"] or model["state"] == "unloaded" for model in self._models.values())
+        return self.known and not self.waiting()
+
+    def waiting(self) -> list[str]:
+        """The models that should be served and do not answer."""
+        return sorted(
+            name for name, model in self._models.items() if not model["sockets"] and model["state"] != "unloaded"
+        )
 
     async def infer(
         self,

@@ -131,8 +131,10 @@ class Endpoints:
         return json_response({"live": True})
 
     def _ready(self, request: Request) -> Response:
-        ready = self._routes.ready()
-        return json_response({"ready": ready}, 200 if ready else 503)
+        if self._routes.ready():
+            return json_response({"ready": True})
+        waiting = ", ".join(self._routes.waiting()) or "all of them: the node is starting"
+        return _not_ready({"ready": False}, f"models are not ready: {waiting}", "see 'millhand model list'")
 
     def _openapi(self, request: Request) -> Response:
         return json_response(document(self._routes.models))
@@ -155,8 +157,11 @@ class Endpoints:
         })  # fmt: skip
 
     def _model_ready(self, request: Request, name: str, version: str) -> Response:
-        ready = bool(self._routes.model(name, version)["sockets"])
-        return json_response({"name": name, "ready": ready}, 200 if ready else 503)
+        model = self._routes.model(name, version)
+        if model["sockets"]:
+            return json_response({"name": name, "ready": True})
+        text = f"model '{name}' is {model['state']}: {model['reason'] or 'not loaded'}"
+        return _not_ready({"name": name, "ready": False}, text, model["hint"])
 
     async def _config(self, request: Request, name: str, version: str) -> Response:
         self._routes.model(name, version)
@@ -238,6 +243,10 @@ def _answer(response: Response | Awaitable[Response], reply: Reply) -> Cancel | 
 
 def _call_off(task: asyncio.Task[None]) -> None:
     task.cancel()
+
+
+def _not_ready(data: dict[str, Any], text: str, hint: str) -> Response:
+    return json_response({**data, "error": f"{text} ({hint})"}, 503)
 
 
 def _remedy(path: str) -> str:

@@ -23,7 +23,7 @@ class Head:
     """A request's head. Header names are lower-case. Shared by all requests that begin with the same bytes."""
 
     __slots__ = (
-        "accepts_gzip",
+        "accepted_coding",
         "chunked",
         "content_length",
         "headers",
@@ -47,7 +47,8 @@ class Head:
         self.headers = headers
         self.keep_alive = keep_alive
         self.chunked = b"transfer-encoding" in headers
-        self.accepts_gzip = _accepts_gzip(headers.get(b"accept-encoding", b""))
+        self.accepted_coding = _accepted_coding(headers.get(b"accept-encoding", b""))
+        """What a large answer is compressed with: gzip, deflate, or empty."""
         self.target: Any = None
         """What the endpoints made of method and path, once they have."""
         value = headers.get(b"content-length", b"0")
@@ -121,10 +122,11 @@ def _origin(url: bytes) -> bytes:
     return url
 
 
-def _accepts_gzip(header: bytes) -> bool:
+def _accepted_coding(header: bytes) -> bytes:
+    accepted = set()
     for part in header.lower().split(b","):
         name, _, weight = part.partition(b";")
-        if name.strip() == b"gzip":
-            weight = weight.strip()
-            return not weight or bool(weight.removeprefix(b"q=").strip(b"0."))
-    return False
+        weight = weight.strip()
+        if not weight or weight.removeprefix(b"q=").strip(b"0."):
+            accepted.add(name.strip())
+    return next((coding for coding in (b"gzip", b"deflate") if coding in accepted), b"")

@@ -18,7 +18,7 @@ JSON = b"application/json"
 BINARY = b"application/octet-stream"
 CLIENT_LEFT = 499
 COMPRESS_FROM_BYTES = 8192
-"""Smaller bodies are not worth the time, even to a client that accepts gzip."""
+"""Smaller bodies are not worth the time, even to a client that accepts it."""
 COMPRESSION_LEVEL = 1
 
 _REASONS = {status.value: status.phrase for status in HTTPStatus} | {CLIENT_LEFT: "Client Closed Request"}
@@ -87,10 +87,11 @@ class Response:
     def encode(self, request: Request | None, keep_alive: bool) -> tuple[bytes, bytes]:
         """Head and body on the wire; None for an answer to something that was no request."""
         body, extra = self.body, b"".join([b"\r\n%b: %b" % header for header in self.headers])
-        if request is not None and request.head.accepts_gzip and len(body) >= COMPRESS_FROM_BYTES:
-            packer = zlib.compressobj(COMPRESSION_LEVEL, zlib.DEFLATED, zlib.MAX_WBITS | 16)
+        if request is not None and request.head.accepted_coding and len(body) >= COMPRESS_FROM_BYTES:
+            coding = request.head.accepted_coding
+            packer = zlib.compressobj(COMPRESSION_LEVEL, wbits=zlib.MAX_WBITS | (16 if coding == b"gzip" else 0))
             body = packer.compress(body) + packer.flush()
-            extra += b"\r\ncontent-encoding: gzip\r\nvary: accept-encoding"
+            extra += b"\r\ncontent-encoding: %b\r\nvary: accept-encoding" % coding
         if not keep_alive:
             extra += b"\r\nconnection: close"
         head = b"%b%b\r\ncontent-length: %d%b\r\n\r\n" % (_HEADS[self.status], self.content_type, len(body), extra)
