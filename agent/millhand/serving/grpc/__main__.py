@@ -49,7 +49,7 @@ async def serve(arguments: GrpcArguments) -> None:
     routes = Routes(control_path)
     services = (
         InferenceService(routes, control_path),
-        RepositoryService(control_path, AdminToken(token_path, "grpc")),
+        RepositoryService(routes, control_path, AdminToken(token_path, "grpc")),
     )
     server = Server(
         [method for service in services for method in service.methods()],

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from pathlib import Path
 
 from google.protobuf.message import Message
 
-from millhand.errors import InputError, ModelError, suggestion
+from millhand.errors import ConfigError, DeadlineError, InputError, ModelError, PluginError, suggestion
 from millhand.serving.admin import AdminToken, PermissionDenied, TokenMissing
 from millhand.serving.grpc import wire
 from millhand.serving.grpc.rpc import Call, Method
 from millhand.serving.grpc.service import SERVICE, control, reading
 from millhand.serving.grpc.status import Code, Refusal
-from millhand.serving.routing import UnknownModel
+from millhand.serving.routing import Routes, UnknownModel
 
 LOAD_PARAMETERS = ("version",)
 UNLOAD_PARAMETERS = ("unload_dependents",)
@@ -23,7 +24,8 @@ UNLOAD_PARAMETERS = ("unload_dependents",)
 class RepositoryService:
     """Index, load and unload through the daemon's control socket."""
 
-    def __init__(self, control_path: Path, token: AdminToken) -> None:
+    def __init__(self, routes: Routes, control_path: Path, token: AdminToken) -> None:
+        self._routes = routes
         self._control_path = control_path
         self._token = token
 
@@ -49,7 +51,6 @@ class RepositoryService:
 
     async def _load(self, call: Call, request: wire.RepositoryModelRequest) -> Message:
         self._authorize(call, request.repository_name)
-        await self._check_known(call, request)
         _check_parameters(request, LOAD_PARAMETERS)
         version = request.parameters["version"].int64_param if "version" in request.parameters else None
         await self._change(call, "model.load", model=request.model_name, version=version)
@@ -57,7 +58,6 @@ class RepositoryService:
 
     async def _unload(self, call: Call, request: wire.RepositoryModelRequest) -> Message:
         self._authorize(call, request.repository_name)
-        await self._check_known(call, request)
         _check_parameters(request, UNLOAD_PARAMETERS)
         await self._change(call, "model.unload", model=request.model_name)
         return wire.RepositoryModelRequest()
@@ -72,18 +72,16 @@ class RepositoryService:
         if repository:
             raise InputError(f"repository_name '{repository}' is not known", hint="leave it out: there is one only")
 
-    async def _check_known(self, call: Call, request: wire.RepositoryModelRequest) -> None:
-        names = [model["name"] for model in await control(call, self._control_path, "model.list")]
-        if request.model_name not in names:
-            raise UnknownModel(
-                f"model '{request.model_name}' is not in the repository{suggestion(request.model_name, names)}",
-                hint=f"known: {', '.join(sorted(names)) or 'none'}",
-            )
-
     async def _change(self, call: Call, name: str, **arguments: object) -> None:
+        left_ms = call.remaining_ms  # without a deadline it takes as long as it needs
         try:
-            await control(call, self._control_path, name, **arguments)
-        except ModelError as error:
+            async with asyncio.timeout(None if left_ms is None else left_ms / 1000):
+                await self._routes.change(name, **arguments)
+        except TimeoutError as error:
+            raise DeadlineError("the model did not change before the deadline", hint="give it more time") from error
+        except UnknownModel:
+            raise
+        except (ConfigError, ModelError, PluginError) as error:
             raise Refusal(Code.FAILED_PRECONDITION, error.message, hint=error.hint) from error
 
 
