@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 import sys
@@ -67,6 +68,7 @@ async def serve(arguments: GrpcArguments) -> None:
     loop.add_signal_handler(signal.SIGINT, lambda: None)  # Ctrl-C is the daemon's to handle
     await asyncio.wait({follower, told}, return_when=asyncio.FIRST_COMPLETED)  # till then clients wait to be accepted
     listening = await loop.create_server(server.new_connection, sock=socket.socket(fileno=arguments.listen_fd))
+    gc.freeze()  # what is loaded now stays
     with contextlib.suppress(asyncio.CancelledError):
         await follower
     listening.close()
