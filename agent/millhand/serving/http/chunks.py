@@ -34,7 +34,7 @@ class ChunkedBody:
             if self._trailer_bytes >= 0:
                 if not line:
                     return True
-                self._trailer_bytes += len(line)
+                self._trailer_bytes += len(line) + 2
                 if self._trailer_bytes > TRAILER_BYTES_CAP:
                     raise InputError("the trailers are too long", hint="send fewer")
             else:

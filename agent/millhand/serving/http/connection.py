@@ -198,6 +198,8 @@ class HttpConnection(asyncio.BufferedProtocol):
             self._body[: self._filled] = self._waiting
             self._waiting.clear()
             self._hurry()
+            if not self._hold(self._filled):
+                raise _full()
         if head.headers.get(b"expect", b"").lower() == b"100-continue" and (self._chunks or self._body is not None):
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         return self._body is None

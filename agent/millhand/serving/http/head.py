@@ -111,7 +111,7 @@ def read_head(data: bytes) -> Head:
         headers.pop(b"expect", None)  # such a client does not know it
     elif b"host" not in headers:
         raise InputError("header 'host' is missing", hint="send it, as HTTP/1.1 demands")
-    keep_alive = version == "1.1" and parser.should_keep_alive()  # HTTP/1.0 keeps one only where both sides say so
+    keep_alive = version == "1.1" and _stays(headers)  # HTTP/1.0 keeps one only where both sides say so
     return Head(parser.get_method().decode(), _origin(found.url), headers, keep_alive)
 
 
@@ -120,6 +120,11 @@ def _origin(url: bytes) -> bytes:
     if url.startswith((b"http://", b"https://")):
         return b"/" + url.partition(b"://")[2].partition(b"/")[2]
     return url
+
+
+def _stays(headers: dict[bytes, bytes]) -> bool:
+    # The parser cannot say: it forgets the header as soon as a request without a body is complete.
+    return b"close" not in [option.strip() for option in headers.get(b"connection", b"").lower().split(b",")]
 
 
 def _accepted_coding(header: bytes) -> bytes:
