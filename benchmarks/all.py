@@ -13,6 +13,7 @@ SCRIPTS: list[tuple[str, list[str]]] = [
     ("footprint", ["footprint.py"]),
     ("pipeline", ["pipeline.py"]),
     ("worker_protocol", ["worker_protocol.py"]),
+    ("hot_path", ["hot_path.py"]),
     ("ensemble", ["ensemble.py"]),
     ("serving", ["serving.py", "--peers"]),
     ("serving_ablation", ["serving.py", "--ablation"]),
