@@ -168,8 +168,7 @@ def worker_us() -> float:
         numbers = itertools.count(1)
 
         def turn() -> bytes:
-            for fd, events in worker._epoll.poll(worker._batcher.wait_s()):
-                worker._handle(fd, events)
+            worker._read_clients(worker._batcher.wait_s())
             while (batch := worker._batcher.take()) is not None:
                 worker._run(batch)
             return far.recv(1 << 16)

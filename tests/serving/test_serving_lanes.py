@@ -11,7 +11,7 @@ import pytest
 from serving_kit import action
 
 from millhand.errors import ModelError, WorkerError
-from millhand.serving.batcher import Batch, Request
+from millhand.serving.batcher import Request
 from millhand.serving.lanes import LoadedModel, LoadRequest
 
 SECOND_NS = 1_000_000_000
@@ -30,7 +30,12 @@ def model(tmp_path: Path) -> LoadedModel:
 
 def run(model: LoadedModel, *deadlines_ns: int) -> list[Any]:
     requests = [Request(action(0), 1, deadline_ns) for deadline_ns in deadlines_ns]
-    return [outcome for _, outcome in model.run(Batch(model.lane, requests, []))]
+    outcomes = []
+    for inference in model.run(requests):
+        model.count_inference(inference)
+        failed = isinstance(inference.outcome, Exception)
+        outcomes += [inference.outcome] * len(inference.requests) if failed else [o for _, o in inference.parts()]
+    return outcomes
 
 
 def test_a_model_whose_outside_is_away_loads_and_comes_good(model: LoadedModel, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ UNSENT_BYTES_CAP = 512 << 20
 
 
 class Connection:
-    """Frames in by the thread that holds `reading`, frames out by any thread."""
+    """Frames in by one thread at a time, frames out by any thread."""
 
     def __init__(self, connection: socket.socket, arm: Callable[[Connection], None], control: bool = False) -> None:
         """`arm` makes some thread call `flush` once there is room for what is unsent."""
@@ -31,7 +31,6 @@ class Connection:
         self.control = control
         self.greeted = False
         self.closed = False
-        self.reading = threading.Lock()
         self.pending: dict[int, Request] = {}
         self._arm = arm
         self._failed = False  # by a sender that met an error or an over-full buffer; the next `flush` raises

@@ -10,8 +10,8 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from millhand.errors import DeadlineError, MillhandError, ModelError, WorkerError
 from millhand.hookspecs import CountingSession, DeadlineSession
-from millhand.serving.batcher import Batch, Lane, Request
+from millhand.serving.batcher import Lane, Request
 from millhand.serving.device_memory import trim_memory, used_bytes
 from millhand.serving.ensemble import EnsembleSession, open_session
 from millhand.serving.sessions import Sessions
@@ -134,6 +134,28 @@ class LaneStats(msgspec.Struct):
         self.batch_rows[rows] += 1
 
 
+class Inference(NamedTuple):
+    """What became of requests that ran as one batch."""
+
+    requests: list[Request]
+    outcome: dict[str, NDArray[Any]] | Exception
+    """The outputs of all of them, row after row; or what went wrong for all of them."""
+    started_ns: int
+    ended_ns: int
+
+    def parts(self) -> Iterator[tuple[Request, dict[str, NDArray[Any]]]]:
+        """Each request with its own rows. Only where there are outputs."""
+        outputs: Any = self.outcome
+        if len(self.requests) == 1:
+            yield self.requests[0], outputs
+            return
+        start = 0
+        for request in self.requests:
+            stop = start + request.rows
+            yield request, {name: array[start:stop] for name, array in outputs.items()}
+            start = stop
+
+
 class LoadedModel:
     """One model version that is ready; owns its lane."""
 
@@ -219,31 +241,27 @@ class LoadedModel:
             for name, amount in amounts.items():
                 setattr(self.stats, name, getattr(self.stats, name) + amount)
 
-    def run(self, batch: Batch) -> list[tuple[Request, dict[str, NDArray[Any]] | Exception]]:
-        """Run a batch and give each request its own rows or its own error."""
-        requests = batch.requests
+    def run(self, requests: list[Request]) -> list[Inference]:
+        """Run requests as one batch. Where that fails, each is run by itself: none must fail for its neighbour."""
         started_ns = time.monotonic_ns()
+        outcome: Any
         try:
-            outputs = self._run(_joined(requests), sum(request.rows for request in requests), _latest(requests))
+            outcome = self._run(_joined(requests), sum([request.rows for request in requests]), _latest(requests))
         except (DeadlineError, WorkerError) as error:  # no request is at fault
-            self.count(failed=len(requests))
-            return [(request, error) for request in requests]
+            outcome = error
         except Exception as error:
-            if len(requests) > 1:  # one bad request must not fail its neighbours
-                return [part for request in requests for part in self.run(Batch(batch.lane, [request], []))]
-            self.count(failed=1)
-            return [(requests[0], error if isinstance(error, MillhandError) else self._failure(error, "failed"))]
+            if len(requests) > 1:
+                return [part for request in requests for part in self.run([request])]
+            outcome = error if isinstance(error, MillhandError) else self._failure(error, "failed")
+        return [Inference(requests, outcome, started_ns, time.monotonic_ns())]
+
+    def count_inference(self, inference: Inference) -> None:
+        """Take an inference into the stats; any thread may."""
         with self._stats_lock:
-            self.stats.add_batch(requests, started_ns, time.monotonic_ns())
-        if len(requests) == 1:
-            return [(requests[0], outputs)]
-        parts: list[tuple[Request, dict[str, NDArray[Any]] | Exception]] = []
-        start = 0
-        for request in requests:
-            stop = start + request.rows
-            parts.append((request, {name: array[start:stop] for name, array in outputs.items()}))
-            start = stop
-        return parts
+            if isinstance(inference.outcome, Exception):
+                self.stats.failed += len(inference.requests)
+            else:
+                self.stats.add_batch(inference.requests, inference.started_ns, inference.ended_ns)
 
     def close(self) -> None:
         """Free the model's memory and give it back to the system."""

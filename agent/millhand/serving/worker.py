@@ -1,9 +1,7 @@
 """A worker: loads model versions, batches requests and answers them. `python -m millhand.serving.worker '<JSON>'`.
 
-`runners` + 1 threads wait on one epoll. Whichever gets a request reads it, queues it, and then runs what is due, so a
-request that finds the worker idle is read, run and answered by one thread without a hand-over; what arrives meanwhile
-is read by another and becomes the next batch. No more than `runners` of them run models, so one is always left to
-answer `ping` and to cancel. Each load or unload has a thread of its own while it lasts. Python 3.10, and light:
+Its threads take turns (turns.py): the one that reads a request runs it, and no more than `runners` run models at once.
+Each load or unload has a thread of its own while it lasts. Python 3.10, and light:
 msgspec, NumPy and the backend only.
 """
 
@@ -34,14 +32,12 @@ from millhand.serving.blackbox import LOAD, RUN, RUNNERS_CAP, Blackbox
 from millhand.serving.connection import Connection, Origin
 from millhand.serving.lanes import LoadedModel, LoadRequest
 from millhand.serving.sessions import Sessions
+from millhand.serving.turns import Turns
 
 log = logging.getLogger("millhand.worker")
 
 PR_SET_PDEATHSIG = 1
 CONNECTIONS_CAP = 256
-# One shot: a connection is read by one thread at a time, and armed again when that has been done.
-READ = select.EPOLLIN | select.EPOLLONESHOT
-READ_WRITE = READ | select.EPOLLOUT
 
 
 class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,12 +62,12 @@ class Worker:
         self._runners = max(1, min(settings.runners, RUNNERS_CAP))
         self._blackbox = Blackbox(settings.blackbox_fd)
         self._blackbox.catch_crash()
-        self._batcher = Batcher(self._runners, self._wake)
+        self._batcher = Batcher(self._runners, self._call_another)
+        self._turns = Turns(self._batcher, self._read_clients, self._run, self._runners)
         self._models: dict[str, dict[int, LoadedModel]] = {}
         self._sessions = Sessions()
         self._load_lock = threading.Lock()
         self._epoll = select.epoll()
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._listener = socket.socket(fileno=settings.listen_fd)
         self._listener.setblocking(False)
         self._connections: dict[int, Connection] = {}
@@ -90,64 +86,42 @@ class Worker:
     def serve(self) -> None:
         """Run until the control connection closes; then the process ends from whichever thread sees it."""
         self._epoll.register(self._listener, select.EPOLLIN)
-        self._epoll.register(self._wake_fd, select.EPOLLIN | select.EPOLLET)
         self._watch(socket.socket(fileno=self._settings.control_fd), control=True)
-        for number in range(self._runners):
-            threading.Thread(target=self._turn, name=f"runner {number}", daemon=True).start()
-        self._turn()
+        self._turns.serve()
 
-    def _turn(self) -> None:
-        """A thread's life: wait, read, run what is due."""
-        poll, take, wait_s = self._epoll.poll, self._batcher.take, self._batcher.wait_s
-        try:
-            while True:
-                for fd, events in poll(wait_s()):
-                    self._handle(fd, events)
-                while (batch := take()) is not None:
-                    self._run(batch)
-        except BaseException:
-            log.critical("a thread of the worker failed", exc_info=True)
-            os._exit(1)  # the daemon starts it anew; half a worker would only be slow
-
-    def _wake(self) -> None:
-        os.eventfd_write(self._wake_fd, 1)
+    def _call_another(self) -> None:
+        self._turns.call()
 
     # ---- sockets ----------------------------------------------------------------------------------------------------
+
+    def _read_clients(self, timeout_s: float | None) -> None:
+        """Wait for what clients send, and take it; one thread at a time."""
+        for fd, events in self._epoll.poll(timeout_s):
+            connection = self._connections.get(fd)
+            if connection is not None:
+                self._read(connection, events)
+            elif fd == self._listener.fileno():
+                self._accept()
 
     def _watch(self, accepted: socket.socket, control: bool = False) -> None:
         connection = Connection(accepted, self._arm, control=control)
         self._connections[accepted.fileno()] = connection
-        self._epoll.register(accepted, READ)
+        self._epoll.register(accepted, select.EPOLLIN)
 
     def _accept(self) -> None:
         try:
             accepted, _ = self._listener.accept()
         except OSError:
-            return  # another thread took it, the client left already, or no descriptor is free
+            return  # the client left already, or no descriptor is free
         if len(self._connections) > CONNECTIONS_CAP:
             accepted.close()
             return
         self._watch(accepted)
 
-    def _handle(self, fd: int, events: int) -> None:
-        connection = self._connections.get(fd)
-        if connection is None:
-            if fd == self._listener.fileno():
-                self._accept()
-            return  # else a wake, or a connection that another thread has just dropped
-        if not connection.reading.acquire(blocking=False):
-            return  # a sender armed it while it was read; it is armed anew at the end of that
-        try:
-            self._read(connection, events)
-        finally:
-            connection.reading.release()
-        if not connection.closed:
-            self._arm(connection)
-
     def _arm(self, connection: Connection) -> None:
-        """Wait for more from a connection, and for room in it where something is unsent."""
+        """Wait for room in a connection where something is unsent, else only for more from it."""
         try:
-            self._epoll.modify(connection.fd, READ_WRITE if connection.blocked else READ)
+            self._epoll.modify(connection.fd, select.EPOLLIN | (select.EPOLLOUT if connection.blocked else 0))
         except (OSError, ValueError):
             return  # it is being closed
 
@@ -155,8 +129,10 @@ class Worker:
         try:
             if events & select.EPOLLOUT:
                 connection.flush()
-            for frame in connection.read():
-                self._take(connection, frame)
+                self._arm(connection)
+            if events & ~select.EPOLLOUT:
+                for frame in connection.read():
+                    self._take(connection, frame)
         except BlockingIOError:
             pass
         except protocol.ProtocolError as error:
@@ -333,17 +309,22 @@ class Worker:
         self._batcher.finish(batch)
 
     def _run_requests(self, model: LoadedModel, batch: Batch) -> None:
-        self._blackbox.begin(RUN + batch.runner, model.name, model.version)
-        started_ns = time.monotonic_ns()
-        results = model.run(batch)
-        compute_ns = time.monotonic_ns() - started_ns
-        self._blackbox.end(RUN + batch.runner)
-        rows = sum(request.rows for request in batch.requests)
-        for request, outcome in results:
-            if isinstance(outcome, Exception):
-                request.origin.fail(outcome)
-            else:
-                request.origin.succeed(outcome, started_ns - request.arrival_ns, compute_ns, rows)
+        """Run and answer; what is counted is counted after the answers, which somebody waits for."""
+        record = RUN + batch.runner
+        self._blackbox.begin(record, model.name, model.version)
+        inferences = model.run(batch.requests)
+        for inference in inferences:
+            if isinstance(inference.outcome, Exception):
+                for request in inference.requests:
+                    request.origin.fail(inference.outcome)
+                continue
+            started_ns, compute_ns = inference.started_ns, inference.ended_ns - inference.started_ns
+            rows = sum([request.rows for request in inference.requests])
+            for request, outputs in inference.parts():
+                request.origin.succeed(outputs, started_ns - request.arrival_ns, compute_ns, rows)
+        self._blackbox.end(record)
+        for inference in inferences:
+            model.count_inference(inference)
 
 
 def _counted(model: LoadedModel) -> dict[str, Any]:
