@@ -174,8 +174,8 @@ def worker_us() -> float:
             return far.recv(1 << 16)
 
         def request() -> bytes:
-            infer = protocol.Infer("cnn", 1, time.monotonic_ns() + 10**10, 0, 0, False, TENSORS, ("logits",))
-            far.sendmsg(protocol.frame(protocol.INFER, next(numbers), infer))
+            infer = protocol.Infer("cnn", 1, 0, False, TENSORS, ("logits",))
+            far.sendmsg(protocol.infer_frame(next(numbers), infer, time.monotonic_ns() + 10**10, 0))
             return turn()
 
         turn()

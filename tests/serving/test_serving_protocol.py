@@ -17,7 +17,7 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving_kit import Worker, action, identity
+from serving_kit import Worker, action, identity, scale
 
 from millhand.errors import InputError, MillhandError, ModelError
 from millhand.serving import protocol
@@ -64,7 +64,7 @@ def test_another_version_is_a_clear_error(worker):
     with raw(worker) as connection:
         (frame,) = greet(connection, protocol.Hello(99))
         fault = protocol.decode_fault(frame.body)
-        assert fault.message == "the client speaks worker protocol 99, this worker speaks 1"
+        assert fault.message == "the client speaks worker protocol 99, this worker speaks 2"
         assert connection.recv(1) == b""
 
 
@@ -113,6 +113,27 @@ def test_tensors_come_back_as_they_went(worker, tmp_path, size):
         worker.control.infer(f"same{size}", {"x": x[:1]})
 
 
+def test_what_is_kept_of_a_request_does_not_outlive_a_reload_or_other_values(worker, tmp_path):
+    """The same request in the same slot: other values, a model in place of another, a version that is gone."""
+    artifact = tmp_path / "identity.onnx"
+    identity(artifact)
+    worker.load("kept", "onnxruntime", artifact, max_batch=4000)
+    client = BlockingWorkerClient.connect(worker.path)
+    for value in (1, 2, 3):
+        x = np.full((1000, 2), value, dtype=np.float32)
+        np.testing.assert_array_equal(client.infer("kept", {"x": x}, version=1).outputs["y"], x)
+    scale(artifact, 10)
+    worker.load("kept", "onnxruntime", artifact, max_batch=4000)
+    np.testing.assert_array_equal(client.infer("kept", {"x": x}, version=1).outputs["y"], 10 * x)
+    worker.load("kept", "onnxruntime", artifact, max_batch=10)
+    with pytest.raises(InputError, match="1000 rows, allowed are 1 to 10"):
+        client.infer("kept", {"x": x}, version=1)
+    worker.control.call("unload", model="kept", version=1)
+    with pytest.raises(ModelError, match="not loaded"):
+        client.infer("kept", {"x": x}, version=1)
+    client.close()
+
+
 def test_foreign_byte_order_and_strides_travel_right(tmp_path, worker):
     artifact = tmp_path / "identity.onnx"
     identity(artifact)
@@ -122,15 +143,18 @@ def test_foreign_byte_order_and_strides_travel_right(tmp_path, worker):
         np.testing.assert_array_equal(worker.control.infer("order", {"x": sent}).outputs["y"], sent)
 
 
-def infer_body(**changes):
+def infer_frame(request, payload=b"", **changes):
+    """The bytes of an INFER with anything in it, also what no client sends."""
     tensor = [changes.pop("name", "x"), changes.pop("dtype", "float32"), changes.pop("shape", (1, 2))]
     tensor += [changes.pop("offset", 0), changes.pop("size", 8)]
-    body = {"model": "faulty", "version": 1, "deadline": 0, "priority": 0, "slot": -1, "inline": True}
-    return [*{**body, **changes}.values(), [tensor], []]
+    slot = changes.pop("slot", -1)
+    rest = {"model": "faulty", "version": 1, "priority": 0, "inline": True, **changes}
+    body = protocol.INFER_HEAD.pack(0, slot) + protocol.encode([*rest.values(), [tensor], []])
+    return protocol.HEAD.pack(protocol.MAGIC, protocol.INFER, len(body), len(payload), request) + body + payload
 
 
-def ask(connection, body, payload=bytes(8)):
-    connection.sendall(b"".join(map(bytes, protocol.frame(protocol.INFER, 1, body, [payload], len(payload)))))
+def ask(connection, payload=bytes(8), **changes):
+    connection.sendall(infer_frame(1, payload, **changes))
     (frame,) = protocol.FrameReader().read(connection)
     return frame
 
@@ -154,16 +178,16 @@ def ask(connection, body, payload=bytes(8)):
 def test_a_lying_request_gets_an_error_and_the_connection_lives(worker, changes, message):
     with raw(worker) as connection:
         greet(connection)
-        frame = ask(connection, infer_body(**changes))
+        frame = ask(connection, **changes)
         assert frame.kind == protocol.ERROR and message in protocol.decode_fault(frame.body).message
-        assert ask(connection, infer_body()).kind == protocol.RESULT
+        assert ask(connection).kind == protocol.RESULT
 
 
 def test_a_slot_outside_the_ring_is_an_error(worker):
     ring, fd = Ring.create(2, 4096)
     with raw(worker) as connection:
         greet(connection, protocol.Hello(protocol.VERSION, 2, 4096), [fd])
-        frame = ask(connection, infer_body(slot=2, inline=False), b"")
+        frame = ask(connection, b"", slot=2, inline=False)
         assert "slot 2 does not exist" in protocol.decode_fault(frame.body).message
     os.close(fd)
     assert ring.leased == 0
@@ -185,10 +209,10 @@ VALID = b"".join(
     for parts in (
         protocol.frame(protocol.HELLO, 0, protocol.Hello(protocol.VERSION)),
         protocol.frame(protocol.CALL, 1, protocol.Call("ping", {})),
-        protocol.frame(protocol.INFER, 2, infer_body(), [bytes(8)], 8),
+        [infer_frame(2, bytes(8))],
         protocol.frame(protocol.CANCEL, 2, None),
         protocol.frame(protocol.CALL, 3, protocol.Call("metadata", {"model": "faulty"})),
-        protocol.frame(protocol.INFER, 4, infer_body(shape=(3, 2), size=24), [bytes(24)], 24),
+        [infer_frame(4, bytes(24), shape=(3, 2), size=24)],
     )
     for part in parts
 )
@@ -288,8 +312,7 @@ def test_a_client_that_leaves_mid_request_leaks_nothing(worker):
         greet(connection, protocol.Hello(protocol.VERSION, 2, 4096), [fd])
         os.close(fd)
         np.frombuffer(ring.slot(0), np.float32, 2)[:] = (0, 0)
-        body = infer_body(slot=0, inline=False)
-        connection.sendall(b"".join(map(bytes, protocol.frame(protocol.INFER, 1, body))))
+        connection.sendall(infer_frame(1, slot=0, inline=False))
         connection.close()
     assert still_works(worker)
     assert process.num_fds() <= fds + 1

@@ -118,8 +118,8 @@ class WorkerClient:
         slot = self.lease()
         try:
             placed, payload, size = protocol.place(tensors, self.slot(slot))
-            infer = protocol.Infer(model, version, deadline, priority, slot, size >= 0, placed, wanted)
-            request = self.submit(infer, payload, _settler(answered))
+            infer = protocol.Infer(model, version, priority, size >= 0, placed, wanted)
+            request = self.submit(infer, deadline, slot, payload, _settler(answered))
         except BaseException:
             self.release(slot)
             raise
@@ -151,8 +151,10 @@ class WorkerClient:
         ring = self._exchange.ring
         return ring.slot_bytes if ring and number >= 0 else 0
 
-    def submit(self, infer: protocol.Infer, payload: Sequence[Any], done: Callable[[Any], None]) -> int:
-        """Send a request whose tensors lie in its leased slot, or in `payload`. Returns its id for `cancel`.
+    def submit(
+        self, infer: protocol.Infer, deadline: int, slot: int, payload: Sequence[Any], done: Callable[[Any], None]
+    ) -> int:
+        """Send a request whose tensors lie in the leased `slot`, or in `payload`. Returns its id for `cancel`.
 
         `done` is called once with an Outcome; errors as those that `infer` raises. From here on the slot is the
         client's, which frees it after `done`. Raises InputError for a request that is too large, OverloadError where
@@ -164,10 +166,9 @@ class WorkerClient:
             raise OverloadError(f"worker '{self.name}' takes no more requests", hint="send the request again")
         request = self._next
         size = sum([memoryview(part).nbytes for part in payload]) if payload else 0
-        parts = protocol.infer_frame(request, infer, payload, size)
+        parts = protocol.infer_frame(request, infer, deadline, slot, payload, size)
         self._next += 1
-        deadline = infer.deadline_ns
-        self._pending[request] = _Pending(protocol.RESULT, done, infer.slot, infer.model, deadline)
+        self._pending[request] = _Pending(protocol.RESULT, done, slot, infer.model, deadline)
         if deadline and self._sweep is None:
             self._sweep = self._loop.call_later(SWEEP_S, self._expire)
         self._send(parts)

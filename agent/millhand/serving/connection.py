@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from millhand.serving.lanes import LoadedModel
 from millhand.serving.ring import Ring
 
 UNSENT_BYTES_CAP = 512 << 20
+PLANS_CAP = 256
 
 
 class Connection:
@@ -32,6 +33,7 @@ class Connection:
         self.greeted = False
         self.closed = False
         self.pending: dict[int, Request] = {}
+        self.plans: dict[tuple[bytes, int], Plan] = {}
         self._arm = arm
         self._failed = False  # by a sender that met an error or an over-full buffer; the next `flush` raises
         self._ring: Ring | None = None
@@ -70,6 +72,12 @@ class Connection:
         self.greeted = True
         answer = protocol.Hello(protocol.VERSION, hello.slots, hello.slot_bytes, os.getpid())
         self.send(protocol.frame(protocol.HELLO, frame.request, answer))
+
+    def keep(self, asked: bytes, slot: int, plan: Plan) -> None:
+        """A client asks the same again and again, in the same slots: what that comes to is kept."""
+        if len(self.plans) >= PLANS_CAP:
+            self.plans.clear()
+        self.plans[asked, slot] = plan
 
     def slot(self, number: int) -> memoryview:
         """The memory of a slot. Raises InputError where there is none."""
@@ -133,12 +141,32 @@ class Connection:
             self._close_fds()
             self.socket.close()
             self._ring = None
+            self.plans.clear()
             self._unsent.clear()
 
     def _close_fds(self) -> None:
         for fd in self._fds:
             os.close(fd)
         self._fds.clear()
+
+
+class Plan(NamedTuple):
+    """What a request comes to; the values in its slot aside."""
+
+    model: LoadedModel
+    name: str
+    version: int
+    inputs: dict[str, NDArray[Any]]
+    """Views of the slot."""
+    rows: int
+    priority: int
+    kind: tuple[Any, ...]
+    slot: memoryview | None
+    wanted: Sequence[str]
+    inspected: bool
+    """Whether the values must be looked at each time."""
+    lasts: bool
+    """Whether it holds for the next request that asks the same in the same slot."""
 
 
 class Origin:

@@ -67,8 +67,8 @@ class Exchange:
         try:
             memory = self.ring.slot(slot) if self.ring and slot >= 0 else None
             placed, payload, size = protocol.place(tensors, memory)
-            infer = protocol.Infer(*target, deadline, priority, slot, size >= 0, placed, wanted)
-            return protocol.infer_frame(request, infer, payload, max(size, 0)), slot
+            infer = protocol.Infer(*target, priority, size >= 0, placed, wanted)
+            return protocol.infer_frame(request, infer, deadline, slot, payload, max(size, 0)), slot
         except BaseException:
             self.release(slot)
             raise

@@ -229,6 +229,11 @@ class LoadedModel:
                     return rows
         return check_inputs(self.name, self.inputs, tensors, self.lane.max_batch)  # says what is wrong
 
+    @property
+    def inspects_values(self) -> bool:
+        """Whether `check` looks at values, and not at names, dtypes and shapes alone."""
+        return bool(self._finite)
+
     def kind(self, tensors: dict[str, NDArray[Any]]) -> tuple[Any, ...]:
         """What must be equal for requests to share a batch: the sizes of free dimensions."""
         if not self._free:

@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from millhand import errors
 from millhand.serving.tensors import DATATYPE_OF, Tensors, dtype_name
 
-VERSION = 1
+VERSION = 2
 MAGIC = 0x484D  # "MH"
 HEAD = struct.Struct("<HBxIIQ")  # magic, kind, body bytes, payload bytes, request id
+# What differs from request to request stands before the rest of an INFER's body: deadline (CLOCK_MONOTONIC ns), slot.
+INFER_HEAD = struct.Struct("<Qi")
 BODY_BYTES_CAP = 1 << 20
 PAYLOAD_BYTES_CAP = 256 << 20
 # Below this, copying through the socket is cheaper than touching a slot (benchmarks/worker_protocol.py).
@@ -58,12 +60,8 @@ class Infer(msgspec.Struct, array_like=True, frozen=True):
     model: str
     version: int
     """0 for the highest that the worker has."""
-    deadline_ns: int
-    """CLOCK_MONOTONIC; 0 for none."""
     priority: int
     """Higher goes first."""
-    slot: int
-    """The slot that request and answer may use; -1: both travel inline."""
     inline: bool
     """True: the tensors are in the payload, the slot is for the answer alone."""
     tensors: tuple[Tensor, ...]
@@ -134,19 +132,32 @@ def frame(kind: int, request: int, body: Any, payload: Sequence[Any] = (), paylo
     return [HEAD.pack(MAGIC, kind, len(encoded), payload_bytes, request) + encoded, *payload]
 
 
-def infer_frame(request: int, infer: Infer, payload: Sequence[Any] = (), payload_bytes: int = 0) -> list[Any]:
-    """The frame of a request. Raises InputError for one that the worker would close the connection over."""
+def infer_frame(
+    request: int, infer: Infer, deadline_ns: int, slot: int, payload: Sequence[Any] = (), payload_bytes: int = 0
+) -> list[Any]:
+    """The frame of a request; `deadline_ns` is CLOCK_MONOTONIC (0: none), `slot` -1 for none: all travels inline.
+
+    Raises InputError for one that the worker would close the connection over.
+    """
     if payload_bytes > PAYLOAD_BYTES_CAP:
         raise errors.InputError(
             f"the tensors take {payload_bytes} bytes, allowed are {PAYLOAD_BYTES_CAP}",
             hint="send fewer rows",
         )
-    parts = frame(INFER, request, infer, payload, payload_bytes)
-    if len(parts[0]) > HEAD.size + BODY_BYTES_CAP:
+    body = INFER_HEAD.pack(deadline_ns, slot) + encode(infer)
+    if len(body) > BODY_BYTES_CAP:
         raise errors.InputError(
-            f"the names and shapes of tensors take {len(parts[0])} bytes", hint="send and ask for fewer tensors"
+            f"the names and shapes of tensors take {len(body)} bytes", hint="send and ask for fewer tensors"
         )
-    return parts
+    return [HEAD.pack(MAGIC, INFER, len(body), payload_bytes, request) + body, *payload]
+
+
+def split_infer(body: memoryview) -> tuple[int, int, bytes]:
+    """An INFER's body as (deadline, slot, the encoded Infer). Raises ProtocolError for one that is too short."""
+    if len(body) < INFER_HEAD.size:
+        raise ProtocolError("a request's body is too short", hint="speak the worker protocol")
+    deadline_ns, slot = INFER_HEAD.unpack_from(body)
+    return deadline_ns, slot, bytes(body[INFER_HEAD.size :])
 
 
 class Frame(msgspec.Struct):

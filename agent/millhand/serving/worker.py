@@ -29,7 +29,7 @@ from millhand.errors import DeadlineError, InputError, MillhandError, ModelError
 from millhand.serving import protocol
 from millhand.serving.batcher import Batch, Batcher, Request
 from millhand.serving.blackbox import LOAD, RUN, RUNNERS_CAP, Blackbox
-from millhand.serving.connection import Connection, Origin
+from millhand.serving.connection import Connection, Origin, Plan
 from millhand.serving.lanes import LoadedModel, LoadRequest
 from millhand.serving.sessions import Sessions
 from millhand.serving.turns import Turns
@@ -37,6 +37,7 @@ from millhand.serving.turns import Turns
 log = logging.getLogger("millhand.worker")
 
 PR_SET_PDEATHSIG = 1
+NOTHING: dict[int, LoadedModel] = {}
 CONNECTIONS_CAP = 256
 
 
@@ -177,32 +178,62 @@ class Worker:
             raise protocol.ProtocolError(f"a frame's body is not valid: {error}") from error
 
     def _take_infer(self, connection: Connection, frame: protocol.Frame) -> None:
-        infer = protocol.decode_infer(frame.body)
         if frame.request in connection.pending:
             raise protocol.ProtocolError(f"request id {frame.request} is still in use")
+        deadline_ns, number, asked = protocol.split_infer(frame.body)
+        plan = connection.plans.get((asked, number))
+        if plan is not None and self._models.get(plan.name, NOTHING).get(plan.version) is not plan.model:
+            plan = None
+        infer = protocol.decode_infer(asked) if plan is None else None
+        model: LoadedModel | None = None
         try:
-            model = self._model(infer.model, infer.version)
-            slot = None if infer.slot < 0 else connection.slot(infer.slot)
-            inputs = protocol.fetch(infer.tensors, frame.payload if infer.inline or slot is None else slot)
-            for name in infer.outputs:
-                if name not in model.outputs:
-                    raise InputError(f"model '{infer.model}' has no output '{name}'")
-            rows = model.check(inputs)
-            request = Request(inputs, rows, infer.deadline_ns, infer.priority, None, model.kind(inputs))
-            request.origin = Origin(connection, frame.request, slot, infer.outputs, model)
+            if infer is not None:
+                plan = self._plan(connection, frame.payload, infer, number)
+                if plan.lasts:
+                    connection.keep(asked, number, plan)
+            assert plan is not None
+            model = plan.model
+            if plan.inspected:
+                model.check(plan.inputs)
+            request = Request(plan.inputs, plan.rows, deadline_ns, plan.priority, None, plan.kind)
+            request.origin = Origin(connection, frame.request, plan.slot, plan.wanted, model)
             connection.pending[frame.request] = request
             try:
                 self._batcher.submit(model.lane, request)
             except ModelError:  # it is being unloaded; another may have come in its place
                 del connection.pending[frame.request]
-                if self._model(infer.model, infer.version) is model:
+                if self._model(plan.name, plan.version) is model:
                     raise
                 self._take_infer(connection, frame)
         except (MillhandError, ValueError, TypeError, OverflowError) as error:
-            if isinstance(error, OverloadError):
+            if isinstance(error, OverloadError) and model is not None:
                 model.count(rejected=1)
             connection.pending.pop(frame.request, None)
             connection.send(protocol.frame(protocol.ERROR, frame.request, protocol.fault_of(error)))
+
+    def _plan(self, connection: Connection, payload: memoryview, infer: protocol.Infer, number: int) -> Plan:
+        """What a request comes to. Raises InputError or ModelError."""
+        model = self._model(infer.model, infer.version)
+        slot = None if number < 0 else connection.slot(number)
+        memory = payload if infer.inline or slot is None else slot
+        inputs = protocol.fetch(infer.tensors, memory)
+        for name in infer.outputs:
+            if name not in model.outputs:
+                raise InputError(f"model '{infer.model}' has no output '{name}'")
+        views = not any(array.flags.owndata or array.dtype == object for array in inputs.values())
+        return Plan(
+            model=model,
+            name=infer.model,
+            version=infer.version,
+            inputs=inputs,
+            rows=model.check(inputs),
+            priority=infer.priority,
+            kind=model.kind(inputs),
+            slot=slot,
+            wanted=infer.outputs,
+            inspected=model.inspects_values,
+            lasts=infer.version > 0 and memory is slot and views,
+        )
 
     def _take_cancel(self, connection: Connection, request_id: int) -> None:
         request = connection.pending.get(request_id)
@@ -273,6 +304,8 @@ class Worker:
             del self._models[model][version]
             if not self._models[model]:
                 del self._models[model]
+            for connection in list(self._connections.values()):
+                connection.plans.clear()
             loaded.close()
             return {"models_left": sum(len(versions) for versions in self._models.values()), "stats": stats}
 

@@ -54,11 +54,9 @@ class InferMethod:
             else:
                 tensors = plan.tensors
                 payload, inline = plan.place(message, client.slot(slot))
-            infer = protocol.Infer(
-                request.model, version, deadline, request.priority, slot, inline, tensors, request.wanted
-            )
+            infer = protocol.Infer(request.model, version, request.priority, inline, tensors, request.wanted)
             waiting = _Waiting(self, call, message, request, deadline, plan is not None)
-            number = client.submit(infer, payload, waiting.done)
+            number = client.submit(infer, deadline, slot, payload, waiting.done)
         except BaseException:
             client.release(slot)
             raise

@@ -206,10 +206,8 @@ class _Call:
                     payload = [data]
                 else:
                     client.slot(slot)[:size] = data  # type: ignore[index]
-            infer = protocol.Infer(
-                self.name, version, self.deadline, self.wanted.priority, slot, inline, placed, wanted
-            )
-            number = client.submit(infer, payload, self._done)
+            infer = protocol.Infer(self.name, version, self.wanted.priority, inline, placed, wanted)
+            number = client.submit(infer, self.deadline, slot, payload, self._done)
         except BaseException:
             client.release(slot)
             raise
