@@ -71,15 +71,15 @@ def write_models(root: Path) -> None:
     save_onnx(root / "pair/1/model.onnx", nodes, inputs, outputs)
 
 
-def config(folder: Path) -> str:
-    """A node with these models in `folder`, HTTP, gRPC, and a token for both."""
+def config(folder: Path, http: str = "", grpc: str = "") -> str:
+    """A node with these models in `folder`, HTTP, gRPC, and a token for both; `http` and `grpc` are more lines."""
     root, token = folder / "models", folder / "token"
     root.mkdir()
     write_models(root)
     token.write_text(f"{TOKEN}\n")
     return (
-        f'[http]\nport = 0\nadmin_token_file = "{token}"\n'
-        f'[grpc]\nenabled = true\nport = 0\nadmin_token_file = "{token}"\n'
+        f'[http]\nport = 0\nadmin_token_file = "{token}"\n{http}\n'
+        f'[grpc]\nenabled = true\nport = 0\nadmin_token_file = "{token}"\n{grpc}\n'
         f'[models]\npaths = ["{root}"]\n'
     )
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from millhand.errors import InputError, suggestion
 from millhand.serving.grpc import wire
-from millhand.serving.inference import classify, raw_bytes, read_strings
+from millhand.serving.inference import DEADLINE_MS_CAP, classify, raw_bytes, read_strings
 from millhand.serving.tensors import DATATYPE_OF, DATATYPES, dtype_name
 
 _DTYPES = {datatype: np.dtype(name) for datatype, name in DATATYPES.items()}
@@ -202,7 +202,7 @@ def _budget_ms(parameters: Mapping[str, wire.InferParameter]) -> float | None:
     timeout_us, deadline_ms = _number(parameters, "timeout"), _number(parameters, "deadline_ms")
     if deadline_ms is not None and deadline_ms <= 0:
         raise InputError(f"parameter 'deadline_ms' = {deadline_ms} is not valid", hint="give a number above 0")
-    budgets = [budget for budget in ((timeout_us or 0) / 1000, deadline_ms or 0) if budget > 0]
+    budgets = [min(budget, DEADLINE_MS_CAP) for budget in ((timeout_us or 0) / 1000, deadline_ms or 0) if budget > 0]
     return min(budgets, default=None)
 
 

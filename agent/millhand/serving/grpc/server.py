@@ -11,10 +11,12 @@ from millhand.serving.grpc.connection import Connection
 from millhand.serving.grpc.hpack import Fields
 from millhand.serving.grpc.rpc import UNKNOWN, WINDOW_BITS, Call, Head, Method
 from millhand.serving.grpc.status import Code, Refusal
+from millhand.serving.inference import DEADLINE_MS_CAP
 from millhand.serving.observation import Observation
 from millhand.serving.tracing import Tracer
 
 CHECK_S = 1.0
+TIMEOUT_NS_CAP = int(DEADLINE_MS_CAP * 1e6)
 TIMEOUT_UNITS_NS = {"H": 3_600 * 10**9, "M": 60 * 10**9, "S": 10**9, "m": 10**6, "u": 10**3, "n": 1}
 
 
@@ -112,4 +114,4 @@ def _timeout_ns(text: str) -> int:
     digits, unit = text[:-1], text[-1]
     if not digits.isascii() or not digits.isdigit() or len(digits) > 8 or unit not in TIMEOUT_UNITS_NS:
         raise InputError(f"grpc-timeout '{text}' is not valid", hint="send up to 8 digits and one of H, M, S, m, u, n")
-    return max(int(digits) * TIMEOUT_UNITS_NS[unit], 1)
+    return min(max(int(digits) * TIMEOUT_UNITS_NS[unit], 1), TIMEOUT_NS_CAP)

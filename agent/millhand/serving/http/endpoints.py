@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -42,7 +42,7 @@ NOT_SERVED = {
 """Triton's extensions that have no meaning here, and what to do instead."""
 
 Cancel = Callable[[], None]
-Endpoint = Callable[..., Response | Awaitable[Response]]
+Endpoint = Callable[..., Response | Coroutine[Any, Any, Response]]
 
 VERSION_PART = "versions"
 CONTROL_S = 10.0
@@ -223,25 +223,28 @@ async def _soon(answer: Awaitable[Any]) -> Any:
         raise DeadlineError(f"the daemon did not answer within {CONTROL_S:g} s", hint="look at its log") from error
 
 
-def _answer(response: Response | Awaitable[Response], reply: Reply) -> Cancel | None:
+def _answer(response: Response | Coroutine[Any, Any, Response], reply: Reply) -> Cancel | None:
     if isinstance(response, Response):
         reply(response)
         return None
 
-    async def answer() -> None:
+    def answer(task: asyncio.Task[Response]) -> None:
+        if task.cancelled():
+            return
         try:
-            found = await response
+            found = task.result()
         except Exception as error:
             if not isinstance(error, MillhandError):
                 log.exception("a request failed")
             found = error_response(error)
         reply(found)
 
-    task = asyncio.create_task(answer())
+    task = asyncio.create_task(response)
+    task.add_done_callback(answer)
     return lambda: _call_off(task)
 
 
-def _call_off(task: asyncio.Task[None]) -> None:
+def _call_off(task: asyncio.Task[Response]) -> None:
     task.cancel()
 
 
