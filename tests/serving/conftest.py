@@ -9,11 +9,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from millhand import metrics
+from millhand.control import ControlServer
+from millhand.serving.front import FrontProcess, http_front
+from millhand.serving.front_metrics import FrontMetrics
 from millhand.serving.pool import ModelPool
 from millhand.serving.repository import Repository
-from millhand.serving.settings import ModelSettings, WorkerDefaults
+from millhand.serving.settings import HttpSettings, ModelSettings, WorkerDefaults
 
 sys.path.insert(0, os.fspath(Path(__file__).parent / "kit"))
 
@@ -45,3 +50,39 @@ async def make_pool(
             return pool
 
         yield make
+
+
+Node = tuple[ModelPool, httpx.AsyncClient, FrontProcess]
+
+
+@pytest.fixture
+async def served(
+    root: Path, make_pool: Callable[..., Awaitable[ModelPool]], tmp_path: Path
+) -> AsyncIterator[Callable[..., Awaitable[Node]]]:
+    """Start a pool and one HTTP process in front of whatever `root` holds then: keys of [http], and those of [models]
+    as keywords."""
+
+    async def render(names: str, front: dict[str, Any]) -> str:
+        fronts = FrontMetrics()
+        fronts.take(front)
+        return metrics.DAEMON.render(names) + fronts.render(names)
+
+    async def take_report(front: dict[str, Any]) -> None:
+        """What the daemon would keep."""
+
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(http: dict[str, Any] | None = None, **options: Any) -> Node:
+            pool = await make_pool(**options)
+            handlers = {**pool.control_handlers(), "metrics": render, "metrics.report": take_report}
+            control = ControlServer(tmp_path / "c.sock", handlers)
+            await control.start()
+            stack.push_async_callback(control.stop)
+            process = http_front(HttpSettings(port=0, processes=1, **(http or {})), tmp_path / "c.sock")
+            await process.start()
+            stack.push_async_callback(process.stop)
+            url = f"http://127.0.0.1:{process.port}"
+            client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=20, trust_env=False))
+            return pool, client, process
+
+        yield start

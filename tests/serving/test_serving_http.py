@@ -5,50 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 
-import httpx
 import numpy as np
 import pytest
 from onnx import TensorProto
 from serving_kit import action, identity, scale, until, write_faulty, write_model
-
-from millhand import metrics
-from millhand.control import ControlServer
-from millhand.serving.front import http_front
-from millhand.serving.front_metrics import FrontMetrics
-from millhand.serving.settings import HttpSettings
-
-
-async def render(names, front):
-    fronts = FrontMetrics()
-    fronts.take(front)
-    return metrics.DAEMON.render(names) + fronts.render(names)
-
-
-async def take_report(front):
-    """What the daemon would keep."""
-
-
-@pytest.fixture
-async def served(root, make_pool, tmp_path):
-    """(pool, client, process): an HTTP process in front of whatever `root` holds when the test calls it."""
-    parts = []
-
-    async def start(body_bytes_cap=1 << 20, token=None, **options):
-        pool = await make_pool(**options)
-        control = ControlServer(
-            tmp_path / "c.sock", {**pool.control_handlers(), "metrics": render, "metrics.report": take_report}
-        )
-        await control.start()
-        settings = HttpSettings(port=0, body_bytes_cap=body_bytes_cap, admin_token_file=token)
-        process = http_front(settings, tmp_path / "c.sock")
-        await process.start()
-        client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{process.port}", timeout=20, trust_env=False)
-        parts.extend([client.aclose, process.stop, control.stop])
-        return pool, client, process
-
-    yield start
-    for part in parts:
-        await part()
 
 
 def body(data, shape=(1, 2), datatype="FP32", **extra):
@@ -177,7 +137,7 @@ async def test_unknown_places_are_404_with_a_suggestion(root, served):
 
 async def test_a_huge_body_is_413_and_a_busy_server_goes_on(root, served):
     identity(write_model(root, "same") / "1/model.onnx")
-    _, client, _ = await served(body_bytes_cap=4096)
+    _, client, _ = await served({"body_bytes_cap": 4096})
     await until(lambda: _is(client, "/v2/health/ready", 200))
     answer = await client.post("/v2/models/same/infer", content=b"[" * 5000)
     assert answer.status_code == 413 and "4096 bytes" in answer.json()["error"]
@@ -237,7 +197,7 @@ async def test_models_are_managed_with_the_token_alone(root, served, tmp_path):
     scale(write_model(root, "scale") / "1/model.onnx", 2)
     token = tmp_path / "token"
     token.write_text("secret\n")
-    _, client, _ = await served(token=token)
+    _, client, _ = await served({"admin_token_file": token})
     load, admin = "/v2/repository/models/late/load", {"Authorization": "Bearer secret"}
     for path in (load, "/v2/repository/models/scale/unload", "/v2/repository/index"):
         for headers in ({}, {"Authorization": "Bearer secrets"}, {"Authorization": "secret"}):

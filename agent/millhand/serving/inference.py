@@ -184,7 +184,7 @@ def write_response(
         if parameters.get("classification"):
             array = classify(name, array, parameters["classification"], labels.get(name, ()))
         if parameters.get("binary_data", request.binary):
-            data = raw_bytes(array)
+            data = raw_bytes(array) if array.dtype == object else _view(array)
             buffers.append(data)
             entries.append(_entry(name, array) | {"parameters": {"binary_data_size": len(data)}})
         else:
@@ -419,6 +419,11 @@ def _values(array: NDArray[Any]) -> list[Any]:
     if array.dtype.kind == "f" and not np.isfinite(flat).all():
         data = [value if math.isfinite(value) else None for value in data]
     return data
+
+
+def _view(array: NDArray[Any]) -> memoryview:
+    """Its bytes in row-major order, without a copy where they lie so."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def raw_bytes(array: NDArray[Any]) -> bytes:
