@@ -11,13 +11,8 @@ from conformance_kit import TOKEN
 from environments import environment
 
 HERE = Path(__file__).parent
-CHECKS = (
-    "not_a_server_error",
-    "status_code_conformance",
-    "content_type_conformance",
-    "response_headers_conformance",
-    "response_schema_conformance",
-)
+# What fits the schema may still not fit the model, and bytes that are no JSON may be a tensor.
+EXCLUDED = ("positive_data_acceptance", "negative_data_rejection", "object_level_authorization")
 SECONDS = 45
 OPERATIONS = 18
 
@@ -27,7 +22,8 @@ OPERATIONS = 18
 def test_answers_are_as_the_openapi_document_says(node, tmp_path):
     command = [environment(HERE / "requirements-schemathesis.txt") / "st", "--config-file", HERE / "schemathesis.toml"]
     command += ["run", f"{node.http}/v2/openapi.json", "--phases", "examples,coverage,fuzzing"]
-    command += ["--checks", ",".join(CHECKS), "--max-time", SECONDS, "--seed", 4, "--continue-on-failure"]
+    command += ["--checks", "all", "--exclude-checks", ",".join(EXCLUDED), "--max-time", SECONDS, "--seed", 4]
+    command += ["--continue-on-failure"]
     command += ["--header", f"Authorization: Bearer {TOKEN}", "--report-json-path", tmp_path / "report.json"]
     command += ["--generation-database", "none", "--no-color"]
     done = subprocess.run(

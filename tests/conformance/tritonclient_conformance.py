@@ -40,7 +40,7 @@ WRONG, UNKNOWN, LATE = ("400", "INVALID_ARGUMENT"), ("404", "NOT_FOUND"), ("504"
 """What a refusal is called over HTTP, and over gRPC."""
 NOT_LOADED = ("503", "UNAVAILABLE")
 NOT_SERVED = ("404", "UNIMPLEMENTED")
-NO_TOKEN, BAD_TOKEN = ("403", "UNAUTHENTICATED"), ("403", "PERMISSION_DENIED")
+NO_TOKEN, BAD_TOKEN = ("401", "UNAUTHENTICATED"), ("403", "PERMISSION_DENIED")
 
 ROWS = 16
 """Most rows of a request to `scale`."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from millhand.errors import ControlError, DeadlineError, InputError, MillhandError
-from millhand.serving.admin import PermissionDenied
+from millhand.serving.admin import PermissionDenied, TokenMissing
 from millhand.serving.http.head import Head, HeadTooLarge
 from millhand.serving.routing import UnknownModel
 
@@ -107,7 +107,11 @@ def error_response(error: Exception) -> Response:
     if not isinstance(error, MillhandError):
         return json_response({"error": f"internal error: {type(error).__name__}"}, 500)
     text = f"{error.message} ({error.hint})" if error.hint else error.message
-    headers = [(b"allow", error.allowed.encode())] if isinstance(error, WrongMethod) else []
+    headers = []
+    if isinstance(error, WrongMethod):
+        headers = [(b"allow", error.allowed.encode())]
+    elif isinstance(error, TokenMissing):
+        headers = [(b"www-authenticate", b"Bearer")]
     return json_response({"error": text}, status_of(error), headers)
 
 
@@ -115,6 +119,7 @@ _STATUSES: list[tuple[type[MillhandError], int]] = [
     (UnknownModel, 404),
     (BodyTooLarge, 413),
     (WrongMethod, 405),
+    (TokenMissing, 401),
     (PermissionDenied, 403),
     (HeadTooLarge, 431),
     (DeadlineError, 504),

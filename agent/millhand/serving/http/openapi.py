@@ -11,7 +11,8 @@ from millhand.serving.tensors import DATATYPES
 
 _ERRORS = {
     "400": "The request is wrong; `error` says what and what to do.",
-    "403": "The token is missing or wrong, or models are not managed over HTTP here.",
+    "401": "The token is missing.",
+    "403": "The token is wrong, or models are not managed over HTTP here.",
     "404": "No such model or version.",
     "413": "The body is too large.",
     "503": "Not now: the model is not ready, its worker is restarted, or too many requests wait. Send it again.",
@@ -37,7 +38,7 @@ def document(models: Mapping[str, Any]) -> dict[str, Any]:
             "get": _operation("ready", "Whether every model that should be served answers", _flag("ready"), ["503"])
         },
         "/v2/models/stats": {
-            "get": _operation("allStatistics", "Counts of every version", _ref("Statistics"), ["503"])
+            "get": _operation("allStatistics", "Counts of every version", _ref("Statistics"), ["503", "504"])
         },
         "/v2/repository/index": {
             "post": {
@@ -45,7 +46,7 @@ def document(models: Mapping[str, Any]) -> dict[str, Any]:
                     "index",
                     "Models on disk and what serves of them",
                     _ref("Index"),
-                    ["400", "403", "503"],
+                    ["400", "401", "403", "503", "504"],
                     body=_ref("IndexWish"),
                 ),
                 "security": [{"token": []}],
@@ -59,7 +60,7 @@ def document(models: Mapping[str, Any]) -> dict[str, Any]:
             "parameters": [model],
             "post": {
                 **_operation(f"{action}Model", f"Make the node {action} a model", {"type": "object"},
-                             ["400", "403", "404", "503"], body={"type": "object"}),
+                             ["400", "401", "403", "404", "503"], body={"type": "object"}),
                 "security": [{"token": []}],
             },
         }  # fmt: skip
@@ -67,16 +68,17 @@ def document(models: Mapping[str, Any]) -> dict[str, Any]:
         prefix = "/v2/models/{model}" + ("/versions/{version}" if versioned else "")
         suffix = "OfVersion" if versioned else ""
         parameters = [model, version] if versioned else [model]
+        asked = ["404", "503", "504"]  # what the daemon is asked for
         operations = {
-            "": ("get", _operation(f"model{suffix}", "What a model takes and gives", _ref("Model"), ["404"])),
+            "": ("get", _operation(f"model{suffix}", "What a model takes and gives", _ref("Model"), ["404", "503"])),
             "/ready": (
                 "get", _operation(f"modelReady{suffix}", "Whether it answers", _ref("ModelReady"), ["404", "503"])
             ),
             "/config": (
                 "get",
-                _operation(f"config{suffix}", "Triton's model configuration", {"type": "object"}, ["404", "503"]),
+                _operation(f"config{suffix}", "Triton's model configuration", {"type": "object"}, asked),
             ),
-            "/stats": ("get", _operation(f"statistics{suffix}", "Its counts", _ref("Statistics"), ["404", "503"])),
+            "/stats": ("get", _operation(f"statistics{suffix}", "Its counts", _ref("Statistics"), asked)),
             "/infer": ("post", _infer(f"infer{suffix}")),
         }  # fmt: skip
         for rest, (method, operation) in operations.items():
@@ -142,8 +144,10 @@ def _metrics() -> dict[str, Any]:
     return {
         "operationId": "metrics",
         "summary": "What the node measures of itself",
-        "parameters": [{"name": "names", "in": "query", "required": False, "schema": {"type": "string"}}],
-        "responses": {"200": text, **_errors(["400", "503"])},
+        "parameters": [
+            {"name": "names", "in": "query", "required": False, "schema": {"type": "string", "enum": ["triton"]}}
+        ],
+        "responses": {"200": text, **_errors(["400", "503", "504"])},
     }
 
 
