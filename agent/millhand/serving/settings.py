@@ -73,7 +73,7 @@ class HttpSettings(StrictTable):
     body_bytes_cap: int = Field(default=64 << 20, ge=1024)
     """A larger request body is refused with 413."""
     connections_cap: int = Field(default=512, ge=1)
-    """Connections served at once; more are answered 503."""
+    """Connections that one process serves at once; more are answered 503."""
     keep_alive_s: float = Field(default=30, gt=0)
     """An idle connection is closed after so long."""
     request_timeout_s: float = Field(default=10, gt=0)
