@@ -11,6 +11,7 @@ import random
 import signal
 import socket
 import struct
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from http_kit import Client, chunked, request
 from onnx import TensorProto, helper
 from serving_kit import identity, save_onnx, scale, until, value, write_faulty, write_model
 
+from millhand.errors import ConfigError
+from millhand.serving.manifest import read_manifest
 from millhand.serving.tensors import DATATYPES
 
 SIZE = "Inference-Header-Content-Length"
@@ -394,6 +397,23 @@ async def test_finite_inputs_refuse_nan_and_infinity(root, served):
     assert outputs_of(await infer(client, "strict", largest.astype(np.float32)))["y"].shape == (64, 2)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ('datatype = "FP32"', 'datatype = "INT32"\nfinite = true'),
+            "finite = true goes with FP16, FP32 and FP64 only",
+        ),
+        (('[[outputs]]\nname = "y"', '[[outputs]]\nname = "y"\nfinite = true'), "'finite' goes with inputs only"),
+    ],
+)
+def test_finite_is_refused_where_it_means_nothing(root, change, message):
+    path = write_model(root, "same") / "model.toml"
+    path.write_text(path.read_text().replace(*change, 1))
+    with pytest.raises(ConfigError, match=message):
+        read_manifest(path.parent)
+
+
 # ---- time and load --------------------------------------------------------------------------------------------------
 
 
@@ -406,6 +426,24 @@ async def test_deadlines_and_priorities(root, served):
     for parameters in ({"deadline_ms": 1e300}, {"timeout": 2**64 - 1}, {"timeout": 0}, {"priority": -(2**31)}):
         answer = await client.post("/v2/models/slow/infer", json=asking(FINE, parameters=parameters))
         assert answer.status_code == (400 if parameters == {"deadline_ms": 1e300} else 200), answer.text
+
+
+async def test_a_worker_that_says_nothing_holds_nobody_beyond_the_deadline(root, served):
+    identity(write_model(root, "same") / "1/model.onnx")
+    pool, client, _ = await served(heartbeat_ms=10_000)
+    assert await _ok(client, "same")
+    worker = (await pool.stats())["workers"][0]["pid"]
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        began_s = time.monotonic()
+        asked = [
+            client.post("/v2/models/same/infer", json=asking(FINE, parameters={"deadline_ms": 200})) for _ in "123"
+        ]
+        assert [answer.status_code for answer in await asyncio.gather(*asked)] == [504] * 3
+        assert time.monotonic() - began_s < 2
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    assert await _ok(client, "same")
 
 
 async def test_an_overfull_queue_is_503(root, served):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import itertools
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -19,9 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving_kit import Worker, action, identity, scale
 
-from millhand.errors import InputError, MillhandError, ModelError
+from millhand.errors import InputError, MillhandError, ModelError, OverloadError
+from millhand.serving import client as client_module
 from millhand.serving import protocol
-from millhand.serving.client import BlockingWorkerClient, deadline_ns
+from millhand.serving.client import BlockingWorkerClient, WorkerClient, deadline_ns
 from millhand.serving.ring import Ring
 from millhand.testing import wait_until
 
@@ -316,6 +319,36 @@ def test_a_client_that_leaves_mid_request_leaks_nothing(worker):
         connection.close()
     assert still_works(worker)
     assert process.num_fds() <= fds + 1
+
+
+def test_a_request_beyond_a_frame_is_refused_by_the_client_itself(worker, monkeypatch):
+    client = BlockingWorkerClient.connect(worker.path)
+    with pytest.raises(InputError, match="names and shapes of tensors take"):
+        client.infer("faulty", action(0), wanted=("y" * 1000,) * 2000)
+    monkeypatch.setattr(protocol, "PAYLOAD_BYTES_CAP", 4096)
+    with pytest.raises(InputError, match="the tensors take .* bytes, allowed are 4096"):
+        client.infer("faulty", {"x": np.zeros((200_000, 2), np.float32)})
+    assert client.infer("faulty", action(0)).version == 1  # the connection lives, and no slot is lost
+    client.close()
+
+
+async def test_what_waits_for_a_worker_that_does_not_read_is_bounded(worker, monkeypatch):
+    monkeypatch.setattr(client_module, "UNSENT_BYTES_CAP", 1 << 20)
+    client = await WorkerClient.connect(worker.path, "test", slots=0)
+    rows = {"x": np.ones((8, 2), np.float32), "filler": np.zeros((1, 100_000), np.float32)}
+    os.kill(worker.process.pid, signal.SIGSTOP)
+    try:
+        asked = [asyncio.create_task(client.infer("faulty", rows)) for _ in range(40)]
+        await asyncio.wait(asked, return_when=asyncio.FIRST_EXCEPTION)
+        assert len(client._unsent) < (2 << 20)
+    finally:
+        os.kill(worker.process.pid, signal.SIGCONT)
+    outcomes = await asyncio.gather(*asked, return_exceptions=True)
+    refused = [outcome for outcome in outcomes if isinstance(outcome, OverloadError)]
+    assert "takes no more requests" in str(refused[0]) and len(refused) < 40
+    assert all("no input 'filler'" in str(outcome) for outcome in outcomes if outcome not in refused)
+    assert client.in_flight == 0
+    client.close()
 
 
 def test_the_worker_exits_when_its_control_socket_closes(tmp_path):

@@ -160,8 +160,8 @@ class HttpConnection(asyncio.BufferedProtocol):
             self._parsing = False
 
     def _read_head(self) -> bool:
-        while self._waiting.startswith(b"\r\n"):  # RFC 9112, section 2.2: an empty line may come before a request
-            del self._waiting[:2]
+        if self._waiting[:2] == b"\r\n":  # RFC 9112, section 2.2: an empty line may come before a request
+            self._waiting = self._waiting.lstrip(b"\r\n")
         if not self._waiting:
             return False
         end = self._waiting.find(_HEAD_END, 0, HEAD_BYTES_CAP)
