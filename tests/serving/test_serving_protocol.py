@@ -326,7 +326,7 @@ def test_a_request_beyond_a_frame_is_refused_by_the_client_itself(worker, monkey
     with pytest.raises(InputError, match="names and shapes of tensors take"):
         client.infer("faulty", action(0), wanted=("y" * 1000,) * 2000)
     monkeypatch.setattr(protocol, "PAYLOAD_BYTES_CAP", 4096)
-    with pytest.raises(InputError, match="the tensors take .* bytes, allowed are 4096"):
+    with pytest.raises(InputError, match="bytes, allowed are 4096"):
         client.infer("faulty", {"x": np.zeros((200_000, 2), np.float32)})
     assert client.infer("faulty", action(0)).version == 1  # the connection lives, and no slot is lost
     client.close()
