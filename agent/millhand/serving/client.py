@@ -20,6 +20,8 @@ from millhand.serving.tensors import Tensors
 __all__ = ["Answer", "BlockingWorkerClient", "WorkerClient", "deadline_ns"]
 
 SWEEP_S = DEADLINE_GRACE_S / 2
+PARTS_CAP = 512
+"""Buffers of one sendmsg; Linux takes 1024."""
 UNSENT_BYTES_CAP = 256 << 20
 """What waits to be sent to a worker that does not read; it will be found to hang."""
 
@@ -57,6 +59,7 @@ class WorkerClient:
         self._pending: dict[int, _Pending] = {}
         self._next = 1
         self._unsent = bytearray()
+        self._outbox: list[Any] = []
         self._sweep: asyncio.TimerHandle | None = None
         self.closed = False
 
@@ -233,6 +236,23 @@ class WorkerClient:
             self._sweep = self._loop.call_later(SWEEP_S, self._expire)
 
     def _send(self, parts: list[Any]) -> None:
+        """Send now if nothing else is under way, else together with what this turn of the loop still brings."""
+        if self._outbox:
+            self._outbox += parts
+            if len(self._outbox) > PARTS_CAP:
+                self._flush()
+        elif len(self._pending) > 1:
+            self._outbox += parts
+            self._loop.call_soon(self._flush)
+        else:
+            self._write(parts)
+
+    def _flush(self) -> None:
+        parts, self._outbox = self._outbox, []
+        if parts:
+            self._write(parts)
+
+    def _write(self, parts: list[Any]) -> None:
         if self.closed:
             return
         sent = 0

@@ -19,6 +19,8 @@ from millhand.serving.ring import Ring
 
 UNSENT_BYTES_CAP = 512 << 20
 PLANS_CAP = 256
+PARTS_CAP = 512
+"""Buffers of one sendmsg; Linux takes 1024."""
 
 
 class Connection:
@@ -85,13 +87,23 @@ class Connection:
             raise InputError(f"slot {number} is named, but the connection has no ring", hint="send tensors inline")
         return self._ring.slot(number)
 
-    def answer(self, request_id: int, kind: int, body: Any, payload: Sequence[Any] = (), size: int = 0) -> None:
+    def answer(self, request_id: int, kind: int, body: Any) -> None:
         """Answer a pending request; a second answer, or one to a client that left, is none."""
-        if self.pending.pop(request_id, None) is not None:
-            self.send(protocol.frame(kind, request_id, body, payload, size))
+        if parts := self.take_answer(request_id, kind, body):
+            self.send(parts)
+
+    def take_answer(
+        self, request_id: int, kind: int, body: Any, payload: Sequence[Any] = (), size: int = 0
+    ) -> list[Any]:
+        """The frame that answers a pending request, which the caller sends; empty where it was answered already."""
+        if self.pending.pop(request_id, None) is None:
+            return []
+        return protocol.frame(kind, request_id, body, payload, size)
 
     def send(self, parts: list[Any]) -> None:
         """Send at once what the socket takes, leave the rest to `flush`. Never blocks, never raises."""
+        if len(parts) > PARTS_CAP:
+            parts = [b"".join(parts)]
         with self._lock:
             if self.closed or self._failed:
                 return
@@ -189,8 +201,8 @@ class Origin:
         self.wanted = wanted
         self.model = model
 
-    def succeed(self, outputs: dict[str, NDArray[Any]], queue_ns: int, compute_ns: int, rows: int) -> None:
-        """Answer with the outputs: in the request's slot where they fit, else inline."""
+    def take_result(self, outputs: dict[str, NDArray[Any]], queue_ns: int, compute_ns: int, rows: int) -> list[Any]:
+        """The answer with the outputs: in the request's slot where they fit, else inline. The caller sends it."""
         if self.wanted:
             outputs = {name: outputs[name] for name in self.wanted}
         if self.slot is not None:
@@ -203,10 +215,9 @@ class Origin:
                     hint="send fewer rows",
                 )
         except Exception as error:
-            self.fail(error)
-            return
+            return self.connection.take_answer(self.request_id, protocol.ERROR, protocol.fault_of(error))
         result = protocol.Result(size >= 0, tensors, self.model.version, queue_ns, compute_ns, rows)
-        self.connection.answer(self.request_id, protocol.RESULT, result, payload, max(size, 0))
+        return self.connection.take_answer(self.request_id, protocol.RESULT, result, payload, max(size, 0))
 
     def fail(self, error: BaseException) -> None:
         """Answer with an error."""

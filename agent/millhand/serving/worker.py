@@ -353,8 +353,14 @@ class Worker:
                 continue
             started_ns, compute_ns = inference.started_ns, inference.ended_ns - inference.started_ns
             rows = sum([request.rows for request in inference.requests])
+            answers: dict[Connection, list[Any]] = {}  # one send a client, which then wakes up once
             for request, outputs in inference.parts():
-                request.origin.succeed(outputs, started_ns - request.arrival_ns, compute_ns, rows)
+                origin = request.origin
+                parts = origin.take_result(outputs, started_ns - request.arrival_ns, compute_ns, rows)
+                answers.setdefault(origin.connection, []).extend(parts)
+            for connection, parts in answers.items():
+                if parts:
+                    connection.send(parts)
         self._blackbox.end(record)
         for inference in inferences:
             model.count_inference(inference)
