@@ -23,7 +23,8 @@ import msgspec
 import numpy as np
 
 from millhand.serving.blackbox import Blackbox
-from millhand.serving.client import BlockingWorkerClient, WorkerClient
+from millhand.serving.blocking_client import BlockingWorkerClient
+from millhand.serving.client import WorkerClient
 
 ROUNDS = 400
 REPEATS = 5

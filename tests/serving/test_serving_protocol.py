@@ -24,7 +24,8 @@ from serving_kit import Worker, action, identity, scale
 from millhand.errors import InputError, MillhandError, ModelError, OverloadError
 from millhand.serving import client as client_module
 from millhand.serving import protocol
-from millhand.serving.client import BlockingWorkerClient, WorkerClient, deadline_ns
+from millhand.serving.blocking_client import BlockingWorkerClient
+from millhand.serving.client import WorkerClient, deadline_ns
 from millhand.serving.ring import Ring
 from millhand.testing import wait_until
 

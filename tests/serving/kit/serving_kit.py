@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from millhand.registry import Registry
 from millhand.serving.blackbox import Blackbox
-from millhand.serving.client import BlockingWorkerClient
+from millhand.serving.blocking_client import BlockingWorkerClient
 
 KIT = Path(__file__).parent
 KIT_PATH = os.pathsep.join(filter(None, [os.fspath(KIT), os.environ.get("PYTHONPATH", "")]))
