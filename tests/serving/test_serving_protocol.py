@@ -352,6 +352,21 @@ async def test_what_waits_for_a_worker_that_does_not_read_is_bounded(worker, mon
     client.close()
 
 
+async def test_thousands_of_requests_of_one_turn_of_the_loop_are_each_answered(worker):
+    client = await WorkerClient.connect(worker.path, "test", slots=0)
+    asked = [asyncio.create_task(client.infer("faulty", action(0))) for _ in range(900)]
+    left = [asyncio.create_task(client.infer("faulty", action(0))) for _ in range(900)]
+    await asyncio.sleep(0)
+    for task in left:
+        task.cancel()
+    answers = await asyncio.gather(*asked)
+    assert all(answer.outputs["y"].shape == (1, 2) for answer in answers)
+    assert all(
+        isinstance(outcome, asyncio.CancelledError) for outcome in await asyncio.gather(*left, return_exceptions=True)
+    )
+    client.close()
+
+
 def test_the_worker_exits_when_its_control_socket_closes(tmp_path):
     (tmp_path / "model.json").write_text("{}")
     worker = Worker(tmp_path)

@@ -20,6 +20,8 @@ from millhand.serving.tensors import Tensors
 __all__ = ["Answer", "WorkerClient", "deadline_ns"]
 
 SWEEP_S = DEADLINE_GRACE_S / 2
+TOGETHER_BYTES_CAP = 64 << 10
+"""Frames beyond so many bytes do not wait for others."""
 PARTS_CAP = 512
 """Buffers of one sendmsg; Linux takes 1024."""
 UNSENT_BYTES_CAP = 256 << 20
@@ -60,6 +62,7 @@ class WorkerClient:
         self._next = 1
         self._unsent = bytearray()
         self._outbox: list[Any] = []
+        self._outbox_bytes = 0
         self._sweep: asyncio.TimerHandle | None = None
         self.closed = False
 
@@ -237,24 +240,27 @@ class WorkerClient:
 
     def _send(self, parts: list[Any]) -> None:
         """Send now if nothing else is under way, else together with what this turn of the loop still brings."""
-        if self._outbox:
-            self._outbox += parts
-            if len(self._outbox) > PARTS_CAP:
-                self._flush()
-        elif len(self._pending) > 1:
-            self._outbox += parts
-            self._loop.call_soon(self._flush)
-        else:
+        size = sum([memoryview(part).nbytes for part in parts])
+        if not self._outbox and (len(self._pending) == 1 or size > TOGETHER_BYTES_CAP):
             self._write(parts)
+            return
+        if not self._outbox:
+            self._loop.call_soon(self._flush)
+        self._outbox += parts
+        self._outbox_bytes += size
+        if self._outbox_bytes > TOGETHER_BYTES_CAP:
+            self._flush()
 
     def _flush(self) -> None:
-        parts, self._outbox = self._outbox, []
+        parts, self._outbox, self._outbox_bytes = self._outbox, [], 0
         if parts:
             self._write(parts)
 
     def _write(self, parts: list[Any]) -> None:
         if self.closed:
             return
+        if len(parts) > PARTS_CAP:
+            parts = [b"".join(parts)]
         sent = 0
         if not self._unsent:
             try:
