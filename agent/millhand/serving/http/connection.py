@@ -119,7 +119,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._blocked = True
         self.deadline_s = self._server.clock() + self._server.limits.request_timeout_s
         if not self._hold(self._transport.get_write_buffer_size()):
-            self._abort()
+            self.abort()
 
     def resume_writing(self) -> None:
         self._blocked = False
@@ -136,12 +136,17 @@ class HttpConnection(asyncio.BufferedProtocol):
         if (self._head is not None or self._waiting) and not (self._blocked or self._closing):
             self._refuse(json_response({"error": "the request did not come in time (send it faster)"}, 408))
         else:
-            self._abort()
+            self.abort()
 
     def drain(self) -> None:
         """Answer what is under way, then close."""
         if self._serving is None and self._head is None:
             self._transport.close()
+
+    def abort(self) -> None:
+        """Close at once."""
+        self._leave()
+        self._transport.abort()
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
@@ -328,10 +333,6 @@ class HttpConnection(asyncio.BufferedProtocol):
     def _linger(self) -> None:
         if not self._blocked:
             self.deadline_s = min(self._server.clock() + LINGER_S, self._linger_until_s)
-
-    def _abort(self) -> None:
-        self._leave()
-        self._transport.abort()
 
     def _leave(self) -> None:
         """The client has left: its request is cancelled."""

@@ -73,7 +73,7 @@ class HttpServer:
         self._sweep()
 
     async def stop(self, grace_s: float) -> None:
-        """Accept no more, answer what is under way within `grace_s`, and close."""
+        """Accept no more, answer what is under way within `grace_s`, and close; what is left then is cut off."""
         self._loop.remove_reader(self._listener)
         self.draining = True
         await asyncio.gather(*self._tasks)  # of what was accepted a moment ago
@@ -84,6 +84,9 @@ class HttpServer:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 await self._all_closed.wait()
+        for connection in list(self._connections):
+            connection.abort()
+        await asyncio.sleep(0)  # so that it happens
         if self._sweeper is not None:
             self._sweeper.cancel()
 
