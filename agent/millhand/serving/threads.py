@@ -24,6 +24,8 @@ TINY_S = 100e-6
 """Below this, waking a thread costs about what it saves."""
 LATENCY_SHARE_CAP = 0.8
 CPU_SHARE_CAP = 1.15
+IDLE_SHARE_CAP = 0.1
+"""A run that computes for less of its time waits for something else: its CPU time is noise, and costs nobody."""
 WARMUP_RUNS = 2
 RUNS = 10
 RUNS_S = 0.1
@@ -81,7 +83,8 @@ def choose_threads(
 
 
 def _pays(alone: Trial, before: Trial, trial: Trial) -> bool:
-    return trial.run_ms <= LATENCY_SHARE_CAP * before.run_ms and trial.cpu_ms <= CPU_SHARE_CAP * alone.cpu_ms
+    cheap = trial.cpu_ms <= max(CPU_SHARE_CAP * alone.cpu_ms, IDLE_SHARE_CAP * trial.run_ms)
+    return trial.run_ms <= LATENCY_SHARE_CAP * before.run_ms and cheap
 
 
 def _try(session: Session, threads: int, inputs: Tensors) -> Trial:
