@@ -32,8 +32,6 @@ READ_BYTES = 1 << 16
 
 HELLO, INFER, RESULT, ERROR, CANCEL, CALL, REPLY = range(1, 8)
 
-Buffer = "bytes | bytearray | memoryview | NDArray[Any]"
-
 
 class Hello(msgspec.Struct, array_like=True, frozen=True):
     """First frame of each side. The client's carries the ring's descriptor as SCM_RIGHTS, or 0 slots for no ring."""

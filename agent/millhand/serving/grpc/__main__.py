@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from millhand.logs import configure_logs
+from millhand.serving import event_loop
 from millhand.serving.admin import AdminToken
 from millhand.serving.front_metrics import FRONT, MetricsReporter
 from millhand.serving.grpc.repository import RepositoryService
@@ -84,12 +85,7 @@ def main() -> None:
     """Entry point of the process."""
     arguments = msgspec.json.decode(sys.argv[1], type=GrpcArguments)
     configure_logs(arguments.observation.log)
-    try:
-        import uvloop
-    except ImportError:  # no wheel for this platform: slower, not different
-        asyncio.run(serve(arguments))
-    else:
-        uvloop.run(serve(arguments))
+    event_loop.run(serve(arguments))
 
 
 if __name__ == "__main__":
