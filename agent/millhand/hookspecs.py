@@ -13,6 +13,7 @@ tensorrt, torch) may be imported by a plugin's module: backends are imported in 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from millhand.pipeline.windows import Window
     from millhand.records import Alert, Batch, WorkOrder
+    from millhand.workshop.recipe import Job, Made, Recipe, Target
 
 hookspec = pluggy.HookspecMarker("millhand")
 hookimpl = pluggy.HookimplMarker("millhand")
@@ -162,24 +164,50 @@ class DeclaredBackend(Protocol):
         """In place of `Backend.load`. `inputs`, `outputs`: as `Session` has them."""
 
 
-class Builder(Protocol):
-    """Builds a hardware-specific artifact (an engine) from an ONNX model."""
+class Maker(Protocol):
+    """Makes candidates of a model: engines for one kind of hardware, or files of a lower precision.
+
+    Lives in a process of its own, one for each job, which ends by deadline: Python 3.10, and heavy imports are allowed
+    inside the two calls. It judges nothing; the workshop proves what it makes.
+    """
 
     name: str
 
-    def build(self, model: Path, accelerator: str, target: Path, options: Mapping[str, Any]) -> Path:
-        """Raises ModelError naming node and remedy."""
+    def recipes(self, target: Target) -> Sequence[Recipe]:
+        """What it can make for a target on this machine; empty where a library is missing, or the target is not its
+        own. Must not import heavy libraries. Raises ModelError where its own table is wrong for the target.
+        """
+
+    def make(self, recipe: Recipe, job: Job) -> Made:
+        """Write the candidate to `job.folder`. Raises ModelError naming the node of the graph, and the remedy."""
 
 
-class Quantizer(Protocol):
-    """Makes a smaller candidate of a model from recorded calibration windows."""
+class Evaluation(Protocol):
+    """What a model is judged by."""
 
-    name: str
+    model: str
+    metric: str
+    """`accuracy` (the truth is class numbers) or `rmse` (the truth is in the unit of `[prediction]`)."""
 
-    def quantize(
-        self, model: Path, calibration: Mapping[str, NDArray[Any]], target: Path, options: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
-        """Write the candidate to `target` and return a report."""
+    def examples(self, data: Path | None) -> Examples:
+        """Calibration rows and held-out rows, the same at each call with the same data.
+
+        data: a folder or file that the owner names; None for what the plugin itself can give. Raises InputError
+        naming what it needs.
+        """
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows for one model; input name -> array with the batch first."""
+
+    calibration: Mapping[str, NDArray[Any]]
+    """From machines or lives that no row of `held` comes from."""
+    held: Mapping[str, NDArray[Any]]
+    truth: NDArray[Any]
+    """(rows,) class numbers (int64) or values (float64)."""
+    source: str
+    """Where they come from, for people."""
 
 
 class FeatureExtractor(Protocol):
@@ -265,12 +293,12 @@ class Hooks:
         """Return backends. Called in a worker process, where heavy imports are allowed inside `load`."""
 
     @hookspec
-    def millhand_builders(self, config: Any) -> Sequence[Builder]:  # type: ignore[empty-body]
-        """Return engine builders."""
+    def millhand_makers(self, config: Any) -> Sequence[Maker]:  # type: ignore[empty-body]
+        """Return makers of candidates: engine builders and quantizers. Called in the workshop's processes too."""
 
     @hookspec
-    def millhand_quantizers(self, config: Any) -> Sequence[Quantizer]:  # type: ignore[empty-body]
-        """Return quantizers."""
+    def millhand_evaluations(self, config: Any) -> Sequence[Evaluation]:  # type: ignore[empty-body]
+        """Return what models are judged by; called in the workshop's processes too. One for a model wins."""
 
     @hookspec
     def millhand_extractors(self, config: Any) -> Sequence[FeatureExtractor]:  # type: ignore[empty-body]

@@ -30,7 +30,12 @@ class ModelSettings(StrictTable):
     """Memory that all models on the CPU may take together; 0 sets no limit. An accelerator's comes from the profile.
     A load that needs room unloads the models that were asked least recently."""
     require_proof: bool = False
-    """Refuse a version whose artifact has no proof.json that matches it."""
+    """Refuse a version whose artifact has no proof.json that matches it and that a trusted key has signed."""
+    trusted_keys: tuple[Path, ...] = ()
+    """Public keys (PEM) whose signatures count beside this node's own: the plant's, so that a spare node takes proved
+    artifacts over."""
+    built_dir: Path | None = None
+    """Where candidates lie that were made of models; none takes `built` in [node] data_dir."""
     deadline_ms: float = Field(default=2000, gt=0)
     """A request that names no deadline gets this one."""
     queue: int = Field(default=256, ge=1)

@@ -1,0 +1,167 @@
+"""Where candidates lie: `<root>/<model>/<version>/<target>/<candidate>/`, and `choice.json` beside them.
+
+A candidate's folder appears whole or not at all: it is written under a name that is never read, then renamed. Nothing
+here judges or trusts; that is the proof's part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from millhand.errors import ModelError
+from millhand.workshop.recipe import Made, Recipe
+
+RECORD = "made.json"
+CHOICE = "choice.json"
+_STAGING = ".making-"
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """made.json: where a candidate comes from."""
+
+    recipe: Recipe
+    maker: str
+    made: Made
+    source_sha256: str
+    """Of the artifact that the model had; another one makes the candidate worthless."""
+    sha256: str
+    """Of the candidate's artifact."""
+    date: str
+    """UTC, ISO 8601."""
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """choice.json: which candidate serves in place of the model's own artifact."""
+
+    candidate: str
+    """Empty: none was better, the original serves."""
+    source_sha256: str
+    why: str
+    date: str
+
+
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """A candidate on the shelf."""
+
+    name: str
+    folder: Path
+    record: Record
+
+    @property
+    def artifact(self) -> Path:
+        return self.folder / self.record.made.artifact
+
+
+class Shelf:
+    """The candidates of one node."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def place(self, model: str, version: int, target: str) -> Path:
+        """The folder of a model version's candidates for a target."""
+        return self.root / model / str(version) / target
+
+    def candidates(self, model: str, version: int, target: str) -> list[Candidate]:
+        """What is there, by name; a folder without a readable record is passed over."""
+        place = self.place(model, version, target)
+        found = []
+        for path in sorted(place.glob(f"*/{RECORD}")):
+            if path.parent.name.startswith(_STAGING):
+                continue
+            with contextlib.suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError):
+                record = msgspec.json.decode(path.read_bytes(), type=Record)
+                found.append(Candidate(name=path.parent.name, folder=path.parent, record=record))
+        return found
+
+    def find(self, model: str, version: int, target: str, name: str) -> Candidate:
+        """Raises ModelError naming what is there."""
+        candidates = self.candidates(model, version, target)
+        for candidate in candidates:
+            if candidate.name == name:
+                return candidate
+        names = ", ".join(candidate.name for candidate in candidates) or "none"
+        raise ModelError(
+            f"model '{model}' version {version} has no candidate '{name}' for {target}",
+            hint=f"there are: {names}; 'millhand model build {model}' makes them",
+        )
+
+    @contextlib.contextmanager
+    def staged(self, model: str, version: int, target: str, name: str) -> Iterator[Path]:
+        """An empty folder to fill; at the end of the block it takes the candidate's place, after an error it goes."""
+        place = self.place(model, version, target)
+        place.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{_STAGING}{name}-", dir=place))
+        try:
+            yield folder
+            _replace(folder, place / name)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what a killed process has left half made. Call while nothing is being made."""
+        for folder in self.root.glob(f"*/*/*/{_STAGING}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def choice(self, model: str, version: int, target: str) -> Choice | None:
+        """What was chosen; None where nothing was, or it cannot be read."""
+        path = self.place(model, version, target) / CHOICE
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=Choice)
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+            return None
+
+    def choose(self, model: str, version: int, target: str, choice: Choice) -> None:
+        """Write the choice durably."""
+        place = self.place(model, version, target)
+        place.mkdir(parents=True, exist_ok=True)
+        write_durably(place / CHOICE, msgspec.json.format(msgspec.json.encode(choice), indent=2))
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a whole file or nothing: temporary file, fsync, rename, fsync of the folder."""
+    number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(number, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _replace(folder: Path, place: Path) -> None:
+    """Put a folder in the place of another. Between two renames nothing is there, never half of something."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    folder.chmod(0o755)
+    _sync(folder)
+    if place.exists():
+        old = Path(tempfile.mkdtemp(prefix=f"{_STAGING}old-", dir=place.parent))
+        place.replace(old)
+        folder.replace(place)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        folder.replace(place)
+    _sync(place.parent)
+
+
+def _sync(folder: Path) -> None:
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
