@@ -39,6 +39,7 @@ VARIANTS = (
     Variant("two runners", {"models": {"runners": 2}}),
     Variant("one thread", {"models": {"threads": 1}}),
     Variant("two threads", {"models": {"threads": 2}}),
+    Variant("no busy polling", {"http": {"busy_poll_us": 0}}),
     Variant("pinned", {"models": {"cpus": [0]}}),
 )
 FRONTS = ("uvicorn", "granian")

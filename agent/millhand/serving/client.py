@@ -14,6 +14,7 @@ import msgspec
 
 from millhand.errors import MillhandError, OverloadError, WorkerError
 from millhand.serving import protocol
+from millhand.serving.busy_poll import BusyPoll
 from millhand.serving.exchange import DEADLINE_GRACE_S, Answer, Exchange, deadline_ns, late, lost, read_answer
 from millhand.serving.tensors import Tensors
 
@@ -48,8 +49,10 @@ class _Pending:
 class WorkerClient:
     """For asyncio: many requests in flight on one connection, on the loop's own reader callback (no streams)."""
 
-    def __init__(self, connection: socket.socket, name: str, slots: int = 16, slot_bytes: int = 1 << 20) -> None:
-        """Take over a connected stream socket. Call `start` next."""
+    def __init__(
+        self, connection: socket.socket, name: str, slots: int = 16, slot_bytes: int = 1 << 20, busy_poll_us: int = 0
+    ) -> None:
+        """Take over a connected stream socket. Call `start` next. `busy_poll_us`: see busy_poll.py; 0 is never."""
         connection.setblocking(False)
         self.name = name
         self.on_close: Callable[[], None] | None = None
@@ -64,10 +67,13 @@ class WorkerClient:
         self._outbox: list[Any] = []
         self._outbox_bytes = 0
         self._sweep: asyncio.TimerHandle | None = None
+        self._busy_poll = BusyPoll(self._loop, busy_poll_us) if busy_poll_us else None
         self.closed = False
 
     @classmethod
-    async def connect(cls, path: Path, name: str, slots: int = 16, slot_bytes: int = 1 << 20) -> WorkerClient:
+    async def connect(
+        cls, path: Path, name: str, slots: int = 16, slot_bytes: int = 1 << 20, busy_poll_us: int = 0
+    ) -> WorkerClient:
         """Connect to a worker's socket. Raises WorkerError where none answers."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -76,7 +82,7 @@ class WorkerClient:
         except OSError as error:
             connection.close()
             raise WorkerError(f"worker '{name}' does not answer on '{path}'", hint="send the request again") from error
-        client = cls(connection, name, slots, slot_bytes)
+        client = cls(connection, name, slots, slot_bytes, busy_poll_us)
         await client.start()
         return client
 
@@ -178,6 +184,8 @@ class WorkerClient:
         if deadline and self._sweep is None:
             self._sweep = self._loop.call_later(SWEEP_S, self._expire)
         self._send(parts)
+        if self._busy_poll is not None and len(self._pending) == 1:
+            self._busy_poll.sent()
         return request
 
     def cancel(self, request: int) -> None:
@@ -306,6 +314,8 @@ class WorkerClient:
         pending = self._pending.pop(frame.request, None)
         if pending is None:
             return
+        if self._busy_poll is not None and not self._pending:
+            self._busy_poll.answered()
         try:
             if pending.done is not None:
                 _tell(pending, self._outcome(frame, pending))

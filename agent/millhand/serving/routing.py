@@ -62,8 +62,10 @@ async def control_call(path: Path, call: str, **arguments: Any) -> Any:
 class Routes:
     """Models and the connections to their workers; follows the daemon until it is gone."""
 
-    def __init__(self, control_path: Path) -> None:
+    def __init__(self, control_path: Path, busy_poll_us: int = 0) -> None:
+        """`busy_poll_us`: how long connections to workers may wait awake for an answer (busy_poll.py)."""
         self._control_path = control_path
+        self._busy_poll_us = busy_poll_us
         self._models: dict[str, Any] = {}
         self.deadline_ms = 0.0
         """Of a request that names none."""
@@ -220,7 +222,8 @@ class Routes:
     async def _client(self, path: str) -> WorkerClient:
         task = self._clients.get(path)
         if task is None:
-            task = self._clients[path] = asyncio.create_task(WorkerClient.connect(Path(path), Path(path).stem))
+            connecting = WorkerClient.connect(Path(path), Path(path).stem, busy_poll_us=self._busy_poll_us)
+            task = self._clients[path] = asyncio.create_task(connecting)
         try:
             client = await asyncio.shield(task)
         except asyncio.CancelledError:

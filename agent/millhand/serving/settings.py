@@ -84,6 +84,9 @@ class HttpSettings(StrictTable):
     request_timeout_s: float = Field(default=10, gt=0)
     """A request whose head or body takes longer to come, or whose answer is not read for so long, ends with its
     connection."""
+    busy_poll_us: int = Field(default=1000, ge=0, le=100_000)
+    """While one request is alone under way and its client sends one after the other, wait for an answer awake, at most
+    so long: less latency for more CPU time. 0 always sleeps, which saves power."""
     admin_token_file: Path | None = None
     """A file with the token that lets a client list, load and unload models ('Authorization: Bearer <token>').
     None: nobody may."""
@@ -121,6 +124,9 @@ class GrpcSettings(StrictTable):
     """Calls of one connection at once; clients hold more back."""
     keepalive_s: float = Field(default=60, ge=1)
     """A connection that is silent for so long is asked (PING), and closed if it does not answer within 20 s."""
+    busy_poll_us: int = Field(default=1000, ge=0, le=100_000)
+    """While one request is alone under way and its client sends one after the other, wait for an answer awake, at most
+    so long: less latency for more CPU time. 0 always sleeps, which saves power."""
     admin_token_file: Path | None = None
     """A file with the token that lets a client list, load and unload models. None: nobody may."""
 

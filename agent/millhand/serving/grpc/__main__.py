@@ -38,6 +38,7 @@ class GrpcArguments(msgspec.Struct, frozen=True, kw_only=True):
     connections_cap: int
     streams_cap: int
     keepalive_s: float
+    busy_poll_us: int = 0
     admin_token_file: str | None = None
     observation: ObservationOptions
 
@@ -48,7 +49,7 @@ async def serve(arguments: GrpcArguments) -> None:
     control_path = Path(arguments.control_path)
     token_path = None if arguments.admin_token_file is None else Path(arguments.admin_token_file)
     observation = open_observation(arguments.observation)
-    routes = Routes(control_path)
+    routes = Routes(control_path, arguments.busy_poll_us)
     services = (
         InferenceService(routes, control_path),
         RepositoryService(routes, control_path, AdminToken(token_path, "grpc")),

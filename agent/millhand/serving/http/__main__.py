@@ -37,6 +37,7 @@ class HttpArguments(msgspec.Struct, frozen=True, kw_only=True):
     connections_cap: int
     keep_alive_s: float
     request_timeout_s: float
+    busy_poll_us: int = 0
     admin_token_file: str | None = None
     observation: ObservationOptions = ObservationOptions()
 
@@ -45,7 +46,7 @@ async def serve(arguments: HttpArguments) -> None:
     """Serve until the daemon is gone or SIGTERM comes; requests under way may finish within `DRAIN_S`."""
     control_path = Path(arguments.control_path)
     token_path = Path(arguments.admin_token_file) if arguments.admin_token_file else None
-    routes = Routes(control_path)
+    routes = Routes(control_path, arguments.busy_poll_us)
     reporter = MetricsReporter(FRONT, control_path)
     endpoints = Endpoints(routes, reporter, control_path, token_path)
     follower = asyncio.create_task(routes.follow(), name="routes")
