@@ -103,6 +103,8 @@ class Profile(StrictTable):
     description: str
     extends: str = ""
     match: MatchRules
+    compute_capability: str = Field(default="", pattern=r"^([0-9]+\.[0-9])?$")
+    """Of the board's GPU, such as `8.0`: what candidates are made for on a machine without it."""
     precisions: tuple[Precision, ...] = Field(min_length=1)
     """In order of preference; a model takes the first that it was proved in."""
     backends: tuple[str, ...] = Field(min_length=1)

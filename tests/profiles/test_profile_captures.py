@@ -82,9 +82,13 @@ EXPECTED = {
 @pytest.mark.parametrize("name", EXPECTED)
 def test_capture_takes_profile(name: str) -> None:
     profiles = load_profiles([Path(millhand_profiles.__file__).parent])
-    found = match(profiles, discover(FOLDER / name))
+    node = discover(FOLDER / name)
+    found = match(profiles, node)
     assert found.profile.name == EXPECTED[name], found.reasons
     assert found.workers
+    told = {gpu.compute_capability for gpu in node.accelerators if gpu.compute_capability}
+    if found.profile.compute_capability and told:
+        assert told == {found.profile.compute_capability}
 
 
 def test_the_table_is_whole() -> None:

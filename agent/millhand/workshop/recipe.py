@@ -45,6 +45,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     """The recipe whose artifact it begins from; empty begins from the model's own."""
     calibrated: bool = False
     """Whether it needs calibration data."""
+    engine: bool = False
+    """Whether it makes an engine for the target's chip rather than a file that any hardware may serve."""
     minutes: float = 1.0
     """About how long it takes on two cores, to plan a budget; the deadline is the workshop's."""
 

@@ -7,6 +7,7 @@ here judges or trusts; that is the proof's part.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ from millhand.workshop.recipe import Made, Recipe
 RECORD = "made.json"
 CHOICE = "choice.json"
 _STAGING = ".making-"
+_LOCK = ".lock"
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +35,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """Of the artifact that the model had; another one makes the candidate worthless."""
     sha256: str
     """Of the candidate's artifact."""
+    options_sha256: str = ""
+    """Of the maker's own table `[plugins.<name>]`; made anew where it has changed."""
     date: str
     """UTC, ISO 8601."""
 
@@ -105,10 +109,29 @@ class Shelf:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def sweep(self) -> None:
-        """Remove what a killed process has left half made. Call while nothing is being made."""
-        for folder in self.root.glob(f"*/*/*/{_STAGING}*"):
-            shutil.rmtree(folder, ignore_errors=True)
+    @contextlib.contextmanager
+    def claimed(self, model: str) -> Iterator[None]:
+        """Hold a model's part of the shelf, and clear it of what a killed process has left half made.
+
+        The kernel lets go of it with the process. Raises ModelError where another process holds it.
+        """
+        place = self.root / model
+        place.mkdir(parents=True, exist_ok=True)
+        with (place / _LOCK).open("a+", encoding="ascii") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                lock.seek(0)
+                raise ModelError(
+                    f"model '{model}' is being built already, by process {lock.read().strip() or 'unknown'}",
+                    hint="wait until it has ended, or end it",
+                ) from error
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            for folder in place.glob(f"*/*/{_STAGING}*"):
+                shutil.rmtree(folder, ignore_errors=True)
+            yield
 
     def choice(self, model: str, version: int, target: str) -> Choice | None:
         """What was chosen; None where nothing was, or it cannot be read."""
