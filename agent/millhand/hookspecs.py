@@ -182,6 +182,19 @@ class Maker(Protocol):
         """Write the candidate to `job.folder`. Raises ModelError naming the node of the graph, and the remedy."""
 
 
+@runtime_checkable
+class KeyedMaker(Maker, Protocol):
+    """A maker whose candidates are tied to more than the target: a library, a driver, one GPU."""
+
+    def key(self, target: Target) -> Mapping[str, str]:
+        """What the `Made.key` of a candidate would hold if it were made now, or more; heavy imports are allowed.
+
+        A candidate is stale where an entry of its own key is missing here or differs, and is then made anew. Asked once
+        in a daemon's life for each target, in a process of its own with a deadline. Raises ModelError where it cannot
+        be told, such as without a driver: then the candidate does not serve.
+        """
+
+
 class Evaluation(Protocol):
     """What a model is judged by."""
 

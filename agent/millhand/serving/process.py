@@ -24,9 +24,11 @@ from millhand.serving.settings import ModelSettings, WorkerDefaults
 
 log = logging.getLogger("millhand.serving")
 
+WORKER = "millhand.serving.worker"
 # What a foreign interpreter runs: its own packages win, millhand and the plugins come last.
 FOREIGN_START = (
-    "import sys; sys.path.extend(sys.argv.pop(1).split(':')); from millhand.serving.worker import main; main()"
+    "import importlib, sys; sys.path.extend(sys.argv.pop(1).split(':')); "
+    "importlib.import_module(sys.argv.pop(1)).main()"
 )
 LISTEN_BACKLOG = 64
 RUNNERS_DEFAULT_CAP = 4
@@ -67,12 +69,12 @@ class WorkerProcess:
             }
             interpreter = settings.interpreter or host.interpreter
             process = await asyncio.create_subprocess_exec(
-                *_command(interpreter, msgspec.json.encode(argument).decode()),
+                *python_command(interpreter, WORKER, msgspec.json.encode(argument).decode()),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
                 pass_fds=(far.fileno(), blackbox_fd, listener.fileno()),
-                env=_environment(host.accelerator, settings.threads or host.threads),
+                env=native_environment(host.accelerator, settings.threads or host.threads),
                 start_new_session=True,  # Ctrl-C reaches the daemon alone, which ends workers in order
             )
         except OSError as error:
@@ -198,18 +200,20 @@ def _listen(path: Path) -> socket.socket:
     return listener
 
 
-def _command(interpreter: Path | None, argument: str) -> list[str]:
+def python_command(interpreter: Path | None, module: str, argument: str) -> list[str]:
+    """How to start a module of ours, by its `main`, with the profile's interpreter; None takes the daemon's own."""
     if interpreter is None or os.fspath(interpreter) == sys.executable:
-        return [sys.executable, "-m", "millhand.serving.worker", argument]
+        return [sys.executable, "-m", module, argument]
     roots = [str(Path(millhand.__file__).parents[1])]
     with contextlib.suppress(ImportError):
         import millhand_plugins
 
         roots += [str(Path(folder).parent) for folder in millhand_plugins.__path__]
-    return [os.fspath(interpreter), "-c", FOREIGN_START, ":".join(dict.fromkeys(roots)), argument]
+    return [os.fspath(interpreter), "-c", FOREIGN_START, ":".join(dict.fromkeys(roots)), module, argument]
 
 
-def _environment(accelerator: str, threads: int | str) -> dict[str, str]:
+def native_environment(accelerator: str, threads: int | str) -> dict[str, str]:
+    """The environment of a process with native libraries, which sees one accelerator or none."""
     return {
         **os.environ,
         "ORT_DISABLE_TELEMETRY": "1",

@@ -179,6 +179,40 @@ class AcceleratedSession(Session):
         self.artifact.with_name("closed").touch()
 
 
+class Keyed:
+    """Makes nothing here; tells what MILLHAND_TEST_KEY holds (JSON): a key, or what happens when it is asked."""
+
+    name = "keyed"
+
+    def recipes(self, target):
+        return []
+
+    def make(self, recipe, job):
+        raise ModelError("it makes nothing")
+
+    def key(self, target):
+        print("a native library prints what it likes")
+        key = json.loads(os.environ["MILLHAND_TEST_KEY"])
+        if "die" in key:
+            ctypes.string_at(0)
+        if "hang" in key:
+            time.sleep(3600)
+        if "raise" in key:
+            raise ModelError("there is no driver", hint="install one")
+        return {**key, "target": target.name}
+
+
+class Keyless:
+    name = "keyless"
+    recipes = Keyed.recipes
+    make = Keyed.make
+
+
+@hookimpl
+def millhand_makers():
+    return [Keyed(), Keyless()]
+
+
 @hookimpl
 def millhand_backends():
     return [Backend(), ThreadedBackend(), VramBackend(), SlowSumBackend(), DeclaredBackend(), ProvingBackend()]
