@@ -59,6 +59,8 @@ class Calls:
             "telemetry.tail": self.telemetry_tail,
             **self._daemon.pool.control_handlers(),
             "model.load": self._daemon.load_model,
+            "model.recorded": self.model_recorded,
+            "model.forget": self.model_forget,
         }
 
     async def state(self) -> dict[str, Any]:
@@ -190,6 +192,18 @@ class Calls:
             "source_ns": waveform.clock.source_ns,
             "samples": waveform.array.tolist(),
         }
+
+    async def model_recorded(self, model: str) -> dict[str, Any]:
+        """`Recorder.facts`. Raises ModelError for a model that is not known and of which nothing was recorded."""
+        facts = await self._daemon.recorder.facts(model)
+        if not facts["rows"]:
+            self._daemon.pool.manifest(model)
+        return facts
+
+    async def model_forget(self, model: str) -> dict[str, Any]:
+        """Delete what is recorded of a model. Raises as `model_recorded`."""
+        await self._daemon.recorder.forget(model)
+        return await self.model_recorded(model)
 
     async def hardware(self) -> list[tuple[str, str]]:
         """Rows of name and value for people; `millhand hw show` tells more."""

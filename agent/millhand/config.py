@@ -18,7 +18,7 @@ from pydantic import Field, field_validator, model_validator
 
 from millhand.errors import ConfigError
 from millhand.log_settings import LogSettings
-from millhand.pipeline.settings import AssetSettings, OrderSettings
+from millhand.pipeline.settings import AssetSettings, OrderSettings, RecordingSettings
 from millhand.serving.settings import GrpcSettings, HttpSettings, ModelSettings, TracingSettings
 from millhand.store.settings import StoreSettings
 from millhand.telemetry.settings import TelemetrySettings
@@ -74,6 +74,7 @@ class Config(StrictTable):
     grpc: GrpcSettings = GrpcSettings()
     tracing: TracingSettings = TracingSettings()
     orders: OrderSettings = OrderSettings()
+    recording: RecordingSettings = RecordingSettings()
     plugins: dict[str, dict[str, Any]] = {}
     """One table a plugin. `enabled = false` leaves it out; `required = true` makes its failure fatal."""
     assets: tuple[AssetSettings, ...] = ()

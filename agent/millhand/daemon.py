@@ -31,6 +31,7 @@ from millhand.hardware import Hardware, discover
 from millhand.hardware.visible import VARIABLE, visible_devices
 from millhand.logs import configure_logs
 from millhand.node_metrics import NodeMetrics
+from millhand.pipeline.recorder import Recorder
 from millhand.profiles import Match, load_profiles, match, profile_named
 from millhand.records import Alert, Batch, Severity
 from millhand.registry import Registry
@@ -54,7 +55,7 @@ THREAD_NAME = "millhand-work"
 PLUGIN_RETRY_FIRST_S = 5.0
 PLUGIN_RETRY_LAST_S = 300.0
 # What only a restart can change: the daemon's own place and its store.
-FIXED_SECTIONS = ("node", "store", "http", "grpc", "tracing", "models")
+FIXED_SECTIONS = ("node", "store", "recording", "http", "grpc", "tracing", "models")
 
 
 class Daemon:
@@ -71,6 +72,7 @@ class Daemon:
         self.store: Store
         self.pool: ModelPool
         self.publisher: Publisher | None = None
+        self.recorder: Recorder
         self.fleet: Fleet
         self.metrics: NodeMetrics
         self.healthy_at = time.monotonic()
@@ -103,7 +105,9 @@ class Daemon:
         )
         await self.pool.start(needed=config.models_needed())
         self.publisher = self._make_publisher()
-        self.fleet = Fleet(config, self.registry, self.store, self.pool, self.publisher)
+        self.recorder = Recorder(config.node.data_dir, config.recording)
+        self.recorder.start()
+        self.fleet = Fleet(config, self.registry, self.store, self.pool, self.recorder, self.publisher)
         await self.fleet.start()
         if self.publisher is not None:  # after the assets, so that none is born before it speaks
             await self.publisher.start()
@@ -138,6 +142,7 @@ class Daemon:
             ("http", self._http),
             ("grpc", self._grpc),
             ("assets", getattr(self, "fleet", None)),
+            ("recorder", getattr(self, "recorder", None)),
             ("publisher", self.publisher),
             ("models", getattr(self, "pool", None)),
             ("control", getattr(self, "_control", None)),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from millhand.config import Config
     from millhand.hookspecs import FeatureExtractor, OrderWriter
     from millhand.pipeline.asset import Latency
+    from millhand.pipeline.recorder import Recorder
     from millhand.pipeline.settings import AssetSettings
     from millhand.registry import Registry
     from millhand.serving.manifest import Manifest
@@ -32,12 +33,19 @@ class Fleet:
     """Starts, changes and stops the assets that config names. One that cannot start waits and says why."""
 
     def __init__(
-        self, config: Config, registry: Registry, store: Store, pool: ModelPool, publisher: Publisher | None
+        self,
+        config: Config,
+        registry: Registry,
+        store: Store,
+        pool: ModelPool,
+        recorder: Recorder,
+        publisher: Publisher | None,
     ) -> None:
         self._config = config
         self._registry = registry
         self._store = store
         self._pool = pool
+        self._recorder = recorder
         self._publisher = publisher
         self._runners: dict[str, AssetRunner] = {}
         self._settings: dict[str, AssetSettings] = {}
@@ -126,12 +134,15 @@ class Fleet:
                 store=self._store,
                 writer=self._writer(),
                 history=self._config.orders.history,
+                record=self._recorder.offer,
             )
         except MillhandError as error:
             self._waiting[settings.name] = error
             log.error("asset %s cannot start: %s", settings.name, error.message)
             return
         self._waiting.pop(settings.name, None)
+        for manifest, _ in models:
+            await self._recorder.open(manifest)
         runner = AssetRunner(adapter, pipeline, on_alive=self._report_alive)
         self._runners[settings.name], self._settings[settings.name] = runner, settings
         self._manifests[settings.name] = [manifest for manifest, _ in models]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from millhand.cli import bench
+from millhand.cli import bench, recorded
 from millhand.cli.output import LINE_CHARACTERS, Output, json_option, table, wrapped
 from millhand.errors import ControlError, MillhandError
 
@@ -30,6 +30,7 @@ def command() -> None:
 
 
 command.add_command(bench.command)
+command.add_command(recorded.command)
 
 
 @command.command("list", short_help="List the models and what serves.")
@@ -131,12 +132,12 @@ def _ask(output: Output, call: str, **arguments: Any) -> tuple[Any, bool]:
     except ControlError as error:
         if not isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError):
             raise
-        pool = _offline_pool(output)
+        pool = offline_pool(output)
         answer = pool.index() if call == "model.list" else pool.metadata(arguments["model"])
         return answer, False
 
 
-def _offline_pool(output: Output) -> ModelPool:
+def offline_pool(output: Output) -> ModelPool:
     """A pool that starts no worker: it says what is on disk."""
     from millhand.registry import Registry
     from millhand.serving.pool import ModelPool

@@ -48,6 +48,12 @@ class Infer(Protocol):
     ) -> Awaitable[tuple[dict[str, NDArray[Any]], int]]: ...
 
 
+class Record(Protocol):
+    """Where the rows go that a model has answered: `Recorder.offer`."""
+
+    def __call__(self, model: str, tensors: Mapping[str, NDArray[Any]], window_end_ns: int, asset: str) -> object: ...
+
+
 class Committer(Protocol):
     """What a pipeline needs of the store."""
 
@@ -117,6 +123,7 @@ class AssetPipeline:
         store: Committer,
         writer: OrderWriter,
         history: int = 20,
+        record: Record | None = None,
     ) -> None:
         """Raises ConfigError where rules and models do not fit together, ModelError for a model without a window."""
         self.asset = settings.name
@@ -128,6 +135,7 @@ class AssetPipeline:
         self._store = store
         self._writer = writer
         self._history = history
+        self._record = record
         self._models = list(models)
         self._errors: dict[str, MillhandError] = {}
         """Part -> what ails it now."""
@@ -252,6 +260,8 @@ class AssetPipeline:
                     self.counters.predictions_failed += 1
                     continue
                 values, kind, confidence = read
+                if self._record is not None:
+                    self._record(judge_.manifest.name, found.tensors, window.end_ns, self.asset)
                 predictions.append(
                     Prediction(
                         asset=self.asset,

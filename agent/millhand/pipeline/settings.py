@@ -1,4 +1,4 @@
-"""What the owner says of assets and work orders: the tables `[[assets]]` and `[orders]`."""
+"""What the owner says of assets, work orders and recording: the tables `[[assets]]`, `[orders]` and `[recording]`."""
 
 from __future__ import annotations
 
@@ -57,3 +57,13 @@ class OrderSettings(StrictTable):
     """Which order writer turns alerts into work orders; plugins bring writers."""
     history: int = Field(default=20, ge=0, le=1000)
     """How many earlier alerts of the asset the writer sees."""
+
+
+class RecordingSettings(StrictTable):
+    rows: int = Field(default=512, ge=0, le=100_000)
+    """Rows of real input to keep for each model that judges an asset, a uniform sample of all: lower precisions are
+    fitted to them. They stay on this node. 0 records nothing."""
+    bytes_cap: int = Field(default=16 << 20, ge=0)
+    """Bytes that one model's rows may take, in memory and on disk; where that is less than `rows`, fewer are kept."""
+    save_s: float = Field(default=300, ge=1)
+    """They are written at most so often, and when the agent stops."""
