@@ -95,7 +95,7 @@ class Daemon:
         self.match = self._match_profile()
         self.store = await Store.open(config.node.store_path, config.store)
         await self._tell_set_aside()
-        repository = Repository.from_settings(config.models, self._model_folders())
+        repository = Repository.from_config(config, self._model_folders())
         self.pool = ModelPool(
             repository,
             config.models,

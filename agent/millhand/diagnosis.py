@@ -155,7 +155,7 @@ def _memory(config: Config, hardware: Hardware, found: Match) -> Finding:
         return Finding("memory", "warning", f"the memory of '{device}' is not known", "millhand hw show")
     repository = _repository(config)
     needed = repository.needed(_used_models(config))
-    wanted = sum(file.stat().st_size for folder, version in needed for file in folder.files(version))
+    wanted = sum(folder.size_bytes(version) for folder, version in needed)
     text = f"models may take {budget >> 20} MiB of '{device}'; their files take {wanted >> 20} MiB"
     if wanted > budget:
         return Finding("memory", "error", text, "serve fewer or smaller models, or free memory on the node")
@@ -211,7 +211,7 @@ def _repository(config: Config) -> Repository:
     registry = Registry()
     registry.load(config.plugin_tables())
     folders = [Path(folder) for _, folder in registry.collect("millhand_models")]
-    return Repository.from_settings(config.models, folders)
+    return Repository.from_config(config, folders)
 
 
 def _used_models(config: Config) -> list[str]:

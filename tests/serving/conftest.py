@@ -14,6 +14,7 @@ import pytest
 
 from millhand import metrics
 from millhand.control import ControlServer
+from millhand.proof.signature import Keyring
 from millhand.serving.front import FrontProcess, http_front
 from millhand.serving.front_metrics import FrontMetrics
 from millhand.serving.pool import ModelPool
@@ -21,6 +22,7 @@ from millhand.serving.repository import Repository
 from millhand.serving.settings import HttpSettings, ModelSettings, WorkerDefaults
 
 sys.path.insert(0, os.fspath(Path(__file__).parent / "kit"))
+sys.path.insert(0, os.fspath(Path(__file__).parents[1] / "proof" / "kit"))
 
 from serving_kit import KIT, backends
 
@@ -43,7 +45,8 @@ async def make_pool(
         async def make(**options: Any) -> ModelPool:
             hosts = options.pop("hosts", [WorkerDefaults()])
             settings = ModelSettings(paths=(root,), **{"restart_delay_ms": 20, **options})
-            repository = Repository([root], settings.require_proof)
+            keyring = Keyring(tmp_path / "data", settings.trusted_keys)
+            repository = Repository([root], settings.require_proof, keyring)
             pool = ModelPool(repository, settings, hosts, backends(), tmp_path / "run")
             stack.push_async_callback(pool.stop)
             await pool.start()

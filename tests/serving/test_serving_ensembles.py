@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import re
 import shutil
 import time
@@ -17,6 +15,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from proof_kit import prove
 from serving_kit import action, backends, identity, save_onnx, scale, until, value, write_faulty, write_model
 
 from millhand.errors import DeadlineError, InputError, ModelError, WorkerError
@@ -417,7 +416,9 @@ async def test_an_ensemble_keeps_the_versions_that_it_loaded_until_it_is_loaded_
     assert pool.metadata("chain")["steps"] == [{"step": "1 (scale)", "version": None, "compute_us": None}]
 
 
-async def test_require_proof_asks_the_steps_models_and_the_ensemble(root: Path, make_pool: MakePool) -> None:
+async def test_require_proof_asks_the_steps_models_and_the_ensemble(
+    root: Path, tmp_path: Path, make_pool: MakePool
+) -> None:
     folder = write_ensemble(root, "chain", OWN_NET + '[[steps]]\nmodel = "same"\ninputs = { x = "y" }\n'
                             'outputs = { y = "z" }\n', outputs={"z": ("FP32", 2)})  # fmt: skip
     identity(folder / "1/pre.onnx")
@@ -425,19 +426,27 @@ async def test_require_proof_asks_the_steps_models_and_the_ensemble(root: Path, 
     identity(artifact)
     pool = await make_pool(require_proof=True, load=[])
 
-    def prove(path: Path, *files: Path) -> None:
-        digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-        (path / "1/proof.json").write_text(json.dumps({"sha256": digest}))
-
+    models = Repository([root]).models
     with pytest.raises(ModelError, match="model 'chain' version 1 is unproved: there is no proof"):
         await pool.load("chain")
-    prove(folder, folder / "model.toml", folder / "1/pre.onnx")
+    prove(models["chain"].subject(1), tmp_path / "data")
     with pytest.raises(ModelError, match="model 'same' version 1 is unproved: there is no proof"):
         await pool.load("chain")
-    prove(artifact.parents[1], artifact)
+    prove(models["same"].subject(1), tmp_path / "data")
     await pool.load("chain")
-    scale(folder / "1/pre.onnx", 2)
-    assert "is of another artifact" in Repository([root]).find("chain").proof(1)[1]["reason"]
+    assert pool.metadata("chain")["artifacts"]["1"]["proof"] == "proved"
+    toml = folder / "model.toml"
+    for path, change in ((toml, lambda: toml.write_text(toml.read_text() + "\n")),
+                         (folder / "1/pre.onnx", lambda: scale(folder / "1/pre.onnx", 2))):  # fmt: skip
+        before = path.read_bytes()
+        change()
+        with pytest.raises(ModelError, match=r"model.toml' with 1 more files is not what was proved"):
+            await pool.load("chain")
+        path.write_bytes(before)
+    scale(artifact, 2)
+    with pytest.raises(ModelError, match=r"model 'same' version 1 is refused: .* is not what was proved"):
+        await pool.load("chain")
+    assert pool.metadata("chain")["versions"] == [1], "what was loaded serves on"
 
 
 def request_of(root: Path, name: str) -> Any:

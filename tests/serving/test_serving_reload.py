@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from proof_kit import prove
 from serving_kit import action, identity, scale, until, write_faulty, write_model
 
 from millhand.control import ControlServer
@@ -84,13 +85,13 @@ async def test_fifty_reloads_lose_no_request_and_mix_up_no_version(root, make_po
     await follower
 
 
-async def test_what_has_not_changed_is_not_loaded_again(root, make_pool):
+async def test_what_has_not_changed_is_not_loaded_again(root, make_pool, tmp_path):
     folder = write_model(root, "scale")
     scale(folder / "1/model.onnx", 2)
     pool = await make_pool()
     worker = pool._served["scale"].workers[0]
     loaded = worker.ready["scale", 1]
-    (folder / "1/proof.json").write_text("{}")
+    prove(pool._repository.find("scale").subject(1), tmp_path / "data")
     toml = folder / "model.toml"
     toml.write_text(toml.read_text().replace("made by a test", "described anew"))
     assert (await pool.load("scale"))["description"] == "described anew"

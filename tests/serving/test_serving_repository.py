@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-
 import pytest
+from proof_kit import prove
 from serving_kit import identity, scale, write_faulty, write_model
 
+from millhand.config import Config
 from millhand.errors import ModelError
+from millhand.proof.signature import Keyring
 from millhand.serving.repository import Repository
-from millhand.serving.settings import ModelSettings
 
 
 def good(root, name, **options):
@@ -48,23 +47,29 @@ def test_the_owners_folder_wins_over_a_shipped_one(root, tmp_path):
     shipped = tmp_path / "shipped"
     good(shipped, "same")
     good(shipped, "more")
-    repository = Repository.from_settings(ModelSettings(paths=(root,)), [shipped])
+    repository = Repository.from_config(Config.model_validate({"models": {"paths": [root]}}), [shipped])
     assert repository.find("same").path == root / "same"
     assert repository.names() == ["more", "same"]
 
 
-def test_a_proof_holds_for_its_artifact_only(root):
+def test_a_proof_holds_for_its_artifact_only(root, tmp_path):
     folder = good(root, "proved")
-    repository = Repository([root])
+    repository = Repository([root], keyring=Keyring(tmp_path / "data"))
     model = repository.find("proved")
-    assert model.proof(1) == ("unproved", {"reason": "there is no proof.json"})
-    digest = hashlib.sha256((folder / "1/model.onnx").read_bytes()).hexdigest()
-    (folder / "1/proof.json").write_text(json.dumps({"sha256": digest, "p50_ms": 0.3}))
-    assert model.proof(1) == ("proved", {"sha256": digest, "p50_ms": 0.3})
+    assert repository.verdict(model, 1).reason == "there is no proof.json"
+    prove(model.subject(1), tmp_path / "data")
+    before = model.fingerprint(1), model.size_bytes(1)
+    assert repository.check_proof(model, 1) == "proved"
     scale(folder / "1/model.onnx", 3)
-    assert "is of another artifact" in model.proof(1)[1]["reason"]
-    (folder / "1/proof.json").write_text("[]")
-    assert "cannot be read" in model.proof(1)[1]["reason"]
+    with pytest.raises(ModelError, match=r"version 1 is refused: '.*/1/model.onnx' is not what was proved") as raised:
+        repository.check_proof(model, 1)
+    assert "millhand model build proved" in raised.value.hint
+    prove(model.subject(1), None)
+    assert repository.check_proof(model, 1) == "unproved"
+    after = model.fingerprint(1), model.size_bytes(1)
+    assert before != after
+    (folder / "1/proof.json").unlink()
+    assert (model.fingerprint(1), model.size_bytes(1)) == after, "a proof is no part of what it speaks of"
 
 
 async def test_require_proof_refuses_an_unproved_version(root, make_pool):

@@ -47,7 +47,7 @@ def validate(ctx: click.Context, path: Path | None) -> None:
     faults = [(f"plugin '{plugin.name}': {plugin.error}", plugin.hint) for plugin in failed]
     faults += [(error.message, error.hint) for error in faulty_assets(config, registry)]
     shipped = [Path(folder) for _, folder in registry.collect("millhand_models")]
-    repository = Repository.from_settings(config.models, shipped)
+    repository = Repository.from_config(config, shipped)
     # A root that is not there may well be there on the node that the file is for.
     faults += [(bad.message, bad.hint) for bad in repository.bad if bad.path not in repository.roots]
     if faults:

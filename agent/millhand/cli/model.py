@@ -148,7 +148,7 @@ def offline_pool(output: Output) -> ModelPool:
     registry = Registry()
     registry.load(config.plugin_tables())
     shipped = [Path(folder) for _, folder in registry.collect("millhand_models")]
-    repository = Repository.from_settings(config.models, shipped)
+    repository = Repository.from_config(config, shipped)
     return ModelPool(repository, config.models, [WorkerDefaults()], registry, config.node.run_dir)
 
 

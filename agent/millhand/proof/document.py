@@ -1,17 +1,30 @@
-"""proof.json. Lies beside the artifact that it speaks of."""
+"""What proof.json holds, and what lies beside an artifact."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 PROOF = "proof.json"
 PAGE = "proof.html"
+RECORD = "made.json"
+"""A candidate's: where it comes from (workshop/shelf.py)."""
 FORMAT = 1
 
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Sha256OrNone = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{64})?\Z")]
+KeyId = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{16}\Z")]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Role = Literal["node", "plant"]
 
-class Score(msgspec.Struct, frozen=True, kw_only=True):
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every part of a proof has in common: a key that is not known makes it unreadable."""
+
+
+class Score(Part, frozen=True, kw_only=True):
     """The task's metric on data that nothing was fitted to."""
 
     metric: str
@@ -22,22 +35,22 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
     drop_percent: float
     """How much worse, as a share of the original's value; below 0 is better."""
     limit_percent: float
-    rows: int
+    rows: Count
     data: str
     """Where the rows come from, in words, with the SHA-256 of their bytes."""
 
 
-class Latency(msgspec.Struct, frozen=True, kw_only=True):
+class Latency(Part, frozen=True, kw_only=True):
     """Paired runs with the original, one thread."""
 
-    batch: int
+    batch: Positive
     p50_ms: float
     p99_ms: float
     original_p50_ms: float
     original_p99_ms: float
 
 
-class Layer(msgspec.Struct, frozen=True, kw_only=True):
+class Layer(Part, frozen=True, kw_only=True):
     name: str
     operator: str
     precision: str
@@ -45,29 +58,33 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True):
     """Share of the layer's output power that is lost; None where it was not measured."""
 
 
-class Signature(msgspec.Struct, frozen=True, kw_only=True):
-    key: str
+class Signature(Part, frozen=True, kw_only=True):
+    key: KeyId
     """The SHA-256 of the public key's 32 bytes, hex, first 16 digits."""
-    role: str
-    """`node` or `plant`."""
-    signature: str
-    """Ed25519 (RFC 8032) over the proof without its signatures, base64."""
+    role: Role
+    """Whose key it is: this node's, or the plant's."""
+    signature: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{128}\Z")]
+    """Ed25519 (RFC 8032) over the role and the proof without its signatures (proof/signature.py), hex."""
 
 
-class Proof(msgspec.Struct, frozen=True, kw_only=True):
-    """What was measured. `sha256` is that of the artifact; a proof says nothing about any other."""
+class Proof(Part, frozen=True, kw_only=True):
+    """What was measured. It says nothing about any artifact but the one whose digest it names."""
 
     format: int = FORMAT
     model: str
-    version: int
+    version: Positive
     candidate: str = ""
     """Empty for the model's own artifact."""
     target: str
     precision: str = "fp32"
-    sha256: str
-    source_sha256: str = ""
-    bytes: int
-    source_bytes: int
+    artifact: str
+    """The file that is loaded, relative to the folder in which the proof lies."""
+    sha256: Sha256
+    """The artifact's digest, its data files included (proof/digest.py)."""
+    source_sha256: Sha256OrNone = ""
+    """A candidate's: the digest of the model's own artifact that it was made from."""
+    bytes: Count
+    source_bytes: Count
     backend: str
     options: dict[str, Any] = {}
     key: dict[str, str] = {}
@@ -75,8 +92,8 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     """False: built for hardware that is not in this machine, never run."""
     score: Score | None = None
     latency: tuple[Latency, ...] = ()
-    memory_bytes: int | None = None
-    original_memory_bytes: int | None = None
+    memory_bytes: Count | None = None
+    original_memory_bytes: Count | None = None
     energy_mj: float | None = None
     """Millijoules an inference at batch 1; None where the board does not report power."""
     layers: tuple[Layer, ...] = ()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from millhand.errors import MillhandError, ModelError
+from millhand.proof.verification import Subject
 from millhand.registry import Registry
 from millhand.serving.budget import Holding, room_bytes, victims
 from millhand.serving.lanes import LoadRequest
@@ -44,6 +45,7 @@ class Loader:
         self._placement = placement
         self._models = models
         self._on_change = on_change
+        self._subjects: dict[tuple[str, int, str], list[Subject]] = {}
 
     async def exchange(self, served: Served, folder: ModelFolder, chosen: Sequence[int], evict: bool = True) -> None:
         """Load `chosen` where they are missing or have changed, then unload the model's other versions.
@@ -88,9 +90,20 @@ class Loader:
         self._on_change()
 
     async def request(self, folder: ModelFolder, version: int, host: WorkerDefaults) -> LoadRequest:
-        """What a worker on `host` is told to load. Raises ConfigError or ModelError, for one that is unproved too."""
-        await asyncio.to_thread(self._repository.check_proof, folder, version)
-        return load_request(folder, version, self._repository, self._registry, self._settings, host)
+        """What a worker on `host` is told to load. Raises ConfigError or ModelError, as `Repository.approve` too."""
+        subjects = self._repository.subjects(folder, version)
+        await self._approve(subjects)
+        request = load_request(folder, version, self._repository, self._registry, self._settings, host)
+        self._subjects[_key(request)] = subjects
+        return request
+
+    async def approve_again(self, request: LoadRequest) -> None:
+        """Call before a restarted worker loads what it had: files may have changed since. Raises ModelError."""
+        await self._approve(self._subjects[_key(request)])
+
+    async def _approve(self, subjects: Sequence[Subject]) -> None:
+        for subject in subjects:
+            await asyncio.to_thread(self._repository.approve, subject)
 
     async def _remove_from(self, worker: SupervisedWorker, name: str, versions: Sequence[int]) -> None:
         for number in versions:
@@ -177,3 +190,7 @@ class Loader:
             used_ns = max((entry["used_ns"] for entry in counted), default=0)
             holdings.append(Holding(name, bytes_held, used_ns, kept))
         return holdings
+
+
+def _key(request: LoadRequest) -> tuple[str, int, str]:
+    return request.model, request.version, request.artifact

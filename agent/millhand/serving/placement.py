@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from millhand.errors import MillhandError
 from millhand.serving.device_memory import device_memory
+from millhand.serving.lanes import LoadRequest
 from millhand.serving.process import WorkerProcess
 from millhand.serving.repository import ModelFolder
 from millhand.serving.settings import ModelSettings, WorkerDefaults
@@ -25,6 +26,7 @@ class Placement:
         settings: ModelSettings,
         run_dir: Path,
         *,
+        approve: Callable[[LoadRequest], Awaitable[None]],
         on_death: Callable[[Key | None, str], None],
         on_change: Callable[[], None],
         on_load_failed: Callable[[Key, MillhandError], None],
@@ -34,6 +36,7 @@ class Placement:
         self.workers: dict[str, SupervisedWorker] = {}
         self._settings = settings
         self._run_dir = run_dir
+        self._approve = approve
         self._on_death = on_death
         self._on_change = on_change
         self._on_load_failed = on_load_failed
@@ -81,6 +84,7 @@ class Placement:
                 host,
                 self._launch,
                 self._settings,
+                approve=self._approve,
                 on_death=self._on_death,
                 on_change=self._on_change,
                 on_load_failed=self._on_load_failed,

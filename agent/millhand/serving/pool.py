@@ -14,6 +14,7 @@ from millhand.control import Handler
 from millhand.errors import MillhandError, ModelError, WorkerError
 from millhand.registry import Registry
 from millhand.serving.client import deadline_ns
+from millhand.serving.lanes import LoadRequest
 from millhand.serving.load_request import batch_cap
 from millhand.serving.loader import Loader
 from millhand.serving.manifest import Manifest
@@ -50,6 +51,7 @@ class ModelPool:
             hosts,
             settings,
             run_dir,
+            approve=self._approve_again,
             on_death=self._died,
             on_change=self._touch,
             on_load_failed=self._failed_after_restart,
@@ -155,7 +157,7 @@ class ModelPool:
                 if self._stopped:
                     raise WorkerError("the agent is stopping", hint="load the model when it runs again")
                 await self._loader.exchange(served, folder, chosen, evict)
-            return self._entry(name)
+            return await asyncio.to_thread(self._entry, name)
 
     async def unload(self, name: str, version: int | None = None) -> dict[str, Any]:
         """Stop serving a model, or one version; the last one of a worker ends it. Raises ModelError where it is not
@@ -168,7 +170,7 @@ class ModelPool:
             served.reasons.clear()
             served.evicted = ""
             await self._loader.remove(served, served.wanted if version is None else [version])
-            return self._entry(name)
+            return await asyncio.to_thread(self._entry, name)
 
     def index(self) -> list[dict[str, Any]]:
         """Every model of the repository, served or not, then the folders that are bad."""
@@ -180,7 +182,7 @@ class ModelPool:
         """What a model takes and gives, where it lives, and its versions. Raises ModelError for an unknown one."""
         served = self._served.get(name)
         folder = served.folder if served else self._repository.find(name)
-        return {**self._entry(name), **metadata(folder, served, self._placement.defaults(folder))}
+        return {**self._entry(name), **metadata(folder, served, self._placement.defaults(folder), self._repository)}
 
     def manifest(self, name: str) -> Manifest:
         """The model.toml that a model serves with, else the repository's; its `max_batch` is within the profile's.
@@ -271,6 +273,9 @@ class ModelPool:
         count, period = self._settings.deaths_cap, self._settings.deaths_period_s
         self._fall_back(served, version, f"took its worker down {count} times within {period:g} s ({reason})")
 
+    async def _approve_again(self, request: LoadRequest) -> None:
+        await self._loader.approve_again(request)
+
     def _failed_after_restart(self, key: Key, error: MillhandError) -> None:
         name, version = key
         self._fall_back(self._served[name], version, f"could not be loaded after a restart: {error.message}")
@@ -313,4 +318,4 @@ class ModelPool:
         folder = self._repository.models.get(name)  # as it is on disk, which may be newer than what serves
         if folder is None:
             folder = served.folder if served else self._repository.find(name)
-        return entry(folder, served)
+        return entry(folder, served, self._repository)

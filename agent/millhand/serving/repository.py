@@ -5,21 +5,25 @@ A bad folder is reported and left out, never fatal. Nothing is watched: `scan` r
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from millhand.errors import MillhandError, ModelError, suggestion
+from millhand.proof.digest import speaks_of_it
+from millhand.proof.signature import Keyring
+from millhand.proof.verification import State, Subject, Verdict, verify
 from millhand.serving.manifest import MANIFEST, Manifest, read_manifest
-from millhand.serving.settings import ModelSettings
 from millhand.serving.steps import resolve_ensembles, step_version
 
-PROOF = "proof.json"
+if TYPE_CHECKING:
+    from millhand.config import Config
+
+
+ENSEMBLE = f"../{MANIFEST}"
+"""An ensemble's artifact, as its versions' folders see it."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,22 @@ class ModelFolder:
         """The file to load; an ensemble's is its model.toml."""
         return self.path / MANIFEST if self.manifest.steps else self.path / str(version) / self.manifest.artifact
 
-    def files(self, version: int) -> list[Path]:
-        """Everything of its own that makes the version what it is: the artifact, and those of an ensemble's steps."""
-        own = [step.artifact for step in self.manifest.steps if step.artifact]
-        return [self.artifact(version), *(self.path / str(version) / name for name in own)]
+    def subject(self, version: int) -> Subject:
+        """The version as its proof must speak of it. An ensemble is its model.toml and its own nets."""
+        manifest = self.path / MANIFEST
+        ensemble = bool(self.manifest.steps)
+        return Subject(
+            model=self.name,
+            version=version,
+            folder=self.path / str(version),
+            artifact=ENSEMBLE if ensemble else self.manifest.artifact,
+            backend="" if ensemble else self.manifest.backend,
+            beside={ENSEMBLE: manifest} if ensemble else {},
+        )
+
+    def digest(self, version: int) -> str:
+        """SHA-256 of the version's artifact with its data files (proof/digest.py). Raises ModelError."""
+        return self.subject(version).digest()
 
     def with_max_batch(self, max_batch: int) -> ModelFolder:
         """The same folder, its manifest with another `max_batch`."""
@@ -63,10 +79,10 @@ class ModelFolder:
         return tuple(sorted(self.manifest.versions))
 
     def fingerprint(self, version: int) -> str:
-        """Changes with any file of the version but its proof: names, sizes and times of change."""
+        """Changes with any file of the version but what speaks of it: names, sizes and times of change."""
         root = self.path / str(version)
         try:
-            files = [(path, path.stat()) for path in sorted(root.rglob("*")) if path.name != PROOF]
+            files = [(path, path.stat()) for path in sorted(root.rglob("*")) if not _speaks_of(root, path)]
         except OSError as error:
             raise ModelError(
                 f"model '{self.name}' version {version} changes while it is read: {error}", hint="load it again"
@@ -74,32 +90,12 @@ class ModelFolder:
         return ";".join(f"{path.relative_to(root)}:{at.st_ino}:{at.st_size}:{at.st_mtime_ns}" for path, at in files)
 
     def size_bytes(self, version: int) -> int:
-        """Of all files of the version but its proof; what vanishes meanwhile counts nothing."""
-        size = 0
-        for path in (self.path / str(version)).rglob("*"):
+        """Of all files of the version but what speaks of it; what vanishes meanwhile counts nothing."""
+        root, size = self.path / str(version), 0
+        for path in root.rglob("*"):
             with suppress(OSError):
-                size += path.stat().st_size if path.name != PROOF and path.is_file() else 0
+                size += path.stat().st_size if path.is_file() and not _speaks_of(root, path) else 0
         return size
-
-    def proof(self, version: int) -> tuple[str, dict[str, Any]]:
-        """("proved", what was measured) where proof.json names this very artifact's SHA-256, else ("unproved", {...}).
-
-        An ensemble's is that of its `files`, one after another. An unproved version's second part says why under
-        `reason`.
-        """
-        path = self.path / str(version) / PROOF
-        try:
-            proof: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            claimed = proof["sha256"]
-            stamped = [(file, file.stat()) for file in self.files(version)]
-            found = _digest(tuple((file, status.st_mtime_ns, status.st_size) for file, status in stamped))
-        except FileNotFoundError:
-            return "unproved", {"reason": "there is no proof.json"}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return "unproved", {"reason": f"'{path}' cannot be read: {type(error).__name__}: {error}"}
-        if claimed != found:
-            return "unproved", {"reason": f"'{path}' is of another artifact"}
-        return "proved", proof
 
 
 @dataclass(frozen=True)
@@ -114,17 +110,20 @@ class BadFolder:
 class Repository:
     """Several roots; an earlier one wins over a later one of the same model name."""
 
-    def __init__(self, roots: Sequence[Path], require_proof: bool = False) -> None:
+    def __init__(self, roots: Sequence[Path], require_proof: bool = False, keyring: Keyring | None = None) -> None:
+        """`keyring`: whose signatures count; none trusts nobody's."""
         self.roots = tuple(roots)
         self.require_proof = require_proof
+        self.keyring = keyring or Keyring()
         self.models: dict[str, ModelFolder] = {}
         self.bad: list[BadFolder] = []
         self.scan()
 
     @classmethod
-    def from_settings(cls, settings: ModelSettings, shipped: Sequence[Path]) -> Repository:
+    def from_config(cls, config: Config, shipped: Sequence[Path]) -> Repository:
         """The owner's folders, then those that plugins ship."""
-        return cls([*settings.paths, *shipped], settings.require_proof)
+        keyring = Keyring(config.node.data_dir, config.models.trusted_keys)
+        return cls([*config.models.paths, *shipped], config.models.require_proof, keyring)
 
     def names(self) -> list[str]:
         """The models that can be served."""
@@ -188,25 +187,44 @@ class Repository:
             waiting += [(model, step_version(step, model)) for step, model in models]
         return [(folder, number) for (_, number), folder in found.items()]
 
-    def check_proof(self, folder: ModelFolder, version: int) -> str:
-        """Return `proved` or `unproved`. Raises ModelError for the latter under `require_proof`."""
-        state, details = folder.proof(version)
-        if state == "unproved" and self.require_proof:
+    def verdict(self, folder: ModelFolder, version: int) -> Verdict:
+        """Whether a version's own artifact may be believed; reads it, where it has changed since."""
+        return verify(folder.subject(version), self.keyring)
+
+    def subjects(self, folder: ModelFolder, version: int) -> list[Subject]:
+        """All that serving a version loads: its own artifact, then those of the models that an ensemble uses.
+
+        Raises ModelError where one of them is not there.
+        """
+        found = [folder.subject(version)]
+        for step in folder.manifest.steps:
+            if step.model:
+                model = self.find(step.model)
+                found += self.subjects(model, step_version(step, model))
+        return found
+
+    def check_proof(self, folder: ModelFolder, version: int) -> State:
+        """What a version's own proof is worth. Raises ModelError as `approve`, for all its `subjects`."""
+        states = [self.approve(subject) for subject in self.subjects(folder, version)]
+        return states[0]
+
+    def approve(self, subject: Subject) -> State:
+        """Call right before an artifact is loaded. Returns `proved` or `unproved`.
+
+        Raises ModelError where it is refused, and under `require_proof` where it is unproved.
+        """
+        found = verify(subject, self.keyring)
+        if found.state == "refused":
+            raise ModelError(f"{subject} is refused: {found.reason}", hint=found.hint)
+        if found.state == "unproved" and self.require_proof:
             raise ModelError(
-                f"model '{folder.name}' version {version} is unproved: {details['reason']}",
-                hint="prove it on this node, or set [models] require_proof = false",
+                f"{subject} is unproved: {found.reason}", hint=f"{found.hint}, or set [models] require_proof = false"
             )
-        return state
+        return found.state
 
 
-@functools.lru_cache(maxsize=256)
-def _digest(stamped: tuple[tuple[Path, int, int], ...]) -> str:
-    """SHA-256 of files, one after another; read again only when a time or size has changed (engines are large)."""
-    digest = hashlib.sha256()
-    for path, _, _ in stamped:
-        with path.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-    return digest.hexdigest()
+def _speaks_of(root: Path, path: Path) -> bool:
+    return speaks_of_it(path.relative_to(root).as_posix())
 
 
 def versions_in(path: Path, manifest: Manifest) -> tuple[int, ...]:

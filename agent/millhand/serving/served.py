@@ -11,7 +11,7 @@ from millhand.errors import ModelError, WorkerError
 from millhand.serving.client import WorkerClient
 from millhand.serving.load_request import batch_cap, delay_us
 from millhand.serving.manifest import Manifest, TensorSpec
-from millhand.serving.repository import BadFolder, ModelFolder, versions_in
+from millhand.serving.repository import BadFolder, ModelFolder, Repository, versions_in
 from millhand.serving.settings import WorkerDefaults
 from millhand.serving.steps import step_label
 from millhand.serving.supervision import SupervisedWorker
@@ -145,7 +145,7 @@ class Served:
         return WorkerError(f"the worker of model '{self.name}' is being restarted", hint="send the request again")
 
 
-def entry(folder: ModelFolder, served: Served | None) -> dict[str, Any]:
+def entry(folder: ModelFolder, served: Served | None, repository: Repository) -> dict[str, Any]:
     """A model's entry of the index. It reads artifacts to compare them with their proofs."""
     return {
         "name": folder.name,
@@ -157,7 +157,7 @@ def entry(folder: ModelFolder, served: Served | None) -> dict[str, Any]:
         "details": [
             _version(number, served) for number in sorted({*folder.versions, *(served.wanted if served else ())})
         ],
-        "proof": {str(version): folder.proof(version)[0] for version in folder.versions},
+        "proof": {str(version): repository.verdict(folder, version).state for version in folder.versions},
         "worker": ", ".join(worker.name for worker in served.workers) if served else "",
     }
 
@@ -183,7 +183,9 @@ def _labels(manifest: Manifest) -> dict[str, list[str]]:
     return {prediction.output: list(prediction.labels)} if prediction and prediction.labels else {}
 
 
-def metadata(folder: ModelFolder, served: Served | None, host: WorkerDefaults) -> dict[str, Any]:
+def metadata(
+    folder: ModelFolder, served: Served | None, host: WorkerDefaults, repository: Repository
+) -> dict[str, Any]:
     """What the model takes and gives, and where it lies; `host` is where it runs or would run."""
     manifest, prediction = folder.manifest, folder.manifest.prediction
     return {
@@ -202,27 +204,23 @@ def metadata(folder: ModelFolder, served: Served | None, host: WorkerDefaults) -
         "accelerator": _evidence(served),
         "threads": _threads(served),
         "steps": _steps(folder, served),
-        "artifacts": _artifacts(folder),
+        "artifacts": _artifacts(folder, repository),
     }
 
 
-def _artifacts(folder: ModelFolder) -> dict[str, Any]:
+def _artifacts(folder: ModelFolder, repository: Repository) -> dict[str, Any]:
     """Version -> its files, of all that are on disk now: some may have come since the folder was read."""
     try:
         versions = versions_in(folder.path, folder.manifest)
     except OSError:
         versions = ()
-    return {str(version): _artifact(folder, version) for version in versions}
+    return {str(version): _artifact(folder, version, repository) for version in versions}
 
 
-def _artifact(folder: ModelFolder, version: int) -> dict[str, Any]:
-    """What a version takes on disk, and why it is unproved."""
-    proof, details = folder.proof(version)
-    return {
-        "bytes": folder.size_bytes(version),
-        "proof": proof,
-        "proof_reason": details["reason"] if proof == "unproved" else "",
-    }
+def _artifact(folder: ModelFolder, version: int, repository: Repository) -> dict[str, Any]:
+    """What a version takes on disk, and why it is not proved."""
+    verdict = repository.verdict(folder, version)
+    return {"bytes": folder.size_bytes(version), "proof": verdict.state, "proof_reason": verdict.reason}
 
 
 def _steps(folder: ModelFolder, served: Served | None) -> list[dict[str, Any]]:

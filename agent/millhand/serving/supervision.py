@@ -38,11 +38,13 @@ class SupervisedWorker:
         launch: Callable[[str, int], Awaitable[WorkerProcess]],
         settings: ModelSettings,
         *,
+        approve: Callable[[LoadRequest], Awaitable[None]],
         on_death: Callable[[Key | None, str], None],
         on_change: Callable[[], None],
         on_load_failed: Callable[[Key, MillhandError], None],
     ) -> None:
-        """`launch(name, generation)` starts a process. `on_death(blamed, reason)` may change `wanted`."""
+        """`launch(name, generation)` starts a process. `approve(request)` raises ModelError where a version must not be
+        loaded again. `on_death(blamed, reason)` may change `wanted`."""
         self.name = name
         self.host = host
         """What the profile says about it, the accelerator above all."""
@@ -58,6 +60,7 @@ class SupervisedWorker:
         self.process: WorkerProcess | None = None
         self._launch = launch
         self._settings = settings
+        self._approve = approve
         self._on_death = on_death
         self._on_change = on_change
         self._on_load_failed = on_load_failed
@@ -316,6 +319,7 @@ class SupervisedWorker:
 
     async def _reload(self, key: Key, request: LoadRequest) -> None:
         try:
+            await self._approve(request)
             await self._load(request)
         except WorkerError:
             raise  # the worker is gone; the death is counted, and all is tried again

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import secrets
 import sqlite3
 import threading
@@ -15,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
+from millhand.durable import sync_folder, write_durably
 from millhand.errors import StoreError
 from millhand.store.clock import StoreClock
 from millhand.store.faults import Damage, extended_code, is_damage, store_error
@@ -191,7 +191,7 @@ class Database:
                 "UPDATE identity SET token = ?, marker_token = ?, clock_s = ?",
                 (token, self._marker_token, self.clock.now_s()),
             )
-        _write_durably(self._marker, token)
+        write_durably(self._marker, token.encode("ascii"))
         self._marker_token = token
 
     # ---- opening ----------------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ class Database:
         for suffix in SIDE_FILES:
             with contextlib.suppress(FileNotFoundError):
                 self.path.with_name(self.path.name + suffix).rename(target.with_name(target.name + suffix))
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
         self._prune_set_aside()
         return target if target.exists() else None
 
@@ -340,21 +340,3 @@ def _read_marker(path: Path) -> str:
         return path.read_text(encoding="ascii").strip()
     except (FileNotFoundError, UnicodeDecodeError):
         return ""
-
-
-def _write_durably(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("w", encoding="ascii") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

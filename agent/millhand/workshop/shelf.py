@@ -16,10 +16,12 @@ from pathlib import Path
 
 import msgspec
 
+from millhand.durable import sync_folder, write_durably
 from millhand.errors import ModelError
+from millhand.proof.document import RECORD
+from millhand.proof.verification import Subject
 from millhand.workshop.recipe import Made, Recipe
 
-RECORD = "made.json"
 CHOICE = "choice.json"
 _STAGING = ".making-"
 _LOCK = ".lock"
@@ -97,6 +99,20 @@ class Shelf:
             hint=f"there are: {names}; 'millhand model build {model}' makes them",
         )
 
+    def subject(self, model: str, version: int, target: str, candidate: Candidate) -> Subject:
+        """The candidate as its proof must speak of it."""
+        record = candidate.record
+        return Subject(
+            model=model,
+            version=version,
+            folder=candidate.folder,
+            artifact=record.made.artifact,
+            candidate=candidate.name,
+            target=target,
+            backend=record.made.backend,
+            made={"options": record.made.options, "key": record.made.key, "source_sha256": record.source_sha256},
+        )
+
     @contextlib.contextmanager
     def staged(self, model: str, version: int, target: str, name: str) -> Iterator[Path]:
         """An empty folder to fill; at the end of the block it takes the candidate's place, after an error it goes."""
@@ -148,22 +164,6 @@ class Shelf:
         write_durably(place / CHOICE, msgspec.json.format(msgspec.json.encode(choice), indent=2))
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing: temporary file, fsync, rename, fsync of the folder."""
-    number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(number, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
 def _replace(folder: Path, place: Path) -> None:
     """Put a folder in the place of another. Between two renames nothing is there, never half of something."""
     for path in folder.rglob("*"):
@@ -171,7 +171,7 @@ def _replace(folder: Path, place: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     folder.chmod(0o755)
-    _sync(folder)
+    sync_folder(folder)
     if place.exists():
         old = Path(tempfile.mkdtemp(prefix=f"{_STAGING}old-", dir=place.parent))
         place.replace(old)
@@ -179,12 +179,4 @@ def _replace(folder: Path, place: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         folder.replace(place)
-    _sync(place.parent)
-
-
-def _sync(folder: Path) -> None:
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+    sync_folder(place.parent)
