@@ -9,7 +9,7 @@ TEST_ARGS ?=
 # Nothing that runs here may phone home.
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: venv demo test lint format bench clean lock
+.PHONY: venv demo test lint format bench clean lock providers
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	@echo "Preparing $(VENV) for the demo (once) ..."
@@ -42,6 +42,13 @@ format: $(VENV)/.dev
 
 test: lint
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+# Plugin libraries of ONNX Runtime for the tests that meet real ones (170 MB, with GPU=1 430 MB). They lie beside the
+# project, since a package of theirs may ask for another onnxruntime; TensorRT-RTX comes under NVIDIA's licence.
+providers: $(VENV)/.dev
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/providers onnxruntime-ggml==0.2.0 \
+	  onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0
+	$(if $(GPU),$(BIN)/python -m pip install -q --no-deps --upgrade --target build/providers/gpu onnxruntime-gpu==1.31.1)
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/all.py

@@ -71,6 +71,10 @@ class WorkerError(MillhandError):
     retriable = True
 
 
+class AcceleratorError(WorkerError):
+    """The accelerator fails in this process with every input; only a new process may bring it back."""
+
+
 class DeadlineError(MillhandError):
     """A request was not done before its deadline and was dropped."""
 

@@ -1,9 +1,11 @@
-"""The proof of a GPU session. Without a GPU its parts run on real profiles and sessions of the CPU."""
+"""The proof of an accelerated session. Without a GPU its parts run on real profiles and sessions of the CPU."""
 
 from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from millhand.errors import ModelError
-from millhand_plugins.onnxruntime import proof
+from millhand.errors import AcceleratorError, ModelError
+from millhand_plugins.onnxruntime import proof, trials
+from millhand_plugins.onnxruntime.accelerated import AcceleratedSession
 from millhand_plugins.onnxruntime.artifact import Artifact
 from millhand_plugins.onnxruntime.backend import OnnxruntimeBackend
-from millhand_plugins.onnxruntime.gpu import FixedBatches, GpuSession
+from millhand_plugins.onnxruntime.ladder import Ladder, batch_sizes, fastest
+from millhand_plugins.onnxruntime.ways import Bound, Filled, OneThread, Plain
 
 CUDA = "CUDAExecutionProvider"
 X = {"x": ("float32", (-1, 2, 16))}
@@ -59,7 +63,7 @@ def profile(net, tmp_path):
 
     def record(*moved: str):
         session = Artifact(net, ("cpu",), {"optimization": "none"}).open(profile=tmp_path / "run")
-        session.run(None, proof.example(X))
+        session.run(None, proof.examples(X))
         path = Path(session.end_profiling())
         events = json.loads(path.read_text())
         for event in events:
@@ -78,12 +82,12 @@ def test_a_profile_names_every_node_with_its_operator_and_provider(profile):
     nodes = {node.name: node for node in proof.read_profile(profile("Conv"))}
     assert nodes["conv"] == proof.NodeRun("conv", "Conv", CUDA, half=False)
     assert nodes["dense"].operator == "MatMul" and nodes["dense"].provider == "CPUExecutionProvider"
-    assert nodes["conv"].on_gpu and not nodes["dense"].on_gpu
+    assert nodes["conv"].accelerated and not nodes["dense"].accelerated
 
 
 def test_shapes_may_be_computed_on_the_cpu_and_are_named(profile):
     nodes = proof.read_profile(profile("Conv", "MatMul", "Reshape"))
-    evidence = proof.check_nodes("net.onnx", nodes)
+    evidence = proof.check_nodes("net.onnx", nodes, CUDA)
     assert evidence["provider"] == CUDA and evidence["gpu_nodes"] == 3 and evidence["nodes"] == len(nodes) > 3
     assert evidence["gpu_share"] == round(3 / len(nodes), 4)
     assert "rows (Shape)" in evidence["cpu_nodes"]
@@ -93,25 +97,36 @@ def test_a_heavy_node_on_the_cpu_is_an_error_with_its_name_and_a_remedy(profile)
     with pytest.raises(
         ModelError, match=r"'net\.onnx': the nodes that cost most ran on the CPU.*'dense' \(MatMul\)$"
     ) as e:
-        proof.check_nodes("net.onnx", proof.read_profile(profile("Conv", "Reshape")))
+        proof.check_nodes("net.onnx", proof.read_profile(profile("Conv", "Reshape")), CUDA)
     assert "float16" in e.value.hint and "providers = ['cpu']" in e.value.hint
 
 
 def test_profiles_recorded_on_a_card_are_read():
     """Of one H100 with onnxruntime-gpu 1.31.1: a float net, and a quantised one without CUDA kernels."""
     folder = Path(__file__).parent / "captures"
-    evidence = proof.check_nodes("cnn", proof.read_profile(folder / "ort_profile_cuda.json"))
+    evidence = proof.check_nodes("cnn", proof.read_profile(folder / "ort_profile_cuda.json"), CUDA)
     assert (evidence["nodes"], evidence["gpu_nodes"], evidence["cpu_nodes"]) == (13, 13, [])
     with pytest.raises(ModelError, match=r"the nodes that cost most ran on the CPU.*'ConvInteger_1' \(ConvInteger\)"):
-        proof.check_nodes("integer", proof.read_profile(folder / "ort_profile_cuda_integer.json"))
+        proof.check_nodes("integer", proof.read_profile(folder / "ort_profile_cuda_integer.json"), CUDA)
 
 
 def test_a_model_that_never_touched_the_gpu_is_an_error():
     nodes = [proof.NodeRun(f"n{number}", "Add", "CPUExecutionProvider", False) for number in range(7)]
-    with pytest.raises(ModelError, match=r"none of its 7 nodes ran on the GPU: 'n0' \(Add\).*'n4' \(Add\) and 2 more"):
-        proof.check_nodes("net.onnx", nodes)
-    with pytest.raises(ModelError, match="none of its 0 nodes ran on the GPU"):
-        proof.check_nodes("net.onnx", [])
+    named = r"'n0' \(Add\).*'n4' \(Add\) and 2 more ran on CPUExecutionProvider"
+    with pytest.raises(ModelError, match=rf"none of its 7 nodes ran on {CUDA}; {named}$") as caught:
+        proof.check_nodes("net.onnx", nodes, CUDA)
+    assert "['cpu']" in caught.value.hint
+    with pytest.raises(ModelError, match=f"none of its 0 nodes ran on {CUDA}$"):
+        proof.check_nodes("net.onnx", [], CUDA)
+
+
+def test_a_provider_that_left_everything_to_the_next_is_an_error():
+    nodes = [proof.NodeRun("conv", "Conv", CUDA, False)]
+    with pytest.raises(
+        ModelError, match=f"none of its 1 nodes ran on TensorrtExecutionProvider; 'conv' .* {CUDA}$"
+    ) as e:
+        proof.check_nodes("net.onnx", nodes, "TensorrtExecutionProvider")
+    assert "take that provider out" in e.value.hint
 
 
 def test_copies_are_not_counted_and_float16_is_seen(tmp_path):
@@ -170,8 +185,8 @@ def test_an_answer_beyond_the_tolerance_names_both():
 def test_the_example_is_valid_for_any_input():
     specs = {"x": ("float16", (-1, 3, -1)), "ids": ("int64", (-1, 50)), "mask": ("bool", (-1, 50))}
     specs["text"] = ("object", (-1, 2))
-    row, again = proof.example(specs), proof.example(specs)
-    assert row["x"].shape == (1, 3, 1) and row["x"].dtype == np.float16 and np.ptp(row["x"]) > 0
+    row, again = proof.examples(specs), proof.examples(specs)
+    assert row["x"].shape == (2, 3, 1) and row["x"].dtype == np.float16 and np.ptp(row["x"]) > 0
     assert set(row["ids"][0].tolist()) == {0, 1} and row["mask"].dtype == bool and row["text"][0, 0] == b"0"
     assert all(np.array_equal(row[name], again[name]) for name in specs)
 
@@ -179,94 +194,233 @@ def test_the_example_is_valid_for_any_input():
 # ---- the session ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def cpu_stands_in(monkeypatch):
+    """What runs on the CPU counts as accelerated: the same code, sessions and files, other hardware."""
+    monkeypatch.setattr(proof, "CPU_PROVIDER", "none")
+
+
+@pytest.fixture
+def every_way(cpu_stands_in, monkeypatch):
+    """Buffers are bound in the CPU's memory, and a session without graphs runs where graphs would be played."""
+    monkeypatch.setattr(trials, "DEVICE", "cpu")
+    monkeypatch.setattr(trials, "BIND", ("cpu",))
+    monkeypatch.setattr(trials, "RECORD", ("cpu",))
+
+
+def accelerated(path, max_batch=20, **options):
+    session = AcceleratedSession(Artifact(path, ("cpu",), options))
+    session.prove(X, max_batch)
+    return session
+
+
+def rows(count, seed=2):
+    return np.random.default_rng(seed).standard_normal((count, 2, 16)).astype(np.float32)
+
+
+def check_every_size(session, path):
+    plain = OnnxruntimeBackend().load(path, "cpu", {})
+    for count in (*range(1, 50), 3, 20, 1):
+        x = rows(count, count)
+        np.testing.assert_allclose(session.run({"x": x})["y"], plain.run({"x": x})["y"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def dense(tmp_path):
+    flat = {"shape": np.array([0, -1], dtype=np.int64), "b": np.ones((32, 3), dtype=np.float32)}
+    nodes = [helper.make_node("Reshape", ["x", "shape"], ["f"]), helper.make_node("MatMul", ["f", "b"], ["y"])]
+    return save(tmp_path / "dense.onnx", nodes, flat, ["n", 3])
+
+
 def test_a_session_that_fell_back_to_the_cpu_is_found_out(net):
-    session = GpuSession(Artifact(net, ("cpu",), {}))
-    with pytest.raises(ModelError, match="has not proved that it runs on the GPU"):
-        session.run(proof.example(X))
-    with pytest.raises(ModelError, match="ran on the CPU, not on the GPU: 'conv'"):
+    session = AcceleratedSession(Artifact(net, ("cpu",), {}))
+    with pytest.raises(ModelError, match="has not proved that it runs on 'cpu'"):
+        session.run({"x": rows(1)})
+    with pytest.raises(ModelError, match="ran on the CPU, not on CPUExecutionProvider: 'conv'"):
         session.prove(X, 64)
     with pytest.raises(ModelError, match="has not proved"):
-        session.run(proof.example(X))
+        session.run({"x": rows(1)})
     session.close()
 
 
-def test_a_whole_proof_leaves_nothing_behind(net, monkeypatch, tmp_path):
-    """The CPU plays the GPU: the same code, sessions and files."""
-    monkeypatch.setattr(proof, "GPU_PROVIDERS", ("CPUExecutionProvider",))
+def test_a_whole_proof_leaves_nothing_behind(net, cpu_stands_in, monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", os.fspath(tmp_path / "tmp"))
     monkeypatch.setattr("tempfile.tempdir", None)
     (tmp_path / "tmp").mkdir()
-    session = GpuSession(Artifact(net, ("cpu",), {}))
-    session.prove(X, 20)
+    session = accelerated(net)
     evidence = session.proof
     assert evidence["gpu_share"] == 1 and evidence["cpu_nodes"] == []
+    assert evidence["providers"] == {"CPUExecutionProvider": evidence["nodes"]}
     assert evidence["max_difference"] <= 1e-6 < evidence["tolerance"] == proof.TOLERANCE
     assert evidence["reference"] == "CPUExecutionProvider" and evidence["batch_sizes"] == [1, 8, 20]
+    assert {size: entry["way"] for size, entry in evidence["ways"].items()} == dict.fromkeys(("1", "8", "20"), "plain")
+    assert evidence["left_out"] == dict.fromkeys(("bound", "graph"), "the buffers of 'cpu' are its own")
     assert 0 < evidence["proof_ms"] < 1000
     assert session.concurrent is False
-    x = np.random.default_rng(2).standard_normal((11, 2, 16)).astype(np.float32)
-    plain = OnnxruntimeBackend().load(net, "cpu", {})
-    np.testing.assert_allclose(session.run({"x": x})["y"], plain.run({"x": x})["y"], rtol=1e-5, atol=1e-5)
+    check_every_size(session, net)
     session.close()
     assert list((tmp_path / "tmp").iterdir()) == []
+    with pytest.raises(ModelError, match="the session is closed"):
+        session.run({"x": rows(1)})
 
 
-def batch_sizes(path, options, max_batch):
-    session = GpuSession(Artifact(path, ("cpu",), options))
-    session.prove(X, max_batch)
-    return session.proof["batch_sizes"]
+def test_only_convolutions_need_fixed_batch_sizes(net, dense, cpu_stands_in):
+    assert accelerated(dense, 64).proof["batch_sizes"] == []
+    assert accelerated(net, 64, fixed_batches=False).proof["batch_sizes"] == []
+    assert accelerated(net, 64).proof["batch_sizes"] == [1, 8, 64]
+    assert accelerated(net, 1).proof["batch_sizes"] == [1]
 
 
-def test_only_convolutions_need_fixed_batch_sizes(net, tmp_path, monkeypatch):
-    monkeypatch.setattr(proof, "GPU_PROVIDERS", ("CPUExecutionProvider",))
-    flat = {"shape": np.array([0, -1], dtype=np.int64), "b": np.ones((32, 3), dtype=np.float32)}
-    nodes = [helper.make_node("Reshape", ["x", "shape"], ["f"]), helper.make_node("MatMul", ["f", "b"], ["y"])]
-    dense = save(tmp_path / "dense.onnx", nodes, flat, ["n", 3])
-    assert batch_sizes(dense, {}, 64) == []
-    assert batch_sizes(net, {"fixed_batches": False}, 64) == []
-    assert batch_sizes(net, {}, 64) == [1, 8, 64]
-    assert batch_sizes(net, {}, 1) == [1]
-
-
-def test_a_wrong_answer_of_the_gpu_fails_the_proof(net, monkeypatch):
-    monkeypatch.setattr(proof, "GPU_PROVIDERS", ("CPUExecutionProvider",))
-    right = proof.example
-    session = GpuSession(Artifact(net, ("cpu",), {}))
+def test_a_wrong_answer_fails_the_proof(net, cpu_stands_in, monkeypatch):
+    right = proof.examples
+    session = AcceleratedSession(Artifact(net, ("cpu",), {}))
     reference = session._reference
-    monkeypatch.setattr(session, "_reference", lambda row: reference({"x": right(X)["x"] * 1.01}))
-    with pytest.raises(ModelError, match="in a batch of 1, the GPU's answer to a test input differs"):
+    monkeypatch.setattr(session, "_reference", lambda rows: reference({"x": right(X)["x"] * 1.01}))
+    with pytest.raises(ModelError, match="in a batch of 1, the answer to a test input differs"):
         session.prove(X, 64)
 
 
 def test_a_first_inference_that_fails_is_not_blamed_on_a_request(net):
-    session = GpuSession(Artifact(net, ("cpu",), {}))
-    with pytest.raises(ModelError, match=r"the first inference on the GPU: 'net\.onnx' failed") as caught:
+    session = AcceleratedSession(Artifact(net, ("cpu",), {}))
+    with pytest.raises(ModelError, match=r"the first inference on 'cpu': 'net\.onnx' failed") as caught:
         session.prove({"x": ("float32", (-1, 2, 3))}, 64)
     assert "cuDNN" in caught.value.hint
     session.close()
 
 
 class Watched:
-    """A session that remembers the batch sizes it saw."""
+    """A way that remembers the batch sizes it saw."""
 
-    def __init__(self, session):
-        self.session, self.seen = session, set()
+    def __init__(self, way):
+        self.way, self.seen = way, set()
 
-    def run(self, outputs, inputs):
+    def __call__(self, inputs):
         self.seen.add(len(inputs["x"]))
-        return self.session.run(outputs, inputs)
+        return self.way(inputs)
 
 
-def test_each_inner_session_sees_one_batch_size_and_every_row_is_right(net):
-    artifact = Artifact(net, ("cpu",), {})
-    batches = FixedBatches(artifact.open(), artifact, (1, 8, 20))
-    batches._sessions = {size: Watched(session) for size, session in batches._sessions.items()}
-    plain, random = artifact.open(), np.random.default_rng(3)
-    for rows in range(1, 50):
-        x = random.standard_normal((rows, 2, 16)).astype(np.float32)
-        (y,) = batches.run(["y"], {"x": x})
-        np.testing.assert_allclose(y, plain.run(["y"], {"x": x})[0], rtol=1e-5, atol=1e-5)
-    assert {size: session.seen for size, session in batches._sessions.items()} == {1: {1}, 8: {8}, 20: {20}}
+def test_a_filled_way_sees_one_batch_size_and_every_row_is_right(net):
+    session = Artifact(net, ("cpu",), {}).open()
+    inner = {size: Watched(Plain(session, ["y"])) for size in (1, 8, 20)}
+    ladder = Ladder({size: Filled(way, size, "x") for size, way in inner.items()}, "x")
+    for count in range(1, 50):
+        x = rows(count, 3)
+        np.testing.assert_allclose(ladder({"x": x})["y"], session.run(["y"], {"x": x})[0], rtol=1e-5, atol=1e-5)
+    assert {size: way.seen for size, way in inner.items()} == {1: {1}, 8: {8}, 20: {20}}
+
+
+# ---- other ways to run ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["plain", "bound", "graph"])
+@pytest.mark.parametrize("shape", ["net", "dense"])
+def test_every_way_answers_batches_of_every_size(way, shape, every_way, request, monkeypatch):
+    path = request.getfixturevalue(shape)
+    monkeypatch.setattr(trials, "fastest", lambda ways, batch: (way, dict.fromkeys(ways, 1.0)))
+    session = accelerated(path)
+    assert {entry["way"] for entry in session.proof["ways"].values()} == {way}
+    assert session.proof["left_out"] == {}
+    check_every_size(session, path)
+    session.close()
+
+
+def test_ways_may_differ_by_batch_size(net, every_way, monkeypatch):
+    chosen = iter(["graph", "bound", "plain"])
+    monkeypatch.setattr(trials, "fastest", lambda ways, batch: (next(chosen), {}))
+    session = accelerated(net)
+    assert {size: entry["way"] for size, entry in session.proof["ways"].items()} == {
+        "1": "graph",
+        "8": "bound",
+        "20": "plain",
+    }
+    check_every_size(session, net)
+    session.close()
+
+
+def test_answers_that_were_handed_out_stay_as_they_are(dense, every_way, monkeypatch):
+    monkeypatch.setattr(trials, "fastest", lambda ways, batch: ("bound", {}))
+    session = accelerated(dense)
+    first = session.run({"x": rows(8)})["y"]
+    kept = first.copy()
+    session.run({"x": rows(8, 9)})
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_ways_are_tried_only_where_the_owner_lets_them(net, every_way):
+    assert set(accelerated(net).proof["ways"]["1"]["us"]) == {"plain", "bound", "graph"}
+    assert set(accelerated(net, io_binding=False).proof["ways"]["1"]["us"]) == {"plain", "graph"}
+    assert set(accelerated(net, cuda_graph=False).proof["ways"]["1"]["us"]) == {"plain", "bound"}
+    assert accelerated(net, cuda_graph=False, io_binding=False).proof["ways"]["1"] == {"way": "plain", "us": {}}
+
+
+def test_a_way_that_fails_or_lies_is_left_out(net, every_way, monkeypatch):
+    class Stale(Bound):
+        """Reads its first answer for ever, as a graph over the wrong buffers would."""
+
+        def __call__(self, inputs):
+            self._told = getattr(self, "_told", None) or super().__call__(inputs)
+            return self._told
+
+    def no_graphs(*_):
+        raise RuntimeError("This session cannot use the graph capture feature\nmore")
+
+    monkeypatch.setattr(trials, "Bound", Stale)
+    monkeypatch.setattr(trials, "CudaGraphs", no_graphs)
+    session = accelerated(net)
+    assert {entry["way"] for entry in session.proof["ways"].values()} == {"plain"}
+    assert "the answer to a test input differs" in session.proof["left_out"]["bound"]
+    assert session.proof["left_out"]["graph"] == "batch of 1: This session cannot use the graph capture feature"
+    check_every_size(session, net)
+
+
+def test_graphs_are_asked_for_as_onnx_runtime_documents_them(net):
+    options = {"provider_options": {"cuda": {"cudnn_conv_use_max_workspace": "0"}, "ggml": {"a": "b"}}, "tf32": True}
+    told = Artifact(net, ("cuda", "cpu"), options).with_cuda_graphs().options
+    assert told["provider_options"]["cuda"] == {"cudnn_conv_use_max_workspace": "0", "enable_cuda_graph": "1"}
+    assert told["provider_options"]["ggml"] == {"a": "b"} and told["tf32"] is True
+
+
+def test_one_thread_runs_everything_and_hands_errors_over():
+    thread = OneThread("test")
+    names = {thread.call(threading.get_ident) for _ in range(3)}
+    assert len(names) == 1 and threading.get_ident() not in names
+    with pytest.raises(ZeroDivisionError):
+        thread.call(lambda: 1 // 0)
+    assert thread.call(lambda a, b: a + b, 1, 2) == 3
+    thread.end()
+
+
+def test_a_large_difference_pays_and_noise_does_not():
+    def taking(ms):
+        return lambda batch: time.sleep(ms / 1e3)
+
+    best, times = fastest({"plain": taking(4), "bound": taking(2), "graph": taking(2.1)}, {})
+    assert best == "bound" and times["plain"] > times["bound"] >= 2000
+    assert fastest({"plain": taking(2), "bound": taking(2)}, {})[0] == "plain"
+
+
+def test_batch_sizes_reach_the_largest():
+    assert [batch_sizes(largest) for largest in (1, 2, 8, 9, 64, 256)] == [
+        (1,), (1, 2), (1, 8), (1, 8, 9), (1, 8, 64), (1, 8, 64, 256),
+    ]  # fmt: skip
+
+
+# ---- failures -------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_that_fails_is_told_from_an_accelerator_that_does(dense, cpu_stands_in, monkeypatch):
+    session = accelerated(dense)
+    with pytest.raises(ModelError, match=r"'dense\.onnx' failed"):
+        session.run({"x": np.zeros((1, 3, 16), dtype=np.float32)})
+    np.testing.assert_array_equal(session.run({"x": np.ones((1, 2, 16), dtype=np.float32)})["y"], [[32, 32, 32]])
+
+    def lost(inputs):
+        raise RuntimeError("CUDA failure 719: unspecified launch failure ; GPU=0")
+
+    monkeypatch.setattr(session, "_way", lost)
+    with pytest.raises(AcceleratorError, match="'cpu' fails with every input since: CUDA failure 719") as caught:
+        session.run({"x": rows(1)})
+    assert caught.value.retriable and "nvidia-smi" in caught.value.hint
 
 
 @pytest.mark.gpu

@@ -13,8 +13,9 @@ from onnx import TensorProto, helper
 
 from millhand.errors import ModelError
 from millhand_plugins import onnxruntime as plugin
-from millhand_plugins.onnxruntime.artifact import PROVIDERS, why_not_loaded
+from millhand_plugins.onnxruntime.artifact import why_not_loaded
 from millhand_plugins.onnxruntime.backend import OnnxruntimeBackend
+from millhand_plugins.onnxruntime.providers import BUILT_IN
 from millhand_plugins.onnxruntime.settings import OnnxruntimeSettings
 
 FOLDER = Path(plugin.__file__).parent
@@ -118,7 +119,7 @@ def test_an_error_of_cuda_is_not_blamed_on_the_file(artifact, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("CUDA failure 100: no CUDA-capable device is detected ; GPU=0\nstack")
 
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(BUILT_IN.values()))
     monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
     with pytest.raises(ModelError, match=r"cannot be loaded: CUDA failure 100.*GPU=0$") as caught:
         OnnxruntimeBackend().load(artifact, "GPU-123", {})

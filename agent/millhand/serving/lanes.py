@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from millhand.errors import DeadlineError, MillhandError, ModelError, WorkerError
+from millhand.errors import AcceleratorError, DeadlineError, MillhandError, ModelError, WorkerError
 from millhand.hookspecs import CountingSession, DeadlineSession
 from millhand.serving.batcher import Lane, Request
 from millhand.serving.device_memory import trim_memory, used_bytes
@@ -291,6 +291,8 @@ class LoadedModel:
         try:
             for _ in range(count):
                 self._run(zeros(self.inputs, 1), 1)
+        except AcceleratorError:
+            raise
         except WorkerError as error:  # what it waits for may come up later
             log.warning("model '%s' is loaded, but cannot answer yet: %s", self.name, error.message)
 

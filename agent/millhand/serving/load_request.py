@@ -120,5 +120,6 @@ def _backend(
     return {
         "backend": source.name,
         "module": source.module,
-        "plugin_options": {**source.options, "threads": threads},
+        # A backend that has a cap of its own for the accelerator's memory sets it by `memory_bytes_cap`.
+        "plugin_options": {**source.options, "threads": threads, "memory_bytes_cap": host.memory_bytes_cap},
     }

@@ -25,7 +25,7 @@ from typing import Any
 
 import msgspec
 
-from millhand.errors import DeadlineError, InputError, MillhandError, ModelError, OverloadError
+from millhand.errors import AcceleratorError, DeadlineError, InputError, MillhandError, ModelError, OverloadError
 from millhand.serving import protocol
 from millhand.serving.batcher import Batch, Batcher, Request
 from millhand.serving.blackbox import LOAD, RUN, RUNNERS_CAP, Blackbox
@@ -39,6 +39,8 @@ log = logging.getLogger("millhand.worker")
 PR_SET_PDEATHSIG = 1
 NOTHING: dict[int, LoadedModel] = {}
 CONNECTIONS_CAP = 256
+ACCELERATOR_LOST = 3
+"""Exit status; the daemon starts a new process, or moves the models to another accelerator."""
 
 
 class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -350,6 +352,9 @@ class Worker:
             if isinstance(inference.outcome, Exception):
                 for request in inference.requests:
                     request.origin.fail(inference.outcome)
+                if isinstance(inference.outcome, AcceleratorError):
+                    log.critical("%s: the worker ends", inference.outcome.message)
+                    os._exit(ACCELERATOR_LOST)  # while the black box says whose run it was
                 continue
             started_ns, compute_ns = inference.started_ns, inference.ended_ns - inference.started_ns
             rows = sum([request.rows for request in inference.requests])

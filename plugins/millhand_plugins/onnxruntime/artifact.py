@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from millhand.errors import ModelError
-
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
+from millhand_plugins.onnxruntime.providers import CPU, Provider, library_device, read_providers
 
 
 @dataclass(frozen=True)
@@ -27,12 +23,19 @@ class Artifact:
     options: Mapping[str, Any]
 
     @property
-    def on_gpu(self) -> bool:
-        return self.providers != ("cpu",)
+    def accelerated(self) -> bool:
+        """Whether anything but ONNX Runtime's own CPU provider is asked for."""
+        return self.providers != (CPU,)
 
     def on_cpu(self) -> Artifact:
         """The same file on the CPU."""
-        return Artifact(self.path, ("cpu",), self.options)
+        return Artifact(self.path, (CPU,), self.options)
+
+    def with_cuda_graphs(self) -> Artifact:
+        """The same file in a session that records CUDA graphs."""
+        told = self.options.get("provider_options") or {}
+        cuda = {**told.get("cuda", {}), "enable_cuda_graph": "1"}
+        return Artifact(self.path, self.providers, {**self.options, "provider_options": {**told, "cuda": cuda}})
 
     def open(self, profile: Path | None = None) -> Any:
         """Return an InferenceSession; with `profile`, one that writes down what runs where, until it is told to stop.
@@ -44,38 +47,63 @@ class Artifact:
 
         if not self.path.is_file():
             raise ModelError(f"'{self.path}' does not exist", hint="put the artifact there, or mend `artifact`")
-        _check_available(self.providers, onnxruntime.get_available_providers())
-        if self.on_gpu:
-            self._check_visible()
-            _preload(onnxruntime)
+        providers = read_providers(self.providers, self.options)
+        self._check_ready(onnxruntime, providers)
         made = _session_options(onnxruntime, self.options)
+        if CPU not in self.providers:
+            made.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         if profile is not None:
             made.enable_profiling = True
             made.profile_file_prefix = os.fspath(profile)
+        devices = {one.name: library_device(onnxruntime, one.library) for one in providers if one.library}
+        labels = {one.name: devices[one.name].ep_name if one.library else one.label for one in providers}
+        arguments = _arguments(providers, labels, self.options)
+        if devices and all(one.library or one.name == CPU for one in providers):
+            for one in providers:
+                if one.library:
+                    made.add_provider_for_devices([devices[one.name]], dict(one.options))
+            arguments = {}  # the session options name them; a list beside them would take their place
         try:
-            session = onnxruntime.InferenceSession(
-                os.fspath(self.path),
-                made,
-                providers=[(PROVIDERS[name], _provider_options(name, self.options)) for name in self.providers],
-                enable_fallback=False,
-            )
+            session = onnxruntime.InferenceSession(os.fspath(self.path), made, enable_fallback=False, **arguments)
         except Exception as error:
-            raise ModelError(f"'{self.path}' cannot be loaded: {first_line(error)}", hint=_remedy(error)) from error
-        self._check_used(onnxruntime, session.get_providers())
+            raise self._failed(onnxruntime, providers, error) from error
+        self._check_used(onnxruntime, labels, session.get_providers())
         return session
 
-    def _check_visible(self) -> None:
+    def _check_ready(self, onnxruntime: Any, providers: tuple[Provider, ...]) -> None:
+        """Whether the build has what is asked for; CUDA's libraries are loaded here."""
+        available = onnxruntime.get_available_providers()
+        for one in providers:
+            if one.library is None and one.label not in available:
+                raise ModelError(
+                    f"this build of ONNX Runtime has no provider '{one.name}'",
+                    hint="install onnxruntime-gpu in place of onnxruntime, or leave the provider out of the options",
+                )
+        if any(one.on_cuda for one in providers):
+            self._check_visible(providers)
+            _preload(onnxruntime)
+
+    def _check_visible(self, providers: tuple[Provider, ...]) -> None:
         """CUDA_VISIBLE_DEVICES is the worker's, set by the daemon to one GPU or to none."""
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-            wanted = next(name for name in self.providers if name != "cpu")
+            wanted = next(one.name for one in providers if one.on_cuda)
             raise ModelError(
                 f"'{self.path}' asks for the provider '{wanted}', but this worker sees no GPU: "
                 "CUDA_VISIBLE_DEVICES is empty",
                 hint="look at `millhand profile match` for why, or set providers = ['cpu']",
             )
 
-    def _check_used(self, onnxruntime: Any, used: list[str]) -> None:
-        missing = [name for name in self.providers if PROVIDERS[name] not in used]
+    def _failed(self, onnxruntime: Any, providers: tuple[Provider, ...], error: Exception) -> ModelError:
+        text = f"'{self.path}' cannot be loaded: {first_line(error)}"
+        if "ep_fallback" in str(error) or "fallback to CPU EP has been explicitly disabled" in str(error):
+            return ModelError(text, hint="some of its nodes need the CPU: add 'cpu' to `providers`")
+        if "TensorRT" in str(error) and "install" in str(error):
+            text += why_not_loaded(onnxruntime, "tensorrt")
+            return ModelError(text, hint=_NEEDED.format(version=onnxruntime.__version__))
+        return ModelError(text, hint=_remedy(error))
+
+    def _check_used(self, onnxruntime: Any, labels: Mapping[str, str], used: list[str]) -> None:
+        missing = [name for name, label in labels.items() if label not in used and name != CPU]
         if missing:
             why = why_not_loaded(onnxruntime, missing[0])
             raise ModelError(
@@ -86,22 +114,15 @@ class Artifact:
 
 
 _NEEDED = (
-    "check the driver (nvidia-smi), and that CUDA and cuDNN have the versions that ONNX Runtime {version} needs "
-    "(pip install 'onnxruntime-gpu[cuda,cudnn]' brings them), or set providers = ['cpu']"
+    "check the driver (nvidia-smi), and that CUDA, cuDNN and TensorRT have the versions that ONNX Runtime {version} "
+    "needs (pip install 'onnxruntime-gpu[cuda,cudnn]' brings the first two), or set providers = ['cpu']"
 )
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-
-
-def _check_available(wanted: tuple[str, ...], available: list[str]) -> None:
-    for name in wanted:
-        if PROVIDERS[name] not in available:
-            raise ModelError(
-                f"this build of ONNX Runtime has no provider '{name}'",
-                hint="install onnxruntime-gpu in place of onnxruntime, or leave the provider out of the options",
-            )
+    """The first line of an error that says something; ONNX Runtime puts the place in its source before it."""
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return re.sub(r"^/\S+\.(?:cc|h):\d+ ", "", line)[:300]
 
 
 def _preload(onnxruntime: Any) -> None:
@@ -150,15 +171,23 @@ def _session_options(onnxruntime: Any, options: Mapping[str, Any]) -> Any:
     return made
 
 
-def _provider_options(name: str, options: Mapping[str, Any]) -> dict[str, str]:
-    if name == "cpu":
+def _arguments(
+    providers: tuple[Provider, ...], labels: Mapping[str, str], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {"providers": [(labels[one.name], {**_defaults(one, options), **one.options}) for one in providers]}
+
+
+def _defaults(provider: Provider, options: Mapping[str, Any]) -> dict[str, str]:
+    """What millhand tells a provider where the owner says nothing."""
+    if not provider.on_cuda:
         return {}
     # CUDA_VISIBLE_DEVICES shows a worker one device only, which is number 0 there.
     made = {"device_id": "0"}
-    if name == "cuda":
+    if provider.name == "cuda":
         made["arena_extend_strategy"] = "kSameAsRequested"  # the default doubles what it takes at each growth
         made["cudnn_conv_algo_search"] = str(options.get("conv_search", "heuristic")).upper()
         made["use_tf32"] = "1" if options.get("tf32") else "0"
-        if options.get("gpu_bytes_cap"):
-            made["gpu_mem_limit"] = str(options["gpu_bytes_cap"])
+        cap = options.get("gpu_bytes_cap") or options.get("memory_bytes_cap")
+        if cap:
+            made["gpu_mem_limit"] = str(cap)
     return made

@@ -9,8 +9,9 @@ from typing import Any
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
+from millhand_plugins.onnxruntime.accelerated import AcceleratedSession
 from millhand_plugins.onnxruntime.artifact import Artifact
-from millhand_plugins.onnxruntime.gpu import GpuSession
+from millhand_plugins.onnxruntime.providers import default_providers, read_providers
 from millhand_plugins.onnxruntime.session import OnnxruntimeSession
 
 
@@ -26,10 +27,11 @@ class OnnxruntimeBackend:
         import onnxruntime  # type: ignore[import-untyped]  # noqa: F401
 
     def load(self, artifact: Path, accelerator: str, options: Mapping[str, Any]) -> OnnxruntimeSession:
-        """Load one file. `options`: the keys of `[plugins.onnxruntime]`. A GpuSession must `prove` itself next.
+        """Load one file. `options`: the keys of `[plugins.onnxruntime]`. An AcceleratedSession must `prove` itself.
 
         Raises ModelError naming the file where it is missing or damaged, or where a provider was left out.
         """
-        wanted = options.get("providers") or (("cpu",) if accelerator == "cpu" else ("cuda", "cpu"))
+        wanted = options.get("providers") or default_providers(accelerator)
+        read_providers(wanted, options)
         opened = Artifact(artifact, tuple(wanted), options)
-        return GpuSession(opened) if opened.on_gpu else OnnxruntimeSession(opened.open(), artifact)
+        return AcceleratedSession(opened) if opened.accelerated else OnnxruntimeSession(opened.open(), artifact)

@@ -1,4 +1,4 @@
-"""Evidence that a session runs on the GPU: what its nodes ran on, and whether its answer is the CPU's.
+"""Evidence that a session runs where it was told to: what its nodes ran on, and whether its answer is the CPU's.
 
 Runs in workers: Python 3.10. The profile is ONNX Runtime's own (`SessionOptions.enable_profiling`): a JSON list of
 events in the trace event format of Chrome; each node that ran has one of category `Node`, whose name ends in
@@ -8,6 +8,7 @@ events in the trace event format of Chrome; each node that ran has one of catego
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,8 @@ from numpy.typing import NDArray
 
 from millhand.errors import ModelError
 from millhand.serving.tensors import Specs, Tensors, zeros
+from millhand_plugins.onnxruntime.providers import CPU_PROVIDER
 
-GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 # Convolutions keep one plan, that of the last shape (ONNX Runtime 1.20 to 1.31).
 CONVOLUTIONS = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose"})
 # Where nearly all the time goes: one of these on the CPU means that the GPU does not pay.
@@ -36,6 +37,7 @@ HALF_TOLERANCE = 3e-2
 SCALE_FLOOR = 1e-3
 NAMED_NODES = 5
 SEED = 7
+EXAMPLES = 2
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class NodeRun:
     """Whether a float16 or bfloat16 tensor went in or came out."""
 
     @property
-    def on_gpu(self) -> bool:
-        return self.provider in GPU_PROVIDERS
+    def accelerated(self) -> bool:
+        return self.provider != CPU_PROVIDER
 
 
 def read_profile(path: Path) -> list[NodeRun]:
@@ -86,29 +88,40 @@ def _node(event: Mapping[str, Any]) -> NodeRun:
     )
 
 
-def check_nodes(artifact: str, nodes: list[NodeRun]) -> dict[str, Any]:
-    """What ran where. Raises ModelError where nothing ran on the GPU, or what is heavy ran on the CPU."""
-    gpu = [node for node in nodes if node.on_gpu]
-    cpu = [node for node in nodes if not node.on_gpu]
+def check_nodes(artifact: str, nodes: list[NodeRun], first: str) -> dict[str, Any]:
+    """What ran where. first: the provider that was asked for first, by ONNX Runtime's name.
+
+    Raises ModelError where it ran nothing, or what is heavy ran on the CPU.
+    """
+    fast = [node for node in nodes if node.accelerated]
+    cpu = [node for node in nodes if not node.accelerated]
     heavy = [node for node in cpu if node.operator in HEAVY]
     if heavy:
         raise ModelError(
-            f"'{artifact}': the nodes that cost most ran on the CPU, not on the GPU: {_named(heavy)}",
-            hint="ONNX Runtime's GPU provider has no kernel for them: take a float32 or float16 artifact, "
-            "or set providers = ['cpu']",
+            f"'{artifact}': the nodes that cost most ran on the CPU, not on {first}: {_named(heavy)}",
+            hint="the provider has no kernel for them: take a float32 or float16 artifact, or set providers = ['cpu']",
         )
-    if not gpu:
+    if not any(node.provider == first for node in nodes):
+        others = f"; {_named(nodes)} ran on {', '.join(_providers(nodes))}" if nodes else ""
         raise ModelError(
-            f"'{artifact}': none of its {len(nodes)} nodes ran on the GPU{': ' if cpu else ''}{_named(cpu)}",
-            hint="set providers = ['cpu'] for this model",
+            f"'{artifact}': none of its {len(nodes)} nodes ran on {first}{others}",
+            hint="take that provider out of the model's `providers`"
+            if fast
+            else "set providers = ['cpu'] for this model",
         )
     return {
-        "provider": gpu[0].provider,
+        "provider": first,
+        "providers": _providers(nodes),
         "nodes": len(nodes),
-        "gpu_nodes": len(gpu),
-        "gpu_share": round(len(gpu) / len(nodes), 4),
+        "gpu_nodes": len(fast),
+        "gpu_share": round(len(fast) / len(nodes), 4),
         "cpu_nodes": [f"{node.name} ({node.operator})" for node in cpu],
     }
+
+
+def _providers(nodes: list[NodeRun]) -> dict[str, int]:
+    """Provider -> how many nodes ran there."""
+    return dict(Counter(node.provider for node in nodes))
 
 
 def _named(nodes: list[NodeRun]) -> str:
@@ -116,14 +129,14 @@ def _named(nodes: list[NodeRun]) -> str:
     return shown + (f" and {len(nodes) - NAMED_NODES} more" if len(nodes) > NAMED_NODES else "")
 
 
-def example(specs: Specs) -> dict[str, NDArray[Any]]:
-    """One row for every input, the same at each call: normal floats, integers 0 and 1 (valid as indices), texts "0".
+def examples(specs: Specs) -> dict[str, NDArray[Any]]:
+    """Two rows for every input, the same at each call: normal floats, integers 0 and 1 (valid as indices), texts "0".
 
     Free dimensions beside the batch get size 1, as in a warm-up.
     """
     random = np.random.default_rng(SEED)
     arrays: dict[str, NDArray[Any]] = {}
-    for name, array in zeros(specs, 1).items():
+    for name, array in zeros(specs, EXAMPLES).items():
         if array.dtype.kind == "f":
             arrays[name] = random.standard_normal(array.shape).astype(array.dtype)
         elif array.dtype.kind == "O":
@@ -157,13 +170,14 @@ def _tensor_difference(expected: NDArray[Any], found: NDArray[Any]) -> float:
 
 
 def check_answer(artifact: str, expected: Tensors, found: Tensors, tolerance: float, rows: int) -> float:
-    """Return the difference between the CPU's answer and the GPU's. Raises ModelError where it exceeds `tolerance`."""
+    """Return the difference between two answers. Raises ModelError where it exceeds `tolerance`."""
     largest = difference(expected, found)
     if not largest <= tolerance:
         raise ModelError(
-            f"'{artifact}': in a batch of {rows}, the GPU's answer to a test input differs from the CPU's by "
+            f"'{artifact}': in a batch of {rows}, the answer to a test input differs from the CPU's by "
             f"{largest:.2g} of the largest value, allowed is {tolerance:g}",
-            hint="set tf32 = false; where it is off, report this with the model, or set providers = ['cpu']",
+            hint="set tf32 = false, or a higher precision in provider_options; else report this with the model, or set "
+            "providers = ['cpu']",
         )
     return largest
 
@@ -173,6 +187,6 @@ def check_finite(artifact: str, found: Tensors) -> None:
     for name, array in found.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ModelError(
-                f"'{artifact}': output '{name}' is not finite on the GPU for a test input",
+                f"'{artifact}': output '{name}' is not finite for a test input",
                 hint="check the model in float32, or set providers = ['cpu']",
             )

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from millhand.errors import InputError, ModelError
+from millhand.errors import InputError, MillhandError, ModelError
 from millhand.serving.tensors import Tensors
 from millhand_plugins.onnxruntime.artifact import first_line
+from millhand_plugins.onnxruntime.ways import Plain, Way
 
 DTYPES = {
     "tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16", "tensor(bool)": "bool",
@@ -28,7 +29,6 @@ class OnnxruntimeSession:
     """ONNX Runtime runs one session from any number of threads at once."""
 
     def __init__(self, session: Any, path: Path) -> None:
-        self._session: Any = session
         self._name = path.name
         self.inputs: Mapping[str, tuple[str, tuple[int, ...]]] = {
             node.name: _spec(node, path) for node in session.get_inputs()
@@ -36,30 +36,36 @@ class OnnxruntimeSession:
         self.outputs: Mapping[str, tuple[str, tuple[int, ...]]] = {
             node.name: _spec(node, path) for node in session.get_outputs()
         }
-        self._output_names = list(self.outputs)
+        self._way: Way = Plain(session, list(self.outputs))
         self._texts = [name for name, (dtype, _) in self.inputs.items() if dtype == "object"]
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run one batch. Raises ModelError where the model fails, InputError for BYTES that are no UTF-8."""
-        return self._infer(inputs)
+        if self._texts:
+            inputs = self._ready(inputs)
+        try:
+            return self._way(inputs)
+        except MillhandError:
+            raise
+        except Exception as error:
+            raise self._failure(error) from error
 
     def close(self) -> None:
-        self._session = None
+        self._way = _closed
 
-    def _infer(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
-        if self._texts:
-            inputs = {**inputs, **{name: _decoded(name, inputs[name]) for name in self._texts}}
-        try:
-            outputs = self._call(inputs)
-        except Exception as error:
-            raise ModelError(
-                f"'{self._name}' failed: {first_line(error)}", hint="check the request's values and free dimensions"
-            ) from error
-        return dict(zip(self._output_names, outputs))  # noqa: B905 (Python 3.10; ONNX Runtime gives one each)
+    def _ready(self, inputs: Tensors) -> Tensors:
+        """With texts as ONNX Runtime takes them."""
+        return {**inputs, **{name: _decoded(name, inputs[name]) for name in self._texts}}
 
-    def _call(self, inputs: Tensors) -> list[NDArray[Any]]:
-        outputs: list[NDArray[Any]] = self._session.run(self._output_names, inputs)
-        return outputs
+    def _failure(self, error: Exception) -> MillhandError:
+        """What a failed run is told as."""
+        return ModelError(
+            f"'{self._name}' failed: {first_line(error)}", hint="check the request's values and free dimensions"
+        )
+
+
+def _closed(inputs: Tensors) -> dict[str, NDArray[Any]]:
+    raise ModelError("the session is closed", hint="load the model again")
 
 
 def _decoded(name: str, array: NDArray[Any]) -> NDArray[Any]:
