@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from millhand.hookspecs import AdapterKind, FeatureExtractor, hookimpl
+from millhand.hookspecs import AdapterKind, Evaluation, FeatureExtractor, hookimpl
 from millhand_plugins.rig.adapter import RigKind
+from millhand_plugins.rig.evaluation import RigEvaluation
 from millhand_plugins.rig.extractor import RigExtractor
 
 
@@ -19,6 +20,11 @@ def millhand_adapters(config: Any) -> Sequence[AdapterKind]:
 @hookimpl
 def millhand_extractors(config: Any) -> Sequence[FeatureExtractor]:
     return [RigExtractor()]
+
+
+@hookimpl
+def millhand_evaluations(config: Any) -> Sequence[Evaluation]:
+    return [RigEvaluation("rig-fault", RigExtractor())]
 
 
 @hookimpl

@@ -72,6 +72,19 @@ CONTEXT = tuple(RigContext.model_fields)
 
 
 @dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Acceleration in g of both CHANNELS, [2, n], up to the source time `end_ns`."""
+
+    samples_g: Array
+    rate_hz: float
+    end_ns: int
+
+    @property
+    def length_s(self) -> float:
+        return len(self.samples_g[0]) / self.rate_hz
+
+
+@dataclass(frozen=True, slots=True)
 class Measurement:
     """What one snapshot shows. Lines are peak amplitudes; channel 0 is radial, 1 axial."""
 
@@ -139,22 +152,32 @@ class RigExtractor:
     name = "rig"
 
     def extract(self, window: Window) -> FeatureSet | None:
-        if window.state not in (AssetState.RUNNING, AssetState.UNKNOWN):
+        found = snapshot(window)
+        if found is None:
             return None
-        waves = [window.waveforms[name] for name in CHANNELS if name in window.waveforms]
-        if len(waves) != len(CHANNELS) or len({len(wave.array) for wave in waves}) != 1:
-            return None
-        samples_g = np.asarray([wave.array for wave in waves], dtype=np.float64)
-        length_s = samples_g.shape[1] / waves[0].sample_rate_hz
-        radial_ns, axial_ns = (wave.clock.source_ns for wave in waves)
-        if abs(radial_ns - axial_ns) > length_s * 0.5e9:
-            return None  # the other half of the snapshot is still on its way
-        shaft_hz = _shaft_hz(window, radial_ns, length_s)
-        if shaft_hz is None or samples_g.shape[1] < FEWEST_SAMPLES or not np.isfinite(samples_g).all():
+        shaft_hz = _shaft_hz(window, found.end_ns, found.length_s)
+        if shaft_hz is None or found.samples_g.shape[1] < FEWEST_SAMPLES:
             return None
         context = validate(RigContext, {key: window.context[key] for key in CONTEXT if key in window.context}, "asset")
-        measurement = measure(samples_g, waves[0].sample_rate_hz, shaft_hz, context.bearing, context.resonance_hz)
+        measurement = measure(found.samples_g, found.rate_hz, shaft_hz, context.bearing, context.resonance_hz)
         return FeatureSet({"features": measurement.vector()}, measurement.evidence())
+
+
+def snapshot(window: Window) -> Snapshot | None:
+    """The window's snapshot, or None while the machine idles or ramps, or where a channel is missing or unusable."""
+    if window.state not in (AssetState.RUNNING, AssetState.UNKNOWN):
+        return None
+    waves = [window.waveforms[name] for name in CHANNELS if name in window.waveforms]
+    if len(waves) != len(CHANNELS) or len({(len(wave.array), wave.sample_rate_hz) for wave in waves}) != 1:
+        return None
+    found = Snapshot(
+        samples_g=np.asarray([wave.array for wave in waves], dtype=np.float64),
+        rate_hz=waves[0].sample_rate_hz,
+        end_ns=waves[0].clock.source_ns,
+    )
+    if abs(found.end_ns - waves[1].clock.source_ns) > found.length_s * 0.5e9:
+        return None  # the other half of the snapshot is still on its way
+    return found if np.isfinite(found.samples_g).all() else None
 
 
 def measure(

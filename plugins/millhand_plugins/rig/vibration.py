@@ -185,20 +185,25 @@ class Vibration:
         return signal
 
     def _ring(self, moment: _Moment, times_s: Array, strength_g: Array) -> Array:
-        """The structure's answer to knocks at `times_s`: every mode rings and dies away."""
+        """The structure's answer to knocks at `times_s`: every mode rings and dies away.
+
+        A mode's answer is the imaginary part of exp(pole * t). One that begins between two samples is one that begins
+        on the next sample times a constant, so that all of them are one convolution.
+        """
         count = len(moment.time_s)
-        signal = np.zeros((2, count + _RING))
         position = (times_s - moment.time_s[0]) * SAMPLE_RATE_HZ
         first = np.ceil(position).astype(int)
-        delay_s = (first - position)[:, None] / SAMPLE_RATE_HZ + np.arange(_RING) / SAMPLE_RATE_HZ
-        places = first[:, None] + np.arange(_RING)
+        delay_s = (first - position) / SAMPLE_RATE_HZ
+        after_s = np.arange(_RING) / SAMPLE_RATE_HZ
+        signal = np.zeros((2, count))
         for mode in self._traits.resonances:
             omega = 2 * np.pi * mode.frequency_hz
-            wave = np.exp(-mode.damping * omega * delay_s) * np.sin(omega * np.sqrt(1 - mode.damping**2) * delay_s)
-            wave *= strength_g[:, None]
-            for channel in (0, 1):
-                np.add.at(signal[channel], places, mode.gains[channel] * wave)
-        return signal[:, :count]
+            pole = complex(-mode.damping * omega, omega * math.sqrt(1 - mode.damping**2))
+            knocks = np.zeros(count + _RING, dtype=np.complex128)
+            np.add.at(knocks, first, strength_g * np.exp(pole * delay_s))
+            ringing = np.fft.fft(np.exp(pole * after_s), len(knocks))
+            signal += np.outer(mode.gains, np.fft.ifft(np.fft.fft(knocks) * ringing).imag[:count])
+        return signal
 
 
 def _crossings(moment: _Moment, cycles: Array, intervals: Array) -> Array:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from millhand.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from millhand.hookspecs import FeatureExtractor
+    from millhand.hookspecs import Evaluation, FeatureExtractor
 
 
 @hookimpl
@@ -17,6 +17,13 @@ def millhand_extractors() -> Sequence[FeatureExtractor]:
     from millhand_plugins.turbofan.extractor import TurbofanExtractor
 
     return [TurbofanExtractor()]
+
+
+@hookimpl
+def millhand_evaluations() -> Sequence[Evaluation]:
+    from millhand_plugins.turbofan.evaluation import TurbofanEvaluation
+
+    return [TurbofanEvaluation()]
 
 
 @hookimpl

@@ -16,7 +16,7 @@ import pytest
 from millhand.errors import ConfigError
 from millhand.records import AssetState, Waveform
 from millhand.serving.manifest import read_manifest
-from millhand_plugins.rig import millhand_models, train
+from millhand_plugins.rig import labels, millhand_models, train, trial
 from millhand_plugins.rig.asset import FAULTS
 from millhand_plugins.rig.bearing import BearingGeometry
 from millhand_plugins.rig.extractor import FEATURES, RigExtractor, measure
@@ -34,8 +34,8 @@ def a_moment(fault: str = "none", counter: int = 60, seed: int = 31) -> Moment:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_lives_are_judged_rightly_and_in_time(fault):
     for seed in SEEDS:
-        result = train.judge_life((seed, fault, MODEL))
-        assert train.right(result), result
+        result = trial.judge_life(trial.Trial(seed, fault, train.FOLDER, MODEL))
+        assert trial.right(result), result
 
 
 def test_the_summary_counts_late_wrong_and_false_alerts():
@@ -51,8 +51,8 @@ def test_the_summary_counts_late_wrong_and_false_alerts():
         {"seed": 5, "fault": "none", "alerts": 2, "kind": "imbalance", "degradation": 0.1},
         {"seed": 6, "fault": "none", "alerts": 0},
     ]
-    assert [train.right(life) for life in lives[5:]] == [False, False, False, False, True]
-    found = train.summary(lives)
+    assert [trial.right(life) for life in lives[5:]] == [False, False, False, False, True]
+    found = trial.summary(lives)
     assert found["detected"] == 6 / 8
     assert found["right_kind"] == pytest.approx(5 / 6)
     assert (found["false_alerts_before_onset"], found["false_alerts_healthy"]) == (1, 2)
@@ -68,8 +68,8 @@ def test_model_and_manifest_agree():
     assert (answered.name, answered.shape[1:]) == (manifest.outputs[0].name, list(manifest.outputs[0].shape[1:]))
     assert manifest.inputs[0].shape == (-1, FEATURES)
     assert manifest.prediction is not None
-    assert manifest.prediction.labels == train.LABELS
-    assert set(train.LABELS) - {"healthy"} == set(FAULTS) - {"none"}
+    assert manifest.prediction.labels == labels.LABELS
+    assert set(labels.LABELS) - {"healthy"} == set(FAULTS) - {"none"}
     for batch in (1, 7):
         assert session.run(None, {given.name: np.zeros((batch, FEATURES), np.float32)})[0].shape == (batch, 6)
 
@@ -86,11 +86,11 @@ def test_training_keeps_off_the_seeds_of_the_evaluation():
 
 
 def test_labels_fade_with_severity():
-    assert train.share_of_fault("none", 0.0) == 0
-    low, high = train.FADE["imbalance"]
-    assert train.share_of_fault("imbalance", low) == 0
-    assert train.share_of_fault("imbalance", (low + high) / 2) == pytest.approx(0.5)
-    assert train.share_of_fault("imbalance", 1.3) == 1
+    assert labels.share_of_fault("none", 0.0) == 0
+    low, high = labels.FADE["imbalance"]
+    assert labels.share_of_fault("imbalance", low) == 0
+    assert labels.share_of_fault("imbalance", (low + high) / 2) == pytest.approx(0.5)
+    assert labels.share_of_fault("imbalance", 1.3) == 1
 
 
 def test_features_and_evidence():
