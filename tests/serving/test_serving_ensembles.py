@@ -472,7 +472,7 @@ def test_what_several_use_is_loaded_once_and_closed_with_its_last_user(root: Pat
     assert other is not model, "the file was replaced"
     sessions.close(other)
     sessions.close(ensemble)
-    with pytest.raises(Exception, match="NoneType"):
+    with pytest.raises(ModelError, match="the session is closed"):
         model.run(x())
 
 
