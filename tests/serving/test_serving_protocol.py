@@ -12,6 +12,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving_kit import Worker, action, identity, scale
 
-from millhand.errors import InputError, MillhandError, ModelError, OverloadError
+from millhand.errors import DeadlineError, InputError, MillhandError, ModelError, OverloadError
 from millhand.serving import client as client_module
 from millhand.serving import protocol
 from millhand.serving.blocking_client import BlockingWorkerClient
@@ -364,6 +365,33 @@ async def test_thousands_of_requests_of_one_turn_of_the_loop_are_each_answered(w
     assert all(
         isinstance(outcome, asyncio.CancelledError) for outcome in await asyncio.gather(*left, return_exceptions=True)
     )
+    client.close()
+
+
+async def test_an_answer_that_comes_after_its_deadline_is_dropped(worker):
+    client = await WorkerClient.connect(worker.path, "test")
+    asked = asyncio.create_task(client.infer("faulty", action(0), deadline=deadline_ns(50)))
+    await asyncio.sleep(0)
+    time.sleep(0.2)  # noqa: ASYNC251 (the loop shall be busy; the worker is not, and has answered)
+    with pytest.raises(DeadlineError):
+        await asked
+    assert (await client.infer("faulty", action(0))).version == 1 and client.in_flight == 0
+    client.close()
+
+
+async def test_nobody_waits_beyond_a_deadline_that_was_told_after_a_later_one(worker):
+    client = await WorkerClient.connect(worker.path, "test")
+    os.kill(worker.process.pid, signal.SIGSTOP)
+    try:
+        asked = [
+            asyncio.create_task(client.infer("faulty", action(0), deadline=deadline_ns(ms))) for ms in (20_000, 40, 80)
+        ]
+        async with asyncio.timeout(5):
+            outcomes = await asyncio.gather(*asked[1:], return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [DeadlineError] * 2 and not asked[0].done()
+    finally:
+        os.kill(worker.process.pid, signal.SIGCONT)
+    assert (await asked[0]).version == 1
     client.close()
 
 

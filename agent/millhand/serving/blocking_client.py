@@ -10,8 +10,11 @@ from typing import Any
 
 from millhand.errors import MillhandError, WorkerError
 from millhand.serving import protocol
-from millhand.serving.exchange import DEADLINE_GRACE_S, Answer, Exchange, late, lost, read_answer
+from millhand.serving.exchange import Answer, Exchange, late, lost, read_answer
 from millhand.serving.tensors import Tensors
+
+# The worker says itself what is late. The time-out is for one that says nothing at all, and ends the connection.
+DEADLINE_GRACE_S = 0.02
 
 
 class BlockingWorkerClient:

@@ -15,12 +15,13 @@ import msgspec
 from millhand.errors import MillhandError, OverloadError, WorkerError
 from millhand.serving import protocol
 from millhand.serving.busy_poll import BusyPoll
-from millhand.serving.exchange import DEADLINE_GRACE_S, Answer, Exchange, deadline_ns, late, lost, read_answer
+from millhand.serving.exchange import Answer, Exchange, deadline_ns, late, lost, read_answer
 from millhand.serving.tensors import Tensors
 
 __all__ = ["Answer", "WorkerClient", "deadline_ns"]
 
-SWEEP_S = DEADLINE_GRACE_S / 2
+SWEEP_LEAST_S = 0.001
+"""Deadlines closer together than this are looked at together."""
 TOGETHER_BYTES_CAP = 64 << 10
 """Frames beyond so many bytes do not wait for others."""
 PARTS_CAP = 512
@@ -67,6 +68,8 @@ class WorkerClient:
         self._outbox: list[Any] = []
         self._outbox_bytes = 0
         self._sweep: asyncio.TimerHandle | None = None
+        self._sweep_ns = 0
+        """The deadline that the sweep waits for."""
         self._busy_poll = BusyPoll(self._loop, busy_poll_us) if busy_poll_us else None
         self.closed = False
 
@@ -181,8 +184,8 @@ class WorkerClient:
         parts = protocol.infer_frame(request, infer, deadline, slot, payload, size)
         self._next += 1
         self._pending[request] = _Pending(protocol.RESULT, done, slot, infer.model, deadline)
-        if deadline and self._sweep is None:
-            self._sweep = self._loop.call_later(SWEEP_S, self._expire)
+        if deadline and (self._sweep is None or deadline < self._sweep_ns):
+            self._sweep_at(deadline)
         self._send(parts)
         if self._busy_poll is not None and len(self._pending) == 1:
             self._busy_poll.sent()
@@ -230,21 +233,23 @@ class WorkerClient:
         if self.on_close is not None:
             self.on_close()
 
+    def _sweep_at(self, deadline: int) -> None:
+        if self._sweep is not None:
+            self._sweep.cancel()
+        delay_s = max((deadline - time.monotonic_ns()) / 1e9, SWEEP_LEAST_S)
+        self._sweep, self._sweep_ns = self._loop.call_later(delay_s, self._expire), deadline
+
     def _expire(self) -> None:
-        """The worker drops expired work itself; this is for one that says nothing at all."""
-        now_ns = time.monotonic_ns() - int(DEADLINE_GRACE_S * 1e9)
+        """Nobody waits beyond a deadline, whatever the worker does: it is told, and its answer comes to nothing."""
+        now_ns = time.monotonic_ns()
         self._sweep = None
-        waiting = False
         for request, pending in list(self._pending.items()):
-            if not pending.deadline_ns or pending.done is None:
-                continue
-            if pending.deadline_ns <= now_ns:
+            if 0 < pending.deadline_ns <= now_ns and pending.done is not None:
                 _tell(pending, late(pending.model))
                 self._send(protocol.frame(protocol.CANCEL, request, None))
-            else:
-                waiting = True
-        if waiting and not self.closed and self._sweep is None:
-            self._sweep = self._loop.call_later(SWEEP_S, self._expire)
+        left = [entry.deadline_ns for entry in self._pending.values() if entry.deadline_ns and entry.done is not None]
+        if left and not self.closed:
+            self._sweep_at(min([*left, self._sweep_ns] if self._sweep is not None else left))
 
     def _send(self, parts: list[Any]) -> None:
         """Send now if nothing else is under way, else together with what this turn of the loop still brings."""
@@ -331,6 +336,8 @@ class WorkerClient:
         if frame.kind != pending.kind:
             raise protocol.ProtocolError(f"the worker answered with a frame of kind {frame.kind}")
         if frame.kind == protocol.RESULT:
+            if 0 < pending.deadline_ns < time.monotonic_ns():
+                return late(pending.model)
             result = protocol.decode_result(frame.body)
             return result, self._exchange.memory(result, frame.payload, pending.slot)
         if frame.kind == protocol.HELLO:

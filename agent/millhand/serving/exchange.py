@@ -15,9 +15,6 @@ from millhand.serving import protocol
 from millhand.serving.ring import Ring
 from millhand.serving.tensors import Tensors
 
-# The worker drops expired work itself; the client's own timer is for a worker that says nothing at all.
-DEADLINE_GRACE_S = 0.02
-
 
 class Answer(msgspec.Struct, frozen=True):
     """What an inference gave. `rows` is the batch that the request ran in."""
