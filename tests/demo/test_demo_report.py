@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from page_kit import laid_out_px, needs_chromium
 
 from millhand.cli.demo import summary, text
-from millhand.demo.charts import Chart, Mark, Span, ticks
 from millhand.demo.report import write_report
 from millhand.demo.session import Outcome
 from millhand.demo.tally import RigLog, RigTime, Tally, count, read_rig_log
+from millhand.pages.charts import Chart, Mark, Span, ticks
 
 EVIDENCE = {"facts": {"bpfo_hz": 105.0, "shaft_hz": 29.3}}
 
@@ -177,31 +176,10 @@ def test_summary_holds_what_others_read(tmp_path: Path) -> None:
     assert all(len(line) <= 80 for line in text(outcome(), Path("demo.html")))
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed (apt-get install chromium)")
+@needs_chromium
 @pytest.mark.parametrize("width", [390, 1280])
 def test_page_fits_the_screen_in_chromium(tmp_path: Path, width: int) -> None:
     path = tmp_path / "demo.html"
     write_report(outcome(), path)
-    probe = "<script>document.title = document.documentElement.scrollWidth + '/' + innerWidth</script></body>"
-    path.write_text(path.read_text().replace("</body>", probe))
-    frame = tmp_path / "frame.html"  # headless windows are at least 500 pixels wide; a frame can be a phone's width
-    frame.write_text(
-        f'<iframe id="page" src="demo.html" width="{width}" height="900"></iframe><script>'
-        "document.getElementById('page').onload = event => "
-        "{ document.body.append(event.target.contentDocument.title) }</script>"
-    )
-    flags = [
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-        "--disable-background-networking", "--disable-component-update", "--allow-file-access-from-files",
-    ]  # fmt: skip
-    run = subprocess.run(
-        ["chromium", *flags, f"--user-data-dir={tmp_path}/profile", "--dump-dom", frame.as_uri()],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
-    found = re.search(r"(\d+)/(\d+)", run.stdout.split("</iframe>")[1])
-    assert found is not None, run.stdout
-    scroll, inner = int(found[1]), int(found[2])
-    assert scroll <= inner, f"{width} pixels: the page is {scroll} wide in {inner}"
+    laid_out, room = laid_out_px(path.read_text(), width, tmp_path)
+    assert laid_out <= room, f"{width} pixels: the page is {laid_out} wide in {room}"

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from millhand import __version__
-from millhand.demo.charts import Chart, Mark, Span
+from millhand.pages import render
+from millhand.pages.charts import Chart, Mark, Span
 
 if TYPE_CHECKING:
     from millhand.demo.session import Outcome
@@ -32,11 +33,7 @@ KINDS = {
 
 def write_report(outcome: Outcome, path: Path) -> None:
     """Write the page. `outcome` is what `millhand.demo.session.run` returned."""
-    from jinja2 import Environment, PackageLoader
-
-    environment = Environment(loader=PackageLoader("millhand.demo", "."), autoescape=True, trim_blocks=True)
-    page = environment.get_template("report.html.j2").render(**_context(outcome))
-    path.write_text(page, encoding="utf-8")
+    path.write_text(render("millhand.demo", "report.html.j2", **_context(outcome)), encoding="utf-8")
 
 
 def _context(outcome: Outcome) -> dict[str, Any]:

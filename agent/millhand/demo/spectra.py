@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from millhand.demo.charts import Chart, Mark
+from millhand.pages.charts import Chart, Mark
 from millhand.pipeline.features import GRAVITY_M_S2, envelope_spectrum, integrate, spectrum
 
 ENVELOPE_BAND_HZ = (1500.0, 5000.0)

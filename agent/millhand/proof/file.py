@@ -11,7 +11,7 @@ import msgspec
 
 from millhand.durable import write_durably
 from millhand.errors import ModelError
-from millhand.proof.document import FORMAT, PROOF, Proof
+from millhand.proof.document import FORMAT, PAGE, PROOF, Proof
 
 BYTES_CAP = 8 << 20
 """A proof of ten thousand layers takes 2 MB."""
@@ -82,8 +82,12 @@ def read_proof(path: Path) -> Proof:
 
 
 def write_proof(folder: Path, proof: Proof) -> None:
-    """Write proof.json beside an artifact, whole or not at all. Raises ModelError or OSError."""
-    write_durably(folder / PROOF, encode(normal(proof)))
+    """Write proof.html and proof.json beside an artifact, each whole or not at all. Raises ModelError or OSError."""
+    from millhand.proof.page import page
+
+    proof = normal(proof)
+    write_durably(folder / PAGE, page(proof).encode())
+    write_durably(folder / PROOF, encode(proof))
 
 
 def _floats(value: Any, key: str) -> Iterator[tuple[str, float]]:
