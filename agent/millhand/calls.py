@@ -79,6 +79,7 @@ class Calls:
             "uptime_s": time.monotonic() - daemon.started_monotonic,
             "assets": assets,
             "models": daemon.pool.index(),
+            "self_test": [tried.to_dict() for tried in daemon.self_test.tried],
             "http": daemon.http_url,
             "grpc": daemon.grpc_address,
             "alerts": {"open": opened, "acked": sum(alert.state is AlertState.ACKED for alert in alerts)},

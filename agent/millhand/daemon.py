@@ -38,6 +38,7 @@ from millhand.registry import Registry
 from millhand.serving.front import FrontProcess, grpc_front, http_front
 from millhand.serving.pool import ModelPool
 from millhand.serving.repository import Repository
+from millhand.serving.selftest import SelfTest, log_trials
 from millhand.store import Step, Store
 from millhand.store.database import Loss
 from millhand.systemd import notify, notify_reloading, watchdog_interval_s
@@ -75,6 +76,7 @@ class Daemon:
         self.recorder: Recorder
         self.fleet: Fleet
         self.metrics: NodeMetrics
+        self.self_test: SelfTest
         self.healthy_at = time.monotonic()
         self._control: ControlServer
         self._http: FrontProcess | None = None
@@ -103,6 +105,7 @@ class Daemon:
             registry=self.registry,
             run_dir=config.node.run_dir,
         )
+        self.self_test = SelfTest(self.registry, config.models, self.match.workers, repository, config.models_needed())
         await self.pool.start(needed=config.models_needed())
         self.publisher = self._make_publisher()
         self.recorder = Recorder(config.node.data_dir, config.recording)
@@ -123,6 +126,8 @@ class Daemon:
             await self._grpc.start()
         self._spawn(self._watch_self(), "self-check")
         self._spawn(self._retry_plugins(), "plugin retry")
+        if self.self_test.worthwhile:
+            self._spawn(log_trials(self.self_test), "self-test")
         self.ready = True
         self._started.set()
         notify(f"READY=1\nSTATUS=profile {self.match.profile.name}, {len(config.assets)} assets")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import socket
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from millhand.config import Config
     from millhand.hardware.facts import Hardware
     from millhand.profiles import Match
+    from millhand.serving.packages import Found
     from millhand.serving.repository import Repository
     from millhand.serving.settings import GrpcSettings, HttpSettings
 
@@ -56,7 +58,7 @@ def diagnose(config_path: Path | None) -> list[Finding]:
         return [_of_error("config", error)]
     findings = [Finding("config", "ok", f"valid, {len(config.assets)} assets")]
     checks: list[Callable[[Config], Iterator[Finding]]] = [
-        _folders, _clock, _hardware, _plugins, _models, _worker, _listeners, _broker, _daemon,
+        _folders, _clock, _hardware, _plugins, _models, _worker, _backends, _listeners, _broker, _daemon,
     ]  # fmt: skip
     for check in checks:
         try:
@@ -220,14 +222,9 @@ def _used_models(config: Config) -> list[str]:
 
 def _worker(config: Config) -> Iterator[Finding]:
     """The workers' interpreter and its packages; nothing is imported, so a broken package costs no crash here."""
-    from millhand.serving.packages import look_into
-
-    repository = _repository(config)
-    needed = repository.needed(_used_models(config))
-    backends = {backend for folder, _ in needed for backend in folder.manifest.backends}
     interpreter = str(config.models.interpreter or _node(config)[1].worker.interpreter or sys.executable)
     try:
-        found = look_into(interpreter, [*WORKER_PACKAGES, *sorted(backends & BACKEND_PACKAGES)])
+        found = _packages(config, interpreter)
     except (OSError, subprocess.SubprocessError) as error:
         yield Finding("worker", "error", f"'{interpreter}' does not run: {error}", "mend [models] interpreter")
         return
@@ -240,6 +237,35 @@ def _worker(config: Config) -> Iterator[Finding]:
         yield Finding("worker", "error", f"'{interpreter}' has {names}", hint)
     elif not found["missing"]:
         yield Finding("worker", "ok", f"'{interpreter}' has what its models need")
+
+
+def _packages(config: Config, interpreter: str) -> Found:
+    """What an interpreter has of what its models need. Raises OSError or subprocess.SubprocessError."""
+    from millhand.serving.packages import look_into
+
+    needed = _repository(config).needed(_used_models(config))
+    backends = {backend for folder, _ in needed for backend in folder.manifest.backends}
+    return look_into(interpreter, [*WORKER_PACKAGES, *sorted(backends & BACKEND_PACKAGES)])
+
+
+def _backends(config: Config) -> Iterator[Finding]:
+    """Each part of the backends that the models need, tried in a worker process: none is believed."""
+    from millhand.registry import Registry
+    from millhand.serving.selftest import SelfTest
+
+    match = _node(config)[1]
+    try:
+        found = _packages(config, str(config.models.interpreter or match.worker.interpreter or sys.executable))
+    except (OSError, subprocess.SubprocessError):
+        return  # said where the workers are looked at, as are missing packages
+    if found["missing"] or len(found["twins"]) > 1:
+        return
+    registry, repository = Registry(), _repository(config)
+    registry.load(config.plugin_tables())
+    test = SelfTest(registry, config.models, match.workers, repository, _used_models(config))
+    for tried in asyncio.run(test.run()):
+        level: Level = "ok" if tried.works else "error"
+        yield Finding(f"{tried.backend} {tried.part}", level, tried.message, tried.hint)
 
 
 def _listeners(config: Config) -> Iterator[Finding]:

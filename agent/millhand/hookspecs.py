@@ -164,6 +164,31 @@ class DeclaredBackend(Protocol):
         """In place of `Backend.load`. `inputs`, `outputs`: as `Session` has them."""
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A part of a backend that may not work on this machine, and a small model to try it with."""
+
+    part: str
+    """What people call it: `cuda`."""
+    artifact: Path
+    options: Mapping[str, Any]
+    """What the backend is told beside its plugin's table."""
+    inputs: Mapping[str, tuple[str, tuple[int, ...]]]
+    """As `Session` has them."""
+    outputs: Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+@runtime_checkable
+class TriedBackend(Backend, Protocol):
+    """A backend whose parts are tried before a model needs them: by `millhand check`, and by the agent at its start."""
+
+    def trials(self, accelerator: str, options: Mapping[str, Any]) -> Sequence[Trial]:
+        """What to try. options: the plugin's table, with a model's own options over it.
+
+        A trial is a load in a worker, proof and warm-up included. Raises ModelError where the options cannot be.
+        """
+
+
 class Maker(Protocol):
     """Makes candidates of a model: engines for one kind of hardware, or files of a lower precision.
 

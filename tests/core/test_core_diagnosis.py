@@ -273,3 +273,21 @@ def test_a_bad_ensemble_names_step_and_tensor(node: Node) -> None:
     finding = node.set("models", paths=[str(root)]).only("model twice-read")
     assert finding.level == "error"
     assert "model.toml': step 1 (turbofan-rul): 'features' takes tensor 'feature', which no" in finding.message
+
+
+# ---- backends -------------------------------------------------------------------------------------------------------
+
+
+def test_each_provider_is_tried_in_a_worker(node: Node) -> None:
+    node.set("plugins.turbofan").set("plugins.onnxruntime", providers=["tensorrt", "cpu"]).judged_by("turbofan-rul")
+    findings = {finding.name: finding for finding in node.check() if finding.name.startswith("onnxruntime ")}
+    assert list(findings) == ["onnxruntime tensorrt", "onnxruntime cpu"]
+    assert findings["onnxruntime cpu"].level == "ok" and "works on the CPU" in findings["onnxruntime cpu"].message
+    assert findings["onnxruntime tensorrt"].level == "error" and findings["onnxruntime tensorrt"].hint
+
+
+def test_providers_are_not_tried_without_models_or_packages(node: Node) -> None:
+    assert not [one for one in node.check() if one.name.startswith("onnxruntime ")]
+    node.set("plugins.turbofan").judged_by("turbofan-rul")
+    node.set("models", interpreter=str(bare_interpreter(node.folder)))
+    assert not [one for one in node.check() if one.name.startswith("onnxruntime ")]

@@ -9,6 +9,7 @@ import pytest
 from live_kit import HTTP_OFF, file_asset, state_of, write_rows
 from onnx import TensorProto, checker, helper, save
 
+from millhand.cli.state import state_lines
 from millhand.errors import ModelError
 from millhand.testing import Agent
 
@@ -89,3 +90,14 @@ def test_an_asset_takes_a_model_that_comes_and_what_its_model_toml_says_later(
     write_rows(rows, 1, first=17)
     agent.wait(lambda: len(values(agent)) == 8, "a prediction after the failed load")
     assert values(agent)[7:] == [34]
+
+
+def test_the_state_names_a_provider_that_does_not_work(tmp_path: Path, millhand_agent: Callable[..., Agent]) -> None:
+    write_identity(tmp_path / "models/level/1/model.onnx")
+    toml = MODEL_TOML.format(scale="1.0") + '[options]\nproviders = ["tensorrt", "cpu"]\n'
+    (tmp_path / "models/level/model.toml").write_text(toml)
+    agent = millhand_agent(HTTP_OFF + f'[models]\npaths = ["{tmp_path / "models"}"]\n')
+    tried = agent.wait(lambda: agent.call("state")["self_test"], "the self-test")
+    assert {one["part"]: one["works"] for one in tried} == {"tensorrt": False, "cpu": True}
+    shown = "\n".join(state_lines(agent.call("state")))
+    assert "onnxruntime 'tensorrt' does not work on the CPU" in shown

@@ -15,6 +15,8 @@ MARKS = {"ok": "ok  ", "warning": "WARN", "error": "FAIL"}
 def command(ctx: click.Context) -> None:
     """Check this node: configuration, folders, clock, hardware, plugins, models, workers, ports, broker, daemon.
 
+    Each provider that the models ask of ONNX Runtime is tried in a process of its own.
+
     Exits 0 if all is well, 3 if there are warnings, 4 if there are errors.
     """
     from millhand.cli import EXIT_CODES

@@ -97,8 +97,9 @@ def labelled(label: str, text: str) -> list[str]:
 
 
 def silence_registry() -> None:
-    """Keep plugins' failures off stderr, in a command that shows them itself."""
-    logging.getLogger("millhand.registry").addHandler(logging.NullHandler())
+    """Keep failures of plugins and workers off stderr, in a command that shows them itself."""
+    for name in ("millhand.registry", "millhand.serving"):
+        logging.getLogger(name).addHandler(logging.NullHandler())
 
 
 def shorten(text: str, characters: int) -> str:

@@ -41,6 +41,7 @@ def state_lines(state: dict[str, Any]) -> list[str]:
         f"Assets     {_assets(state['assets'])}",
         *_faults(state["assets"]),
         f"Models     {_models(state['models'], state['http'], state['grpc'])}",
+        *_broken(state["self_test"]),
         f"Alerts     {alerts['open']} open, {alerts['acked']} acknowledged; {state['orders']} work orders",
         f"Telemetry  {telemetry_text(telemetry)}",
         f"Next step  {state['next_step']}",
@@ -70,6 +71,12 @@ def _faults(assets: list[dict[str, Any]]) -> list[str]:
     faults = [f"{asset['asset']}: {asset['error']}" for asset in assets if asset["error"]]
     lines = [" " * 11 + shorten(fault, LINE_CHARACTERS - 11) for fault in faults[:FAULTS_SHOWN]]
     return lines if len(faults) <= FAULTS_SHOWN else [*lines, " " * 11 + f"and {len(faults) - FAULTS_SHOWN} more"]
+
+
+def _broken(tried: list[dict[str, Any]]) -> list[str]:
+    """One line for each part of a backend that the self-test found not to work."""
+    faults = [f"{one['backend']} '{one['part']}' {one['message']}" for one in tried if not one["works"]]
+    return [" " * 11 + shorten(fault, LINE_CHARACTERS - 11) for fault in faults[:FAULTS_SHOWN]]
 
 
 def _models(models: list[dict[str, Any]], url: str, grpc_address: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from millhand.errors import ConfigError, suggestion
+from millhand.hookspecs import Trial
 from millhand.registry import Registry
 from millhand.serving.lanes import LoadRequest, Step
 from millhand.serving.manifest import StepSpec
@@ -102,6 +103,23 @@ def load_request(
         finite=tuple(tensor.name for tensor in manifest.inputs if tensor.finite),
         hang_ms=manifest.hang_ms or 0.0,
         steps=steps,
+    )
+
+
+def trial_request(
+    trial: Trial, backend: str, registry: Registry, settings: ModelSettings, host: WorkerDefaults
+) -> LoadRequest:
+    """Describe a part of a backend that a worker is to try. Raises ConfigError for a backend that no plugin brings."""
+    return LoadRequest(
+        model=f"{backend} {trial.part}",
+        version=1,
+        artifact=str(trial.artifact),
+        **_backend(f"trial '{trial.part}'", backend, registry, settings, host),
+        options=dict(trial.options),
+        accelerator=host.accelerator,
+        inputs=dict(trial.inputs),
+        outputs=dict(trial.outputs),
+        max_batch=1,
     )
 
 

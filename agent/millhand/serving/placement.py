@@ -17,6 +17,11 @@ CPU = "cpu"
 SHARED = "shared"
 
 
+def cpu_host(host: WorkerDefaults) -> WorkerDefaults:
+    """What a worker on the CPU beside an accelerator's is told; the same where there is none."""
+    return host if host.accelerator == CPU else host.model_copy(update={"accelerator": CPU, "cpus": ()})
+
+
 class Placement:
     """Makes workers as models need them. A worker that holds no model is a name without a process."""
 
@@ -61,7 +66,7 @@ class Placement:
 
     def _hosts(self, accelerator: str) -> list[WorkerDefaults]:
         if accelerator == CPU and self.hosts[0].accelerator != CPU:
-            return [self.hosts[0].model_copy(update={"accelerator": CPU, "cpus": ()})]
+            return [cpu_host(self.hosts[0])]
         return list(self.hosts)
 
     def _name(self, label: str, host: WorkerDefaults) -> str:

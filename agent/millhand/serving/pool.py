@@ -75,7 +75,7 @@ class ModelPool:
             log.error("%s", bad.message)
         self._unhook = metrics.DAEMON.refresh_with(self._export_metrics)
         self._loader.kept = {*needed, *self._settings.pin}
-        await self._load_all(self._names_to_load(needed))
+        await self._load_all(self._repository.names_to_load(self._settings, needed))
 
     async def need(self, names: Sequence[str], folders: Sequence[Path]) -> None:
         """Load those of `names` that are not served yet; `folders` of plugins that came up since join the repository.
@@ -227,16 +227,6 @@ class ModelPool:
         return ModelCalls(self).handlers()
 
     # ---- choosing ---------------------------------------------------------------------------------------------------
-
-    def _names_to_load(self, needed: Sequence[str]) -> list[str]:
-        named = list(self._settings.load)
-        if "*" in named:
-            named = sorted(self._repository.models)
-        if not named:
-            own = [path.resolve() for path in self._settings.paths]
-            models = self._repository.models.values()
-            named = sorted(model.name for model in models if model.path.parent.resolve() in own)
-        return list(dict.fromkeys([*needed, *self._settings.pin, *named]))
 
     def _find(self, name: str) -> Served:
         served = self._served.get(name)

@@ -20,6 +20,7 @@ from millhand.serving.steps import resolve_ensembles, step_version
 
 if TYPE_CHECKING:
     from millhand.config import Config
+    from millhand.serving.settings import ModelSettings
 
 
 ENSEMBLE = f"../{MANIFEST}"
@@ -167,6 +168,16 @@ class Repository:
             f"model '{name}' is not known{suggestion(name, self.models)}",
             hint=f"the repository has: {', '.join(sorted(self.models)) or 'no model'}",
         )
+
+    def names_to_load(self, settings: ModelSettings, needed: Iterable[str]) -> list[str]:
+        """What is served from the start: what assets need, and what the settings pin and name, or hold in `paths`."""
+        named = list(settings.load)
+        if "*" in named:
+            named = sorted(self.models)
+        if not named:
+            own = [path.resolve() for path in settings.paths]
+            named = sorted(model.name for model in self.models.values() if model.path.parent.resolve() in own)
+        return list(dict.fromkeys([*needed, *settings.pin, *named]))
 
     def needed(self, names: Iterable[str]) -> list[tuple[ModelFolder, int]]:
         """Every (model, version) that serving these models loads: by their policies, and as steps of ensembles.

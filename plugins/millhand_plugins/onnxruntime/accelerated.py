@@ -17,9 +17,9 @@ import numpy as np
 from millhand.errors import AcceleratorError, MillhandError, ModelError
 from millhand.serving.tensors import Specs, Tensors
 from millhand_plugins.onnxruntime import proof
-from millhand_plugins.onnxruntime.artifact import Artifact, first_line
+from millhand_plugins.onnxruntime.artifact import Artifact
 from millhand_plugins.onnxruntime.ladder import batch_sizes
-from millhand_plugins.onnxruntime.providers import CPU_PROVIDER
+from millhand_plugins.onnxruntime.providers import CPU_PROVIDER, first_line
 from millhand_plugins.onnxruntime.session import OnnxruntimeSession
 from millhand_plugins.onnxruntime.trials import Judge, Trials
 from millhand_plugins.onnxruntime.ways import Arrays, Bound, CudaGraphs, Plain

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from millhand.errors import ModelError
-from millhand_plugins.onnxruntime.providers import CPU, Provider, library_device, read_providers
+from millhand_plugins.onnxruntime.providers import CPU, Provider, first_line, library_device, read_providers
 
 
 @dataclass(frozen=True)
@@ -117,12 +116,6 @@ _NEEDED = (
     "check the driver (nvidia-smi), and that CUDA, cuDNN and TensorRT have the versions that ONNX Runtime {version} "
     "needs (pip install 'onnxruntime-gpu[cuda,cudnn]' brings the first two), or set providers = ['cpu']"
 )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error that says something; ONNX Runtime puts the place in its source before it."""
-    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return re.sub(r"^/\S+\.(?:cc|h):\d+ ", "", line)[:300]
 
 
 def _preload(onnxruntime: Any) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
+from millhand.hookspecs import Trial
 from millhand_plugins.onnxruntime.accelerated import AcceleratedSession
 from millhand_plugins.onnxruntime.artifact import Artifact
+from millhand_plugins.onnxruntime.probe import provider_trials
 from millhand_plugins.onnxruntime.providers import default_providers, read_providers
 from millhand_plugins.onnxruntime.session import OnnxruntimeSession
 
@@ -25,6 +27,10 @@ class OnnxruntimeBackend:
     def prepare(self) -> None:
         """Import ONNX Runtime."""
         import onnxruntime  # type: ignore[import-untyped]  # noqa: F401
+
+    def trials(self, accelerator: str, options: Mapping[str, Any]) -> Sequence[Trial]:
+        """Each provider of the list by itself."""
+        return provider_trials(accelerator, options)
 
     def load(self, artifact: Path, accelerator: str, options: Mapping[str, Any]) -> OnnxruntimeSession:
         """Load one file. `options`: the keys of `[plugins.onnxruntime]`. An AcceleratedSession must `prove` itself.

@@ -7,6 +7,7 @@ Imported in workers: Python 3.10, and no import of onnxruntime. Plugin libraries
 from __future__ import annotations
 
 import importlib
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ CPU_PROVIDER = "CPUExecutionProvider"
 BUILT_IN = {CPU: CPU_PROVIDER, "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 SUFFIX = "ExecutionProvider"
 """Any other provider of a build goes by ONNX Runtime's own name, which ends so."""
+ORIGIN = re.compile(r"^(?:\[ONNXRuntimeError\] : \d+ : \w+ : |/\S+\.(?:cc|h):\d+ )+")
+LINE_CHARACTERS = 300
 LIBRARY_KEYS = ("path", "package", "device", "vendor")
 DEVICES = ("", "cpu", "gpu", "npu")
 LIBRARY_PATH = ("get_library_path", "library_path")
@@ -55,6 +58,12 @@ class Provider:
     def on_cuda(self) -> bool:
         """Whether its tensors lie in CUDA's memory."""
         return self.name in ("cuda", "tensorrt")
+
+
+def first_line(error: Exception) -> str:
+    """What an error of ONNX Runtime says, without its own code and the place in its source."""
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ORIGIN.sub("", line)[:LINE_CHARACTERS]
 
 
 def default_providers(accelerator: str) -> tuple[str, ...]:
@@ -177,7 +186,7 @@ def _register(onnxruntime: Any, library: Library, path: str) -> list[Any]:
     except Exception as error:
         missing = "libcuda.so" in str(error)
         raise ModelError(
-            f"provider '{library.name}': its library cannot be loaded: {_line(error)}",
+            f"provider '{library.name}': its library cannot be loaded: {first_line(error)}",
             hint="this machine has no NVIDIA driver: install it (nvidia-smi must work), or take the provider out of "
             "`providers`"
             if missing
@@ -206,10 +215,6 @@ def _path(library: Library) -> str:
             f"provider '{library.name}': package '{library.package}' brings no library: {why}",
             hint="install it for the workers' interpreter, or give the library's path",
         ) from error
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]
 
 
 def _identity(device: Any) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from millhand.errors import InputError, MillhandError, ModelError
 from millhand.serving.tensors import Tensors
-from millhand_plugins.onnxruntime.artifact import first_line
+from millhand_plugins.onnxruntime.providers import first_line
 from millhand_plugins.onnxruntime.ways import Plain, Way
 
 DTYPES = {

@@ -14,8 +14,9 @@ import numpy as np
 from millhand.errors import ModelError
 from millhand.serving.tensors import Specs, Tensors
 from millhand_plugins.onnxruntime import proof
-from millhand_plugins.onnxruntime.artifact import Artifact, first_line
+from millhand_plugins.onnxruntime.artifact import Artifact
 from millhand_plugins.onnxruntime.ladder import PLAIN, Ladder, fastest
+from millhand_plugins.onnxruntime.providers import first_line
 from millhand_plugins.onnxruntime.ways import Arrays, Bound, CudaGraphs, Filled, Plain, Way
 
 log = logging.getLogger("millhand.worker")
