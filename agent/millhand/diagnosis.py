@@ -125,26 +125,15 @@ def _clock(config: Config) -> Iterator[Finding]:
 
 
 def _hardware(config: Config) -> Iterator[Finding]:
-    hardware, found = _node(config)
+    from millhand.profiles import match_node
+
+    hardware, found = match_node(config)
     for problem in hardware.problems:
         yield Finding("hardware", "warning", f"{problem.source}: {problem.message}", problem.hint)
     yield Finding("profile", "ok", found.reasons[0])
     for problem in found.profile.limits.problems(hardware):
         yield Finding("temperature", "warning", f"{problem.field} is at {problem.message}", problem.hint)
     yield _memory(config, hardware, found)
-
-
-def _node(config: Config) -> tuple[Hardware, Match]:
-    """What this node is, and what suits it: as the daemon takes it."""
-    from millhand.hardware import discover
-    from millhand.hardware.visible import VARIABLE, visible_devices
-    from millhand.profiles import load_profiles, match, profile_folders, profile_named
-
-    hardware = discover(config.node.hardware_root)
-    visible, profiles = visible_devices(hardware, os.environ.get(VARIABLE)), load_profiles(profile_folders(config))
-    if config.node.profile != "auto":
-        return hardware, profile_named(profiles, config.node.profile, hardware, visible)
-    return hardware, match(profiles, hardware, visible)
 
 
 def _memory(config: Config, hardware: Hardware, found: Match) -> Finding:
@@ -222,7 +211,9 @@ def _used_models(config: Config) -> list[str]:
 
 def _worker(config: Config) -> Iterator[Finding]:
     """The workers' interpreter and its packages; nothing is imported, so a broken package costs no crash here."""
-    interpreter = str(config.models.interpreter or _node(config)[1].worker.interpreter or sys.executable)
+    from millhand.profiles import match_node
+
+    interpreter = str(config.models.interpreter or match_node(config)[1].worker.interpreter or sys.executable)
     try:
         found = _packages(config, interpreter)
     except (OSError, subprocess.SubprocessError) as error:
@@ -250,10 +241,11 @@ def _packages(config: Config, interpreter: str) -> Found:
 
 def _backends(config: Config) -> Iterator[Finding]:
     """Each part of the backends that the models need, tried in a worker process: none is believed."""
+    from millhand.profiles import match_node
     from millhand.registry import Registry
     from millhand.serving.selftest import SelfTest
 
-    match = _node(config)[1]
+    match = match_node(config)[1]
     try:
         found = _packages(config, str(config.models.interpreter or match.worker.interpreter or sys.executable))
     except (OSError, subprocess.SubprocessError):

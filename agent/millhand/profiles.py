@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from millhand.errors import ConfigError, suggestion
+from millhand.hardware import discover
 from millhand.hardware.facts import Accelerator, Hardware, MigInstance, Problem
 from millhand.hardware.gpus import slice_bytes
-from millhand.hardware.visible import device_names, find_device
+from millhand.hardware.visible import VARIABLE, device_names, find_device, visible_devices
 from millhand.hardware_rules import MatchRules, judge, ready
 from millhand.serving.settings import WorkerDefaults
 from millhand.validation import StrictTable, read_toml, validate
@@ -42,7 +43,8 @@ class MemoryBudget(StrictTable):
 
 
 class Worker(WorkerDefaults):
-    """Defaults of workers; the owner's `[models]` wins. `accelerator` and `cpus` are filled in by `match`."""
+    """Defaults of workers; the owner's `[models]` wins. `profile`, `accelerator` and `cpus` are filled in by
+    `match`."""
 
     isolation: Literal["shared", "accelerator"] = "shared"
     """`shared`: one worker on the CPU. `accelerator`: one for each GPU, or for each MIG slice of a GPU in MIG mode."""
@@ -160,6 +162,15 @@ def profile_folders(config: Config) -> list[Path]:
     return [*folders, config.node.profiles_dir] if config.node.profiles_dir else folders
 
 
+def match_node(config: Config) -> tuple[Hardware, Match]:
+    """What this node is, and what suits it: as the daemon takes it. Raises ConfigError, or as `profile_folders`."""
+    hardware, profiles = discover(config.node.hardware_root), load_profiles(profile_folders(config))
+    visible = visible_devices(hardware, os.environ.get(VARIABLE))
+    if config.node.profile != "auto":
+        return hardware, profile_named(profiles, config.node.profile, hardware, visible)
+    return hardware, match(profiles, hardware, visible)
+
+
 def load_profiles(folders: Sequence[Path]) -> list[Profile]:
     """Read every `*.toml` of `folders`, highest priority first. Raises ConfigError naming file, key and value."""
     layers: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
@@ -247,6 +258,7 @@ def profile_named(
 def _fit(profile: Profile, hardware: Hardware, reasons: list[str], visible: Sequence[str] | None) -> Match:
     """Fill in what only the node knows: accelerators, the interpreter, near CPUs, NVLink."""
     plain = {name: getattr(profile.worker, name) for name in WorkerDefaults.model_fields}
+    plain["profile"] = profile.name
     plain["interpreter"] = _interpreter(profile, hardware, reasons)
     if hardware.cpu.usable and isinstance(profile.worker.threads, int):
         plain["threads"] = max(1, min(profile.worker.threads, int(hardware.cpu.usable)))

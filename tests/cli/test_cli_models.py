@@ -86,6 +86,22 @@ def test_what_is_not_there(node, rise):
     assert node.millhand("model", "load", "rise", "--version", "0").code == EXIT_CODES["usage"]
 
 
+def test_rows_that_are_too_many_name_what_rules(node, rise, tmp_path):
+    """A CPU's profile allows fewer rows than a model.toml that says nothing; with and without a daemon."""
+    node.millhand("model", "load", "rise")
+    key = "[worker] max_batch in profile 'generic-cpu', see docs/hardware.md"
+    config = tmp_path / "millhand.toml"
+    config.write_text(f'[node]\nrun_dir = "{tmp_path}"\n[models]\npaths = ["{node.root}"]\n')
+    for words in ((), ("--config", config)):
+        shown = node.millhand(*words, "model", "show", "rise").out
+        assert f"at most 16 rows a batch, by {key}" in " ".join(shown.split())
+    done = node.millhand("model", "bench", "rise", "--rows", "17")
+    assert f"takes at once, 16 Try: ask for fewer rows, or raise {key}" in done.error.replace("\n", " ")
+    (rise / "model.toml").write_text("max_batch = 4\n" + (rise / "model.toml").read_text())
+    assert node.millhand("model", "load", "rise").code == 0
+    assert "at most 4 rows a batch, by max_batch in model.toml" in node.millhand("model", "show", "rise").out
+
+
 def test_without_a_daemon(node, rise, tmp_path):
     config = tmp_path / "millhand.toml"
     config.write_text(f'[node]\nrun_dir = "{tmp_path}"\n[models]\npaths = ["{node.root}"]\n')

@@ -233,8 +233,9 @@ async def test_the_smallest_batch_of_the_steps_holds_for_the_ensemble(root: Path
     write_ensemble(root, "chain", CHAIN)
     pool = await make_pool()
     assert pool.metadata("chain")["max_batch"] == 4
-    with pytest.raises(InputError, match="5 rows, allowed are 1 to 4"):
+    with pytest.raises(InputError, match="5 rows, allowed are 1 to 4") as caught:
         await pool.infer("chain", x(5))
+    assert caught.value.hint == "split the request, or raise max_batch in model.toml of model 'scale'"
 
 
 async def test_a_net_of_the_ensembles_own_is_a_step(root: Path, make_pool: MakePool) -> None:

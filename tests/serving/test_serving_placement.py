@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 
+import numpy as np
 import pytest
 from serving_kit import action, identity, until, write_faulty, write_model
 
-from millhand.errors import WorkerError
+from millhand.errors import InputError, WorkerError
 from millhand.serving.settings import WorkerDefaults
 
 CPUS = sorted(os.sched_getaffinity(0))
@@ -100,3 +101,18 @@ async def test_the_profiles_batch_and_delay_hold_where_the_model_says_nothing(ro
         "plain": (8, 700),
         "told": (2, 0),
     }
+
+
+async def test_too_many_rows_name_what_rules(root, make_pool):
+    identity(write_model(root, "plain") / "1/model.onnx")
+    identity(write_model(root, "told", extra="max_batch = 2") / "1/model.onnx")
+    pool = await make_pool(hosts=[WorkerDefaults(profile="lathe", max_batch=8)])
+    keys = {"plain": "[worker] max_batch in profile 'lathe', see docs/hardware.md", "told": "max_batch in model.toml"}
+    for name, key in keys.items():
+        with pytest.raises(InputError, match="has 9 rows, allowed are 1 to ") as caught:
+            await pool.infer(name, {"x": np.zeros((9, 2), np.float32)})
+        assert caught.value.hint == f"split the request, or raise {key}"
+        assert pool.metadata(name)["max_batch_key"] == key
+        with pytest.raises(InputError, match="has no row") as caught:
+            await pool.infer(name, {"x": np.zeros((0, 2), np.float32)})
+        assert caught.value.hint == "send at least one row in every tensor"

@@ -135,7 +135,7 @@ def _over_worker(
     if plan.rows > model["max_batch"]:
         raise InputError(
             f"--rows {plan.rows} is more than model '{name}' takes at once, {model['max_batch']}",
-            hint="ask for fewer rows, or raise max_batch in model.toml",
+            hint=f"ask for fewer rows, or raise {model['max_batch_key']}",
         )
     requests = data.requests(model["inputs"], plan.rows)
     control_path = output.config().node.control_path

@@ -138,18 +138,18 @@ def _ask(output: Output, call: str, **arguments: Any) -> tuple[Any, bool]:
 
 
 def offline_pool(output: Output) -> ModelPool:
-    """A pool that starts no worker: it says what is on disk."""
+    """A pool that starts no worker: it says what is on disk, and how it would be served."""
+    from millhand.profiles import match_node
     from millhand.registry import Registry
     from millhand.serving.pool import ModelPool
     from millhand.serving.repository import Repository
-    from millhand.serving.settings import WorkerDefaults
 
     config = output.config()
     registry = Registry()
     registry.load(config.plugin_tables())
     shipped = [Path(folder) for _, folder in registry.collect("millhand_models")]
     repository = Repository.from_config(config, shipped)
-    return ModelPool(repository, config.models, [WorkerDefaults()], registry, config.node.run_dir)
+    return ModelPool(repository, config.models, match_node(config)[1].workers, registry, config.node.run_dir)
 
 
 def _describe(model: dict[str, Any], running: bool) -> list[str]:
@@ -159,7 +159,7 @@ def _describe(model: dict[str, Any], running: bool) -> list[str]:
         ("reason", model["reason"]),
         ("serves", f"{_numbers(model['versions'])} of {_numbers(model['available'])}, policy {model['policy']}"),
         ("proof", _proofs(model)),
-        ("backend", f"{model['backend']}, at most {model['max_batch']} rows a batch"),
+        ("backend", f"{model['backend']}, at most {model['max_batch']} rows a batch, by {model['max_batch_key']}"),
         ("worker", model["worker"]),
         ("gpu", "; ".join(_evidence(*item) for item in model.get("accelerator", {}).items())),
         ("threads", "; ".join(_threads(*item) for item in model.get("threads", {}).items())),

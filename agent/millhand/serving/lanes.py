@@ -23,7 +23,7 @@ from millhand.serving.batcher import Lane, Request
 from millhand.serving.device_memory import trim_memory, used_bytes
 from millhand.serving.ensemble import EnsembleSession, open_session
 from millhand.serving.sessions import Sessions
-from millhand.serving.tensors import check_finite, check_inputs, check_session, zeros
+from millhand.serving.tensors import MAX_BATCH_KEY, check_finite, check_inputs, check_session, zeros
 
 log = logging.getLogger("millhand.worker")
 
@@ -69,6 +69,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     finite: tuple[str, ...] = ()
     """Inputs that must hold neither NaN nor infinity."""
     max_batch: int
+    max_batch_key: str = MAX_BATCH_KEY
+    """Where `max_batch` comes from, for who sends more rows."""
     max_delay_us: int = 0
     queue: int = 256
     warmup: int = 1
@@ -169,6 +171,7 @@ class LoadedModel:
         self.version = request.version
         self.stats = LaneStats()
         self.inputs, self.outputs, self._finite = request.inputs, request.outputs, request.finite
+        self._max_batch_key = request.max_batch_key
         started = time.monotonic()
         self._sessions = sessions = Sessions() if sessions is None else sessions
         try:
@@ -227,7 +230,8 @@ class LoadedModel:
             else:
                 if 1 <= rows <= self.lane.max_batch:
                     return rows
-        return check_inputs(self.name, self.inputs, tensors, self.lane.max_batch)  # says what is wrong
+        # This way is slower, and says what is wrong.
+        return check_inputs(self.name, self.inputs, tensors, self.lane.max_batch, self._max_batch_key)
 
     @property
     def inspects_values(self) -> bool:

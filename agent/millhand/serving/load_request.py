@@ -14,6 +14,7 @@ from millhand.serving.manifest import StepSpec
 from millhand.serving.repository import ModelFolder, Repository
 from millhand.serving.settings import ModelSettings, WorkerDefaults
 from millhand.serving.steps import step_label, step_version
+from millhand.serving.tensors import MAX_BATCH_KEY
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,13 @@ def backend_sources(registry: Registry) -> dict[str, BackendSource]:
 def batch_cap(folder: ModelFolder, host: WorkerDefaults) -> int:
     """Most rows in one inference: model.toml's, within the profile's."""
     return min(folder.manifest.max_batch, host.max_batch or folder.manifest.max_batch)
+
+
+def batch_cap_key(folder: ModelFolder, host: WorkerDefaults) -> str:
+    """Where `batch_cap` comes from: what must be raised for more rows in one inference."""
+    if 0 < host.max_batch < folder.manifest.max_batch:
+        return f"[worker] max_batch in profile '{host.profile}', see docs/hardware.md"
+    return f"{MAX_BATCH_KEY} of model '{folder.smallest}'" if folder.smallest else MAX_BATCH_KEY
 
 
 def delay_us(folder: ModelFolder, host: WorkerDefaults) -> int:
@@ -96,6 +104,7 @@ def load_request(
         inputs=manifest.specs(manifest.inputs),
         outputs=manifest.specs(manifest.outputs),
         max_batch=batch_cap(folder, host),
+        max_batch_key=batch_cap_key(folder, host),
         max_delay_us=delay_us(folder, host),
         queue=settings.queue,
         warmup=manifest.warmup,

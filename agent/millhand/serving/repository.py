@@ -34,6 +34,8 @@ class ModelFolder:
     path: Path
     manifest: Manifest
     versions: tuple[int, ...]
+    smallest: str = ""
+    """An ensemble's model whose own `max_batch` lowers the ensemble's."""
 
     @property
     def name(self) -> str:
@@ -60,9 +62,13 @@ class ModelFolder:
         """SHA-256 of the version's artifact with its data files (proof/digest.py). Raises ModelError."""
         return self.subject(version).digest()
 
-    def with_max_batch(self, max_batch: int) -> ModelFolder:
-        """The same folder, its manifest with another `max_batch`."""
-        return replace(self, manifest=self.manifest.model_copy(update={"max_batch": max_batch}))
+    def lowered_by(self, step: ModelFolder) -> ModelFolder:
+        """The same folder, its `max_batch` no larger than that of a step's model."""
+        max_batch = step.manifest.max_batch
+        if max_batch >= self.manifest.max_batch:
+            return self
+        manifest = self.manifest.model_copy(update={"max_batch": max_batch})
+        return replace(self, manifest=manifest, smallest=step.smallest or step.name)
 
     def chosen(self) -> tuple[int, ...]:
         """The versions that the policy serves, ascending. Raises ModelError where it names one that is not there."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from millhand.errors import ModelError, WorkerError
 from millhand.serving.client import WorkerClient
-from millhand.serving.load_request import batch_cap, delay_us
+from millhand.serving.load_request import batch_cap, batch_cap_key, delay_us
 from millhand.serving.manifest import Manifest, TensorSpec
 from millhand.serving.repository import BadFolder, ModelFolder, Repository, versions_in
 from millhand.serving.settings import WorkerDefaults
@@ -194,6 +194,7 @@ def metadata(
         "path": str(folder.path),
         "policy": manifest.policy,
         "max_batch": batch_cap(folder, host),
+        "max_batch_key": batch_cap_key(folder, host),
         "max_delay_us": delay_us(folder, host),
         "inputs": [tensor(spec) for spec in manifest.inputs],
         "outputs": [tensor(spec) for spec in manifest.outputs],

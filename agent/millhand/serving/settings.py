@@ -134,6 +134,8 @@ class GrpcSettings(StrictTable):
 class WorkerDefaults(StrictTable):
     """What the profile says about workers; the owner's `[models]` wins."""
 
+    profile: str = ""
+    """The profile's name; filled in, like `accelerator`."""
     accelerator: str = "cpu"
     """`cpu`, or the UUID of the GPU or MIG slice."""
     interpreter: Path | None = None

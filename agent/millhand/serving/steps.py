@@ -77,14 +77,14 @@ class _Resolver:
         if not manifest.steps:
             return folder
         source = f"model '{folder.path / MANIFEST}'"
-        nodes, max_batch = [], manifest.max_batch
+        nodes, lowered = [], folder
         for number, step in enumerate(manifest.steps, 1):
             label = step_label(number, step)
             try:
                 part: Part = UnknownPart()
                 if step.model:
                     model = self._model(step)
-                    max_batch = min(max_batch, model.manifest.max_batch)
+                    lowered = lowered.lowered_by(model)
                     specs = model.manifest.specs
                     part = ModelPart(specs(model.manifest.inputs), specs(model.manifest.outputs))
                 elif step.transform:
@@ -96,7 +96,7 @@ class _Resolver:
                 raise ModelError(f"{source}: step {label}: {error}", hint=hint) from error
             nodes.append(Node(label, part, step.inputs, step.outputs))
         connect(source, manifest.specs(manifest.inputs), manifest.specs(manifest.outputs), nodes)
-        return folder.with_max_batch(max_batch)
+        return lowered
 
     def _model(self, step: StepSpec) -> ModelFolder:
         name = step.model

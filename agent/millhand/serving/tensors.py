@@ -43,8 +43,13 @@ def may_fit(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     return len(shape) == len(wanted) and all(a == b or -1 in (a, b) for a, b in zip(shape, wanted))  # noqa: B905
 
 
-def check_inputs(model: str, specs: Specs, tensors: Tensors, max_batch: int) -> int:
+MAX_BATCH_KEY = "max_batch in model.toml"
+
+
+def check_inputs(model: str, specs: Specs, tensors: Tensors, max_batch: int, max_batch_key: str = MAX_BATCH_KEY) -> int:
     """Check a request's tensors and return its number of rows.
+
+    `max_batch_key`: what to raise for more than `max_batch` rows.
 
     Raises InputError naming the tensor, what came and what is expected.
     """
@@ -76,10 +81,12 @@ def check_inputs(model: str, specs: Specs, tensors: Tensors, max_batch: int) -> 
     missing = [name for name in specs if name not in tensors]
     if missing:
         raise InputError(f"tensor '{missing[0]}' of model '{model}' is missing", hint="send every input of the model")
-    if not 1 <= rows <= max_batch:
+    if rows < 1:
+        raise InputError(f"the request to model '{model}' has no row", hint="send at least one row in every tensor")
+    if rows > max_batch:
         raise InputError(
             f"the request to model '{model}' has {rows} rows, allowed are 1 to {max_batch}",
-            hint="split the request, or raise max_batch in model.toml",
+            hint=f"split the request, or raise {max_batch_key}",
         )
     return rows
 
