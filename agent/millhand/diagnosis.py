@@ -184,6 +184,11 @@ def _models(config: Config) -> Iterator[Finding]:
     repository = _repository(config)
     for bad in repository.bad:
         yield Finding(f"model {bad.path.name}", "error", bad.message, bad.hint)
+    for name, folder in repository.models.items():
+        if folder.strays:
+            hint = "rename the folder, put the artifact into it, or take it away"
+            text = "; ".join(stray.reason for stray in folder.strays)
+            yield Finding(f"model {name}", "warning", text, hint)
     for name in _used_models(config):
         if name not in repository.models:
             continue  # said where the asset is looked at

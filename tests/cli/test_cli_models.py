@@ -86,6 +86,42 @@ def test_what_is_not_there(node, rise):
     assert node.millhand("model", "load", "rise", "--version", "0").code == EXIT_CODES["usage"]
 
 
+def test_folders_that_are_passed_over_are_told(node, rise):
+    scale(rise / "4/modle.onnx", 4)
+    scale(rise / "v5/model.onnx", 5)
+    done = node.millhand("model", "load", "rise")
+    reasons = [
+        "4/ has no 'model.onnx'; it holds modle.onnx",
+        "v5/ is no version: its name must be a number from 1 on, such as 5",
+    ]
+    text = done.out.replace("\n  ", " ")
+    assert text == "rise serves version 3.\n" + "".join(f"Warning: {reason}\n" for reason in reasons)
+    assert node.agent.log().count(f"WARNING millhand.serving: model 'rise': {reasons[0]}") == 1
+    shown = " ".join(node.millhand("model", "versions", "rise").out.split())
+    assert "4 passed over" in shown and reasons[0] in shown
+    assert f"Version v5: {reasons[1]}" in shown, "told in full below the table"
+    assert reasons[0] in " ".join(node.millhand("model", "list").out.split())
+    assert reasons[0] in node.millhand("model", "load", "rise", "--version", "4").error
+    checked = " ".join(node.millhand("check").out.split())
+    assert f"WARN model rise: {reasons[0]}; {reasons[1]} Try: rename the folder" in checked
+    shutil.move(rise / "4/modle.onnx", rise / "4/model.onnx")
+    shutil.move(rise / "v5", rise / "5")
+    assert "no version" not in node.millhand("model", "versions", "rise").out
+    assert node.millhand("model", "load", "rise").out == "rise serves version 5.\n"
+
+
+def test_a_model_without_model_toml(node):
+    folder = node.root / "new"
+    scale(folder / "1/model.onnx", 1)
+    try:
+        done = node.millhand("model", "load", "new")
+        assert f"'{folder}' has no model.toml" in done.error and "Try: write one" in done.error
+        assert "has no model.toml" in " ".join(node.millhand("model", "list").out.split())
+        assert "FAIL model new: " in " ".join(node.millhand("check").out.split())
+    finally:
+        shutil.rmtree(folder)
+
+
 def test_rows_that_are_too_many_name_what_rules(node, rise, tmp_path):
     """A CPU's profile allows fewer rows than a model.toml that says nothing; with and without a daemon."""
     node.millhand("model", "load", "rise")

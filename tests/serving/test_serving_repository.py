@@ -42,6 +42,42 @@ def test_bad_folders_are_reported_and_left_out(root):
         repository.find("god")
 
 
+def test_folders_that_look_like_versions_are_told(root):
+    folder = good(root, "press")
+    identity(folder / "3/modle.onnx")
+    for name in ("4", "0", "V6"):
+        (folder / name).mkdir()
+    identity(folder / "next/model.onnx")
+    for name in ("notes", ".part"):
+        (folder / name).mkdir()
+    found = Repository([root]).find("press")
+    assert found.versions == (1,)
+    assert {stray.folder: stray.reason for stray in found.strays} == {
+        "3": "3/ has no 'model.onnx'; it holds modle.onnx",
+        "4": "4/ has no 'model.onnx'; it is empty",
+        "0": "0/ is no version: its name must be a number from 1 on, such as 1",
+        "V6": "V6/ is no version: its name must be a number from 1 on, such as 6",
+        "next": "next/ is no version: its name must be a number from 1 on, such as 1",
+    }
+    folder.joinpath("1/model.onnx").unlink()
+    with pytest.raises(ModelError, match=r"has no version: .*; 1/ has no 'model.onnx'; it is empty; 3/ has no"):
+        Repository([root]).find("press")
+
+
+def test_a_model_without_model_toml_is_told(root):
+    identity(root / "new/1/model.onnx")
+    identity(root / "later/model.onnx")
+    repository = Repository([root])
+    assert repository.problems() == [("new", f"'{root / 'new'}' has no model.toml")]
+    for name in ("new", "later"):
+        with pytest.raises(ModelError, match=f"'{root / name}' has no model.toml") as caught:
+            repository.find(name)
+        assert caught.value.hint.startswith("write one")
+    for name in ("..", "new/1", ""):
+        with pytest.raises(ModelError, match="is not known"):
+            repository.find(name)
+
+
 def test_the_owners_folder_wins_over_a_shipped_one(root, tmp_path):
     good(root, "same")
     shipped = tmp_path / "shipped"

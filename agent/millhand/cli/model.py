@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 KIB = 1024
 UNREAD = {"state": "unloaded", "memory_bytes": 0, "reason": "new on disk: millhand model load reads it"}
 GONE = {"bytes": None, "proof": "gone from disk", "proof_reason": ""}
+NO_VERSION = {"memory_bytes": 0, "bytes": None, "proof": "", "proof_reason": ""}
 LOAD_TIMEOUT_S = 3600.0
 """The daemon has its own: [models] load_timeout_s, for each version."""
 
@@ -41,8 +42,7 @@ def list_models(ctx: click.Context) -> None:
     output: Output = ctx.obj
     models, running = _ask(output, "model.list")
     rows = [
-        (model["name"], model["state"], _numbers(model["versions"]), _proofs(model), model["reason"])
-        for model in models
+        (model["name"], model["state"], _numbers(model["versions"]), _proofs(model), _reason(model)) for model in models
     ]
     headers = ("model", "state", "serves", "proof", "reason")
     lines = _table_with_reasons(headers, rows) if rows else ["The repository has no model."]
@@ -75,6 +75,10 @@ def versions(ctx: click.Context, name: str) -> None:
         {**details.get(number, {"version": number, **UNREAD}), **model["artifacts"].get(str(number), GONE)}
         for number in sorted({*details, *map(int, model["artifacts"])})
     ]
+    found += [
+        {"version": stray["folder"], "state": "passed over", "reason": stray["reason"], **NO_VERSION}
+        for stray in model["strays"]
+    ]
     reasons = [_why_not(version, model, running) for version in found]
     rows = [
         (v["version"], v["state"], v["proof"], _size(v["bytes"]), _size(v["memory_bytes"] or None), reason)
@@ -98,7 +102,10 @@ def load(ctx: click.Context, name: str, version: int | None) -> None:
         raise
     except MillhandError as error:
         raise _still_serving(daemon, name, error) from error
-    output.emit(entry, f"{name} serves version {_numbers(entry['versions'])}.")
+    lines = [f"{name} serves version {_numbers(entry['versions'])}."]
+    for stray in entry["strays"]:
+        lines += wrapped(f"Warning: {stray['reason']}", rest="  ")
+    output.emit(entry, lines)
 
 
 @command.command("unload", short_help="Stop serving a model.")
@@ -198,6 +205,11 @@ def _table_with_reasons(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -
     lines = table(headers, rows, LINE_CHARACTERS)
     cut = [row for row, line in zip(rows, lines[1:], strict=True) if line.endswith("…")]
     return lines + [line for row in cut for line in ("", *wrapped(f"{headers[0].capitalize()} {row[0]}: {row[-1]}"))]
+
+
+def _reason(model: dict[str, Any]) -> str:
+    """Why a model does not serve as it should, or which folders of it are passed over."""
+    return model["reason"] or "; ".join(stray["reason"] for stray in model.get("strays", ()))
 
 
 def _why_not(version: dict[str, Any], model: dict[str, Any], running: bool) -> str:

@@ -12,6 +12,8 @@ from millhand.serving.tensors import DATATYPES
 from millhand.validation import StrictTable, read_toml, validate
 
 MANIFEST = "model.toml"
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+"""What a model may be called, as a pattern."""
 ENSEMBLE = "ensemble"
 """The backend of a model with steps."""
 
@@ -170,7 +172,7 @@ class StepSpec(StrictTable):
 
 
 class Manifest(StrictTable):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(pattern=f"^{NAME}$")
     description: str
     licence: str
     backend: str = "onnxruntime"

@@ -153,6 +153,8 @@ class ModelPool:
                 raise
             if served is None:
                 served = self._served[name] = Served(folder, [])
+            for stray in folder.strays:
+                log.warning("model '%s': %s", name, stray.reason)
             async with served.lock:
                 if self._stopped:
                     raise WorkerError("the agent is stopping", hint="load the model when it runs again")
@@ -238,7 +240,8 @@ class ModelPool:
     def _existing(self, folder: ModelFolder, version: int) -> int:
         if version not in folder.versions:
             known = ", ".join(map(str, folder.versions))
-            raise ModelError(f"model '{folder.name}' has no version {version}", hint=f"its folder holds {known}")
+            why = "".join(f": {stray.reason}" for stray in folder.strays if stray.folder == str(version))
+            raise ModelError(f"model '{folder.name}' has no version {version}{why}", hint=f"its folder holds {known}")
         return version
 
     # ---- deaths -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ A bad folder is reported and left out, never fatal. Nothing is watched: `scan` r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,8 +16,9 @@ from millhand.errors import MillhandError, ModelError, suggestion
 from millhand.proof.digest import speaks_of_it
 from millhand.proof.signature import Keyring
 from millhand.proof.verification import State, Subject, Verdict, verify
-from millhand.serving.manifest import MANIFEST, Manifest, read_manifest
+from millhand.serving.manifest import MANIFEST, NAME, Manifest, read_manifest
 from millhand.serving.steps import resolve_ensembles, step_version
+from millhand.serving.strays import Stray, is_version, stray_models, stray_versions
 
 if TYPE_CHECKING:
     from millhand.config import Config
@@ -36,6 +38,8 @@ class ModelFolder:
     versions: tuple[int, ...]
     smallest: str = ""
     """An ensemble's model whose own `max_batch` lowers the ensemble's."""
+    strays: tuple[Stray, ...] = ()
+    """Its folders that are passed over."""
 
     @property
     def name(self) -> str:
@@ -146,9 +150,11 @@ class Repository:
         bad: list[BadFolder] = []
         for root in self.roots:
             try:
-                folders = sorted(path.parent for path in root.glob(f"*/{MANIFEST}"))
                 if not root.is_dir():
                     bad.append(BadFolder(root, f"'{root}' is no folder", "mend [models] paths or MODEL_PATH"))
+                    continue
+                folders = sorted(path.parent for path in root.glob(f"*/{MANIFEST}"))
+                bad += [_without_manifest(folder) for folder in stray_models(root, MANIFEST)]
             except OSError as error:
                 bad.append(BadFolder(root, f"'{root}' cannot be read: {error.strerror}", "check its permissions"))
                 continue
@@ -169,6 +175,10 @@ class Repository:
             return self.models[name]
         for folder in self.bad:
             if folder.path.name == name:
+                raise ModelError(folder.message, hint=folder.hint)
+        for path in [root / name for root in self.roots if re.fullmatch(NAME, name)]:
+            if path.is_dir() and not (path / MANIFEST).exists():
+                folder = _without_manifest(path)
                 raise ModelError(folder.message, hint=folder.hint)
         raise ModelError(
             f"model '{name}' is not known{suggestion(name, self.models)}",
@@ -240,17 +250,26 @@ class Repository:
         return found.state
 
 
+def _without_manifest(path: Path) -> BadFolder:
+    return BadFolder(path, f"'{path}' has no {MANIFEST}", "write one (docs/models.md), or take the folder away")
+
+
 def _speaks_of(root: Path, path: Path) -> bool:
     return speaks_of_it(path.relative_to(root).as_posix())
 
 
 def versions_in(path: Path, manifest: Manifest) -> tuple[int, ...]:
     """The versions that a model's folder holds now, ascending. Raises OSError."""
-    numbers = sorted(int(entry.name) for entry in path.iterdir() if entry.is_dir() and entry.name.isdecimal())
+    numbers = sorted(int(entry.name) for entry in path.iterdir() if entry.is_dir() and is_version(entry.name))
     files = _files(manifest)
-    found = tuple(n for n in numbers if n > 0 and all((path / str(n) / file).exists() for file in files))
+    found = tuple(n for n in numbers if all((path / str(n) / file).exists() for file in files))
     # An ensemble that only uses other models needs no folder of its own.
     return found or (() if files else (1,))
+
+
+def strays_in(path: Path, manifest: Manifest, versions: Sequence[int]) -> tuple[Stray, ...]:
+    """The folders in a model's folder that look like versions beside `versions`, and are none. Raises OSError."""
+    return tuple(stray_versions(path, _files(manifest), versions))
 
 
 def _files(manifest: Manifest) -> list[str]:
@@ -267,9 +286,11 @@ def read_folder(path: Path) -> ModelFolder:
             hint=f"rename the folder or set name = '{path.name}'",
         )
     versions = versions_in(path, manifest)
+    strays = strays_in(path, manifest, versions)
     if not versions:
+        found = "".join(f"; {stray.reason}" for stray in strays)
         raise ModelError(
-            f"model '{manifest.name}' has no version: no '{path}/<number>/{_files(manifest)[0]}'",
+            f"model '{manifest.name}' has no version: no '{path}/<number>/{_files(manifest)[0]}'{found}",
             hint="put the artifact into a folder named by its version, for example 1",
         )
-    return ModelFolder(path, manifest, versions)
+    return ModelFolder(path, manifest, versions, strays=strays)

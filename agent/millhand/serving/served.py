@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from millhand.errors import ModelError, WorkerError
 from millhand.serving.client import WorkerClient
 from millhand.serving.load_request import batch_cap, batch_cap_key, delay_us
 from millhand.serving.manifest import Manifest, TensorSpec
-from millhand.serving.repository import BadFolder, ModelFolder, Repository, versions_in
+from millhand.serving.repository import BadFolder, ModelFolder, Repository, strays_in, versions_in
 from millhand.serving.settings import WorkerDefaults
 from millhand.serving.steps import step_label
 from millhand.serving.supervision import SupervisedWorker
@@ -157,6 +157,7 @@ def entry(folder: ModelFolder, served: Served | None, repository: Repository) ->
         "details": [
             _version(number, served) for number in sorted({*folder.versions, *(served.wanted if served else ())})
         ],
+        "strays": [asdict(stray) for stray in folder.strays],
         "proof": {str(version): repository.verdict(folder, version).state for version in folder.versions},
         "worker": ", ".join(worker.name for worker in served.workers) if served else "",
     }
@@ -205,17 +206,21 @@ def metadata(
         "accelerator": _evidence(served),
         "threads": _threads(served),
         "steps": _steps(folder, served),
-        "artifacts": _artifacts(folder, repository),
+        **_on_disk(folder, repository),
     }
 
 
-def _artifacts(folder: ModelFolder, repository: Repository) -> dict[str, Any]:
-    """Version -> its files, of all that are on disk now: some may have come since the folder was read."""
+def _on_disk(folder: ModelFolder, repository: Repository) -> dict[str, Any]:
+    """What lies in the model's folder now, which may be newer than what was read: version -> its files, and strays."""
     try:
         versions = versions_in(folder.path, folder.manifest)
+        strays = strays_in(folder.path, folder.manifest, versions)
     except OSError:
-        versions = ()
-    return {str(version): _artifact(folder, version, repository) for version in versions}
+        versions, strays = (), ()
+    return {
+        "artifacts": {str(version): _artifact(folder, version, repository) for version in versions},
+        "strays": [asdict(stray) for stray in strays],
+    }
 
 
 def _artifact(folder: ModelFolder, version: int, repository: Repository) -> dict[str, Any]:
