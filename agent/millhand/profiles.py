@@ -19,6 +19,7 @@ from millhand.errors import ConfigError, suggestion
 from millhand.hardware import discover
 from millhand.hardware.facts import Accelerator, Hardware, MigInstance, Problem
 from millhand.hardware.gpus import slice_bytes
+from millhand.hardware.joined import Joined, best_sets, largest_by_nvlink
 from millhand.hardware.visible import VARIABLE, device_names, find_device, visible_devices
 from millhand.hardware_rules import MatchRules, judge, ready
 from millhand.serving.settings import WorkerDefaults
@@ -145,6 +146,8 @@ class Match:
     """One for each accelerator or MIG slice that the profile isolates, at least one."""
     tensor_parallel: int = 1
     """GPUs that one language model may be spread over on this node."""
+    joined: tuple[Joined, ...] = ()
+    """The GPUs that are joined best, for a model that is spread over 2, 4, 8, ... or all of them."""
 
     @property
     def worker(self) -> WorkerDefaults:
@@ -275,15 +278,26 @@ def _fit(profile: Profile, hardware: Hardware, reasons: list[str], visible: Sequ
                 workers.append(WorkerDefaults(**{**values, "accelerator": part, "memory_bytes_cap": budget}))
     if visible is not None and ready(hardware):
         reasons.append(f"CUDA_VISIBLE_DEVICES leaves {', '.join(visible) or 'no GPU'}")
+    whole = _whole_gpus(hardware, visible)
     tensor_parallel = 1
-    if profile.language.tensor_parallel_max > 1:
-        group = hardware.topology.nvlink_group()
-        usable = len(ready(hardware)) if visible is None else len(visible)
-        tensor_parallel = max(1, min(profile.language.tensor_parallel_max, group, usable))
-        if usable > 1 and tensor_parallel == 1:
-            link = "NVLink does not join the GPUs" if group else "the NVLink topology is not known"
+    if profile.language.tensor_parallel_max > 1 and len(whole) > 1:
+        group = largest_by_nvlink(hardware.topology, whole)
+        tensor_parallel = min(profile.language.tensor_parallel_max, group)
+        if tensor_parallel == 1:
+            known = len(hardware.topology.links) > 1
+            link = "NVLink does not join the GPUs" if known else "the NVLink topology is not known"
             reasons.append(f"{link}, so a language model stays on one GPU")
-    return Match(profile, reasons, tuple(workers) or (WorkerDefaults(**plain),), tensor_parallel)
+    joined = tuple(best_sets(hardware.topology, whole))
+    return Match(profile, reasons, tuple(workers) or (WorkerDefaults(**plain),), tensor_parallel, joined)
+
+
+def _whole_gpus(hardware: Hardware, visible: Sequence[str] | None) -> list[int]:
+    """The GPUs that may be used as a whole, by index: a model cannot be spread over MIG slices."""
+    return [
+        gpu.index
+        for gpu in ready(hardware)
+        if gpu.index is not None and not gpu.mig_enabled and (visible is None or device_names(gpu)[0] in visible)
+    ]
 
 
 def _interpreter(profile: Profile, hardware: Hardware, reasons: list[str]) -> Path | None:

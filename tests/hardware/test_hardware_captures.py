@@ -11,6 +11,7 @@ import pytest
 
 from millhand.errors import HardwareError
 from millhand.hardware import Hardware, discover
+from millhand.hardware.joined import largest_by_nvlink
 
 GIB, MIB = 1 << 30, 1 << 20
 DATA = os.environ.get("MILLHAND_DATA")
@@ -374,7 +375,7 @@ def test_topology(name: str, group: int, affinity: str, numa: list[str]) -> None
     node = read(f"nvidia/{name}")
     assert [len(row) for row in node.topology.links] == [8] * 8
     assert [row[index] for index, row in enumerate(node.topology.links)] == ["X"] * 8
-    assert node.topology.nvlink_group() == group
+    assert largest_by_nvlink(node.topology, range(8)) == group
     assert node.topology.cpu_affinity[0] == affinity
     assert list(node.topology.numa) == numa
     assert len(node.accelerators) == 8

@@ -81,6 +81,7 @@ def _match_data(found: Match, hardware: Hardware) -> dict[str, Any]:
         "reasons": found.reasons,
         "workers": [worker.model_dump(mode="json") for worker in found.workers],
         "tensor_parallel": found.tensor_parallel,
+        "joined": [{"gpus": joined.gpus, "link": joined.link} for joined in found.joined],
         "budgets_bytes": _budgets(found, hardware),
         "limits": found.profile.limits.model_dump(mode="json"),
         "too_hot": [problem.message for problem in found.profile.limits.problems(hardware)],
@@ -115,6 +116,10 @@ def _match_lines(found: Match, hardware: Hardware) -> list[str]:
     for index, (name, budget) in enumerate(_budgets(found, hardware).items()):
         first = "Budget      " if index == 0 else " " * 12
         lines.append(f"{first}{name}: {'not known' if budget is None else f'{budget / GIB:.1f} GiB'}")
+    for index, joined in enumerate(found.joined):
+        numbers = ", ".join(map(str, joined.gpus))
+        link = f"{joined.link} or better" if joined.link else "links not known"
+        lines.append(f"{'' if index else 'Joined best':<12}{len(joined.gpus)} GPUs: {numbers} ({link})")
     for problem in found.profile.limits.problems(hardware):
         text = f"{problem.field} is at {problem.message}. Try: {problem.hint}"
         lines += textwrap.wrap(text, LINE_CHARACTERS, initial_indent="Too hot     ", subsequent_indent=" " * 12)

@@ -121,20 +121,6 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
     numa: tuple[str, ...] = ()
     nvswitches: int | None = None
 
-    def nvlink_group(self) -> int:
-        """Size of the largest group of GPUs of which each reaches each other one by NVLink; 0 where it is not known."""
-        best = 0
-        for start in range(len(self.links)):
-            group = [start]
-            for other in range(len(self.links)):
-                if other != start and all(self._linked(other, member) for member in group):
-                    group.append(other)
-            best = max(best, len(group))
-        return best
-
-    def _linked(self, one: int, other: int) -> bool:
-        return other < len(self.links[one]) and self.links[one][other].startswith("NV")
-
 
 class Rail(msgspec.Struct, frozen=True):
     """A power rail of a Jetson, watts now and on average."""
