@@ -67,7 +67,7 @@ class Calls:
         """Everything that bare `millhand` shows."""
         daemon = self._daemon
         alerts = await daemon.store.alerts(limit=ID_SEARCH_LIMIT)
-        assets = daemon.fleet.statuses()
+        assets, models = daemon.fleet.statuses(), daemon.pool.index()
         opened = sum(alert.state is AlertState.OPEN for alert in alerts)
         return {
             "ready": daemon.ready,
@@ -78,7 +78,7 @@ class Calls:
             "profile": daemon.match.profile.name,
             "uptime_s": time.monotonic() - daemon.started_monotonic,
             "assets": assets,
-            "models": daemon.pool.index(),
+            "models": models,
             "self_test": [tried.to_dict() for tried in daemon.self_test.tried],
             "http": daemon.http_url,
             "grpc": daemon.grpc_address,
@@ -87,7 +87,7 @@ class Calls:
             "telemetry": await self.telemetry_status(),
             "sinks": daemon.fleet.sink_statuses(),
             "store": await daemon.store.status(),
-            "next_step": _next_step(assets, opened, daemon.config.telemetry.enabled),
+            "next_step": _next_step(assets, models, opened, daemon.config.telemetry.enabled),
         }
 
     async def reload(self) -> dict[str, Any]:
@@ -234,13 +234,19 @@ class Calls:
             version = await store.changed.after(version)
 
 
-def _next_step(assets: list[dict[str, Any]], open_alerts: int, telemetry: bool) -> str:
-    if not assets:
-        return "add an [[assets]] table to the configuration; 'millhand plugin list' shows adapters"
+def _next_step(assets: list[dict[str, Any]], models: list[dict[str, Any]], open_alerts: int, telemetry: bool) -> str:
+    """What to do next: what is wrong comes first."""
     if any(asset["error"] for asset in assets):
         return "millhand check"
     if open_alerts:
         return "millhand alert list"
+    if any(model["state"] in ("failed", "bad") for model in models):
+        return "millhand model list"
+    serving = [model["name"] for model in models if model["versions"]]
+    if not assets and serving:
+        return f"millhand model show {serving[0]}"  # a node that serves models to others
+    if not assets:
+        return "add an [[assets]] table to the configuration; 'millhand plugin list' shows adapters"
     return "millhand telemetry status" if telemetry else "set [telemetry] to reach a hub"
 
 

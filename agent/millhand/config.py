@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from millhand.control import SOCKET_NAME_BYTES_CAP, SOCKET_PATH_BYTES_CAP
 from millhand.errors import ConfigError
 from millhand.log_settings import LogSettings
 from millhand.pipeline.settings import AssetSettings, OrderSettings, RecordingSettings
@@ -53,6 +54,17 @@ class NodeSettings(StrictTable):
     def _topic_safe(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", value):
             raise ValueError("must be letters, digits, '_', '.' or '-' (it becomes part of an MQTT topic)")
+        return value
+
+    @field_validator("run_dir")
+    @classmethod
+    def _takes_sockets(cls, value: Path) -> Path:
+        bytes_cap = SOCKET_PATH_BYTES_CAP - SOCKET_NAME_BYTES_CAP - 1
+        if len(os.fsencode(value)) > bytes_cap:
+            raise ValueError(
+                f"its {len(os.fsencode(value))} bytes leave no room for the names of sockets, whose paths the kernel "
+                f"limits; name a folder of at most {bytes_cap} bytes, such as /run/millhand"
+            )
         return value
 
     @property

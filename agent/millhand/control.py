@@ -25,6 +25,8 @@ log = logging.getLogger("millhand.control")
 FRAME = struct.Struct("<I")
 FRAME_BYTES_CAP = 64 * 1024 * 1024
 SOCKET_PATH_BYTES_CAP = 107  # sun_path on Linux, less its terminating zero
+SOCKET_NAME_BYTES_CAP = 24
+"""Names of sockets in a run_dir are no longer: `control.sock`, `worker-<number>-<generation>.sock`."""
 
 Handler = Callable[..., Awaitable[Any] | AsyncIterator[Any]]
 

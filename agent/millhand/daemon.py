@@ -92,6 +92,7 @@ class Daemon:
         config = self.config
         self._make_folders()
         self._claim_run_dir()
+        self._make_fronts()
         self.registry.load(config.plugin_tables())
         self.hardware = await asyncio.to_thread(discover, config.node.hardware_root)
         self.match = self._match_profile()
@@ -118,12 +119,9 @@ class Daemon:
         calls = Calls(self)
         self._control = ControlServer(config.node.control_path, calls.handlers())
         await self._control.start()
-        if config.http.enabled:
-            self._http = http_front(config.http, config.node.control_path, config.tracing, config.log)
-            await self._http.start()
-        if config.grpc.enabled:
-            self._grpc = grpc_front(config.grpc, config.node.control_path, config.tracing, config.log)
-            await self._grpc.start()
+        for front in (self._http, self._grpc):
+            if front is not None:
+                await front.start()
         self._spawn(self._watch_self(), "self-check")
         self._spawn(self._retry_plugins(), "plugin retry")
         if self.self_test.worthwhile:
@@ -274,6 +272,14 @@ class Daemon:
                 raise ConfigError(
                     f"[node] {key} = '{folder}' cannot be written", hint="give it to this user, or choose another"
                 )
+
+    def _make_fronts(self) -> None:
+        """Make what will listen, before anything is loaded. Raises ConfigError where tracing lacks its package."""
+        config = self.config
+        if config.http.enabled:
+            self._http = http_front(config.http, config.node.control_path, config.tracing, config.log)
+        if config.grpc.enabled:
+            self._grpc = grpc_front(config.grpc, config.node.control_path, config.tracing, config.log)
 
     def _claim_run_dir(self) -> None:
         """Hold a lock on the run_dir: another daemon would take away our workers' sockets. The kernel frees it."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from millhand.hardware.facts import Hardware
     from millhand.profiles import Match
     from millhand.serving.packages import Found
-    from millhand.serving.repository import Repository
+    from millhand.serving.repository import ModelFolder, Repository
     from millhand.serving.settings import GrpcSettings, HttpSettings
 
 Level = Literal["ok", "warning", "error"]
@@ -58,7 +59,8 @@ def diagnose(config_path: Path | None) -> list[Finding]:
         return [_of_error("config", error)]
     findings = [Finding("config", "ok", f"valid, {len(config.assets)} assets")]
     checks: list[Callable[[Config], Iterator[Finding]]] = [
-        _folders, _clock, _hardware, _plugins, _models, _worker, _backends, _listeners, _broker, _daemon,
+        _folders, _clock, _hardware, _plugins, _models, _worker, _backends, _tokens, _tracing, _listeners, _broker,
+        _daemon,
     ]  # fmt: skip
     for check in checks:
         try:
@@ -144,13 +146,16 @@ def _memory(config: Config, hardware: Hardware, found: Match) -> Finding:
     budget = found.profile.budget_bytes(hardware, find_device(hardware, device))
     if budget is None:
         return Finding("memory", "warning", f"the memory of '{device}' is not known", "millhand hw show")
-    repository = _repository(config)
-    needed = repository.needed(_used_models(config))
-    wanted = sum(folder.size_bytes(version) for folder, version in needed)
-    text = f"models may take {budget >> 20} MiB of '{device}'; their files take {wanted >> 20} MiB"
+    wanted = sum(folder.size_bytes(version) for folder, version in _loaded(config))
+    text = f"models may take {_mib(budget)} of '{device}'; their files take {_mib(wanted)}"
     if wanted > budget:
         return Finding("memory", "error", text, "serve fewer or smaller models, or free memory on the node")
     return Finding("memory", "ok", text)
+
+
+def _mib(size_bytes: int) -> str:
+    mib = size_bytes / 2**20
+    return f"{mib:.0f} MiB" if mib >= 10 or mib.is_integer() else f"{mib:.2g} MiB"
 
 
 def _plugins(config: Config) -> Iterator[Finding]:
@@ -189,11 +194,12 @@ def _models(config: Config) -> Iterator[Finding]:
             hint = "rename the folder, put the artifact into it, or take it away"
             text = "; ".join(stray.reason for stray in folder.strays)
             yield Finding(f"model {name}", "warning", text, hint)
-    for name in _used_models(config):
-        if name not in repository.models:
+    of_assets = config.models_needed()
+    for name in repository.names_to_load(config.models, of_assets):
+        if name not in repository.models and name in of_assets:
             continue  # said where the asset is looked at
         try:
-            folder = repository.models[name]
+            folder = repository.find(name)
             states = [f"version {number} {repository.check_proof(folder, number)}" for number in folder.chosen()]
             yield Finding(f"model {name}", "ok", ", ".join(states))
         except MillhandError as error:
@@ -210,8 +216,14 @@ def _repository(config: Config) -> Repository:
     return Repository.from_config(config, folders)
 
 
-def _used_models(config: Config) -> list[str]:
-    return sorted({model for asset in config.assets for model in asset.models})
+def _loaded(config: Config) -> list[tuple[ModelFolder, int]]:
+    """Every (model, version) that the agent loads at its start, but for models whose folders are wrong."""
+    repository = _repository(config)
+    found: dict[tuple[str, int], tuple[ModelFolder, int]] = {}
+    for name in repository.names_to_load(config.models, config.models_needed()):
+        with suppress(MillhandError):  # said where the models are looked at
+            found |= {(folder.name, version): (folder, version) for folder, version in repository.needed([name])}
+    return list(found.values())
 
 
 def _worker(config: Config) -> Iterator[Finding]:
@@ -239,8 +251,7 @@ def _packages(config: Config, interpreter: str) -> Found:
     """What an interpreter has of what its models need. Raises OSError or subprocess.SubprocessError."""
     from millhand.serving.packages import look_into
 
-    needed = _repository(config).needed(_used_models(config))
-    backends = {backend for folder, _ in needed for backend in folder.manifest.backends}
+    backends = {backend for folder, _ in _loaded(config) for backend in folder.manifest.backends}
     return look_into(interpreter, [*WORKER_PACKAGES, *sorted(backends & BACKEND_PACKAGES)])
 
 
@@ -259,18 +270,45 @@ def _backends(config: Config) -> Iterator[Finding]:
         return
     registry, repository = Registry(), _repository(config)
     registry.load(config.plugin_tables())
-    test = SelfTest(registry, config.models, match.workers, repository, _used_models(config))
+    test = SelfTest(registry, config.models, match.workers, repository, config.models_needed())
     for tried in asyncio.run(test.run()):
         level: Level = "ok" if tried.works else "error"
         yield Finding(f"{tried.backend} {tried.part}", level, tried.message, tried.hint)
+
+
+def _tokens(config: Config) -> Iterator[Finding]:
+    """The files whose tokens let clients manage models."""
+    from millhand.serving.admin import AdminToken
+
+    for name, settings in _fronts(config).items():
+        if settings.admin_token_file is not None:
+            key = f"{name} admin_token_file"
+            try:
+                AdminToken(settings.admin_token_file, name).read()
+                yield Finding(key, "ok", f"'{settings.admin_token_file}' holds a token")
+            except MillhandError as error:
+                yield _of_error(key, error)
+
+
+def _tracing(config: Config) -> Iterator[Finding]:
+    from millhand.serving.tracing import require_exporter
+
+    if config.tracing.enabled and _fronts(config):
+        require_exporter()
+        yield Finding("tracing", "ok", f"traces go to {config.tracing.endpoint}")
+
+
+def _fronts(config: Config) -> dict[str, HttpSettings | GrpcSettings]:
+    """What listens, by its table."""
+    tables: dict[str, HttpSettings | GrpcSettings] = {"http": config.http, "grpc": config.grpc}
+    return {name: settings for name, settings in tables.items() if settings.enabled}
 
 
 def _listeners(config: Config) -> Iterator[Finding]:
     """Whether the ports are ours to take. A running daemon holds them itself, which `_daemon` tells of."""
     from millhand.control import ControlClient
 
-    wanted: dict[str, HttpSettings | GrpcSettings] = {"http": config.http, "grpc": config.grpc}
-    wanted = {name: settings for name, settings in wanted.items() if settings.enabled and settings.port}
+    wanted = {name: settings for name, settings in _fronts(config).items() if settings.port}
     try:
         if wanted:
             ControlClient(config.node.control_path, 5.0).call("asset.list")
@@ -326,4 +364,4 @@ def _daemon(config: Config) -> Iterator[Finding]:
             yield Finding(f"asset {asset['asset']}", level, asset["error"], asset["hint"])
     for model in state["models"]:
         if model["state"] == "failed":
-            yield Finding(f"model {model['name']}", "error", str(model.get("reason")), "millhand model show")
+            yield Finding(f"model {model['name']}", "error", model["reason"], model["hint"])

@@ -23,6 +23,11 @@ class MillhandError(Exception):
         if retriable is not None:
             self.retriable = retriable
 
+    @property
+    def text(self) -> str:
+        """What is wrong, and what to do in brackets."""
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
     def to_dict(self) -> dict[str, str | bool]:
         return {"code": self.code, "message": self.message, "hint": self.hint, "retriable": self.retriable}
 

@@ -106,6 +106,16 @@ def test_a_failing_check_hides_no_other(node: Node) -> None:
     assert any(finding.name == "broker" for finding in findings)
 
 
+def test_a_run_dir_without_room_for_sockets(node: Node) -> None:
+    """The longest folder of which the kernel binds every socket, and one that is a byte longer."""
+    folder = Path("/tmp") / ("f" * 77)
+    assert node.set("node", run_dir=str(folder)).only("config").level == "ok"
+    finding = node.set("node", run_dir=f"{folder}f").only("config")
+    assert finding.level == "error"
+    assert "key 'node.run_dir'" in finding.message
+    assert "at most 82 bytes, such as /run/millhand" in finding.message
+
+
 # ---- clock ----------------------------------------------------------------------------------------------------------
 
 
@@ -141,6 +151,25 @@ def test_models_beyond_the_memory_budget(node: Node) -> None:
     assert "3072 MiB" in finding.message
 
 
+def test_models_without_an_asset_count(node: Node) -> None:
+    """A node that only serves holds what its folders have."""
+    root = own_model(node.folder)
+    with (root / SHIPPED.name / "1" / "model.onnx").open("r+b") as artifact:
+        artifact.truncate(4 << 20)
+    node.set("models", paths=[str(root)])
+    assert "their files take 4 MiB" in node.only("memory").message
+    assert node.only("model turbofan-rul").message == "version 1 unproved"
+    node.set("models", interpreter=str(bare_interpreter(node.folder)))
+    assert any("'onnxruntime'" in finding.message for finding in node.check() if finding.name == "worker")
+
+
+def test_small_models_take_something(node: Node) -> None:
+    node.set("models", paths=[str(own_model(node.folder))])
+    size_mib = (SHIPPED / "1" / "model.onnx").stat().st_size / 2**20
+    shown = float(node.only("memory").message.rpartition(" take ")[2].removesuffix(" MiB"))
+    assert size_mib * 0.9 < shown < size_mib * 1.2
+
+
 def test_the_budget_is_of_a_visible_card(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     node.recorded()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
@@ -168,6 +197,15 @@ def test_a_model_that_nobody_ships(node: Node) -> None:
     finding = node.judged_by("press-wear").only("asset node")
     assert finding.level == "error"
     assert "[models] paths" in finding.hint
+
+
+def test_models_to_load_that_nobody_has(node: Node) -> None:
+    root = own_model(node.folder)
+    finding = node.set("models", paths=[str(root)], load=["turbofan-rull", "*"], pin=["lost"]).only("model lost")
+    assert (finding.level, finding.message) == ("error", "model 'lost' is not known")
+    finding = node.set("models", load=["turbofan-rull"]).only("model turbofan-rull")
+    assert finding.message == "model 'turbofan-rull' is not known; did you mean 'turbofan-rul'?"
+    assert finding.hint == "the repository has: turbofan-rul"
 
 
 def bare_interpreter(folder: Path) -> Path:
@@ -236,6 +274,33 @@ def test_a_port_that_another_program_holds(node: Node) -> None:
         assert f"127.0.0.1:{port}" in finding.message
         assert "[http] port" in finding.hint
     assert node.only("http").level == "ok"
+
+
+# ---- what listens ---------------------------------------------------------------------------------------------------
+
+
+def test_tokens_that_cannot_be_read(node: Node) -> None:
+    token = node.folder / "token"
+    for table in ("http", "grpc"):
+        node.set(table, enabled=True, port=0, admin_token_file=str(token))
+        finding = node.only(f"{table} admin_token_file")
+        assert finding.level == "error"
+        assert finding.message == f"[{table}] admin_token_file = '{token}' cannot be read: No such file or directory"
+    token.write_text("\n")
+    assert node.only("http admin_token_file").message.endswith("is empty")
+    token.write_text("secret\n")
+    assert node.only("http admin_token_file").level == "ok"
+    node.set("http", enabled=False, admin_token_file="/nowhere")
+    assert not [finding for finding in node.check() if finding.name == "http admin_token_file"]
+
+
+def test_tracing_without_its_package(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.set("http", enabled=True, port=0).set("tracing", enabled=True)
+    assert node.only("tracing").level == "ok"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    finding = node.only("tracing")
+    assert finding.level == "error"
+    assert "pip install 'millhand[otel]'" in finding.hint
 
 
 ENSEMBLE = """name = "twice-read"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,6 +163,7 @@ def _describe(model: dict[str, Any], running: bool) -> list[str]:
         ("model", f"{model['name']}: {model['description']}"),
         ("state", model["state"] if running else "the daemon does not run"),
         ("reason", model["reason"]),
+        ("try", model["hint"]),
         ("serves", f"{_numbers(model['versions'])} of {_numbers(model['available'])}, policy {model['policy']}"),
         ("proof", _proofs(model)),
         ("backend", f"{model['backend']}, at most {model['max_batch']} rows a batch, by {model['max_batch_key']}"),
@@ -177,7 +177,7 @@ def _describe(model: dict[str, Any], running: bool) -> list[str]:
     ]
     lines = []
     for label, text in facts:
-        lines += textwrap.wrap(str(text), LINE_CHARACTERS, initial_indent=f"{label:<9}", subsequent_indent=" " * 9)
+        lines += wrapped(str(text), f"{label:<9}", " " * 9)
     rows = [
         (role, tensor["name"], tensor["datatype"], str(tensor["shape"]), tensor["unit"])
         for role in ("inputs", "outputs")
@@ -209,13 +209,19 @@ def _table_with_reasons(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -
 
 def _reason(model: dict[str, Any]) -> str:
     """Why a model does not serve as it should, or which folders of it are passed over."""
-    return model["reason"] or "; ".join(stray["reason"] for stray in model.get("strays", ()))
+    if model["reason"]:
+        return _with_hint(model["reason"], model["hint"])
+    return "; ".join(stray["reason"] for stray in model.get("strays", ()))
+
+
+def _with_hint(reason: str, hint: str) -> str:
+    return f"{reason} ({hint})" if hint else reason
 
 
 def _why_not(version: dict[str, Any], model: dict[str, Any], running: bool) -> str:
     """Why a version does not serve."""
     if version["reason"] or version["state"] != "unloaded":
-        return str(version["reason"])
+        return _with_hint(version["reason"], version.get("hint", ""))
     if not running:
         return "the daemon does not run"
     if model["policy"] == "latest" and version["version"] < max(model["available"]):

@@ -27,7 +27,7 @@ def show_state(output: Output) -> None:
             f"Agent      not running ({error.message})",
             f"Assets     {assets} configured",
         ]
-        step = "millhand check" if assets else "millhand demo"
+        step = "millhand run" if assets or config.models.paths or config.models.load else "millhand demo"
         output.emit(data, [*lines, f"Next step  {step}"])
         return
     output.emit(state, state_lines(state))

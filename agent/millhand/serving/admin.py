@@ -26,21 +26,26 @@ class AdminToken:
         self._path = path
         self._table = table
 
-    def check(self, authorization: str) -> None:
-        """Check what a request's `authorization` says. Raises PermissionDenied or TokenMissing, with the remedy."""
+    def read(self) -> str:
+        """What stands in the file. Raises PermissionDenied where that is no token, or where none is set."""
         if self._path is None:
             raise PermissionDenied(
                 "models are not managed over this port",
                 hint=f"use 'millhand model load', or set [{self._table}] admin_token_file",
             )
+        key = f"[{self._table}] admin_token_file = '{self._path}'"
         try:
             token = self._path.read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise PermissionDenied(
-                f"[{self._table}] admin_token_file = '{self._path}' cannot be read", hint="mend the file"
-            ) from error
+            reason = getattr(error, "strerror", None) or "it is no text"
+            raise PermissionDenied(f"{key} cannot be read: {reason}", hint="mend the file or the key") from error
         if not token:
-            raise PermissionDenied(f"[{self._table}] admin_token_file = '{self._path}' is empty", hint="mend the file")
+            raise PermissionDenied(f"{key} is empty", hint="put a token into it: openssl rand -hex 24")
+        return token
+
+    def check(self, authorization: str) -> None:
+        """Check what a request's `authorization` says. Raises PermissionDenied or TokenMissing, with the remedy."""
+        token = self.read()
         if not authorization:
             raise TokenMissing("managing models needs a token", hint="send 'authorization: Bearer <token>'")
         if not hmac.compare_digest(authorization.encode(), f"Bearer {token}".encode()):

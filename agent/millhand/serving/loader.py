@@ -67,7 +67,7 @@ class Loader:
                 served.banned.discard(number)
                 served.evicted = ""
             except MillhandError as error:
-                served.reasons[number] = error.message
+                served.fail(number, error)
                 failure = failure or error
             finally:
                 served.loading.discard(number)

@@ -72,7 +72,7 @@ class ModelPool:
         for stale in self._run_dir.glob("worker-*.sock"):
             stale.unlink(missing_ok=True)
         for bad in self._repository.bad:
-            log.error("%s", bad.message)
+            log.error("%s (%s)", bad.message, bad.hint)
         self._unhook = metrics.DAEMON.refresh_with(self._export_metrics)
         self._loader.kept = {*needed, *self._settings.pin}
         await self._load_all(self._repository.names_to_load(self._settings, needed))
@@ -91,7 +91,7 @@ class ModelPool:
             try:
                 await self.load(name, evict=name in self._loader.kept)
             except MillhandError as error:
-                log.error("model '%s' is not served: %s", name, error.message)
+                log.error("model '%s' is not served: %s", name, error.text)
 
     async def stop(self) -> None:
         """Let waiting requests run, then end every worker."""
@@ -149,7 +149,7 @@ class ModelPool:
                 chosen = folder.chosen() if version is None else (self._existing(folder, version),)
             except MillhandError as error:
                 if served is not None:
-                    served.reasons[0] = error.message
+                    served.fail(0, error)
                 raise
             if served is None:
                 served = self._served[name] = Served(folder, [])
@@ -276,7 +276,7 @@ class ModelPool:
     def _fall_back(self, served: Served, version: int, why: str) -> None:
         """A version is given up: say why, and serve the one before it where no other serves."""
         served.banned.add(version)
-        served.reasons[version] = f"version {version} {why}"
+        served.reasons[version], served.hints[version] = f"version {version} {why}", ""
         log.error("model '%s': %s", served.name, served.reasons[version])
         task = asyncio.create_task(self._settle(served, version))
         self._tasks.add(task)

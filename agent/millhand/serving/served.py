@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from millhand.errors import ModelError, WorkerError
+from millhand.errors import MillhandError, ModelError, WorkerError
 from millhand.serving.client import WorkerClient
 from millhand.serving.load_request import batch_cap, batch_cap_key, delay_us
 from millhand.serving.manifest import Manifest, TensorSpec
@@ -26,6 +26,8 @@ class Served:
     """Where it lives: one worker, or with `spread` one for each accelerator."""
     reasons: dict[int, str] = field(default_factory=dict)
     """Version -> why it does not serve as the owner asked: a failed load, too many deaths. 0: the model as a whole."""
+    hints: dict[int, str] = field(default_factory=dict)
+    """Version -> what to do about its entry in `reasons`, where anything is known."""
     evicted: str = ""
     """Why it made room for another."""
     chosen: tuple[int, ...] = ()
@@ -69,6 +71,18 @@ class Served:
         if self.state == "restarting":
             return "; ".join(worker.last_death for worker in self.workers if worker.last_death)
         return self.evicted
+
+    def fail(self, version: int, error: MillhandError) -> None:
+        """Keep why a version does not serve as the owner asked, and what to do; 0: the model as a whole."""
+        self.reasons[version], self.hints[version] = error.message, error.hint
+
+    def hint(self, version: int | None = None) -> str:
+        """What to do about `reason`, or about that of one version; empty where nothing is wrong."""
+        if version is None and self.reasons:
+            version = max(self.reasons)
+        if version in self.reasons:
+            return self.hints.get(version) or f"millhand model load {self.name}"
+        return f"millhand model load {self.name}" if self.evicted else ""
 
     def version_state(self, version: int) -> str:
         """The same words as `state`, of one version."""
@@ -152,6 +166,7 @@ def entry(folder: ModelFolder, served: Served | None, repository: Repository) ->
         "description": folder.manifest.description,
         "state": served.state if served else "unloaded",
         "reason": served.reason if served else "",
+        "hint": served.hint() if served else "",
         "versions": served.ready if served else [],
         "available": list(folder.versions),
         "details": [
@@ -169,6 +184,7 @@ def _version(number: int, served: Served | None) -> dict[str, Any]:
         "version": number,
         "state": served.version_state(number) if served else "unloaded",
         "reason": served.reasons.get(number, served.evicted) if served else "",
+        "hint": served.hint(number) if served else "",
         "memory_bytes": served.memory_bytes(number) if served else 0,
     }
 

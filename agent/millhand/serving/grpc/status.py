@@ -76,7 +76,7 @@ def text_of(error: BaseException) -> str:
     """What the client reads: what is wrong, and the remedy."""
     if not isinstance(error, MillhandError):
         return f"internal error: {type(error).__name__}"
-    return _cut(f"{error.message} ({error.hint})" if error.hint else error.message)
+    return _cut(error.text)
 
 
 def trailers_of(error: BaseException) -> tuple[tuple[str, str], ...]:

@@ -106,13 +106,12 @@ def error_response(error: Exception) -> Response:
     """The answer to a request that failed: {"error": what and what to do}."""
     if not isinstance(error, MillhandError):
         return json_response({"error": f"internal error: {type(error).__name__}"}, 500)
-    text = f"{error.message} ({error.hint})" if error.hint else error.message
     headers = []
     if isinstance(error, WrongMethod):
         headers = [(b"allow", error.allowed.encode())]
     elif isinstance(error, TokenMissing):
         headers = [(b"www-authenticate", b"Bearer")]
-    return json_response({"error": text}, status_of(error), headers)
+    return json_response({"error": error.text}, status_of(error), headers)
 
 
 _STATUSES: list[tuple[type[MillhandError], int]] = [
