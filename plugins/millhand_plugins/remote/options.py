@@ -19,7 +19,7 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Table = TypeVar("Table", bound=msgspec.Struct)
 
-OWNERS_KEYS = ("hosts", "threads")
+OWNERS_KEYS = ("hosts", "threads", "memory_bytes_cap")
 """Options that are not the model's to set, or not this backend's."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
