@@ -15,6 +15,7 @@ SCRIPTS: list[tuple[str, list[str]]] = [
     ("worker_protocol", ["worker_protocol.py"]),
     ("hot_path", ["hot_path.py"]),
     ("ensemble", ["ensemble.py"]),
+    ("proof", ["proof.py"]),
     ("serving", ["serving.py", "--peers"]),
     ("serving_ablation", ["serving.py", "--ablation"]),
     ("soak_serving", ["soak_serving.py"]),

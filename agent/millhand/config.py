@@ -39,7 +39,7 @@ class NodeSettings(StrictTable):
     group: str = "millhand"
     """The plant or line that the node belongs to (the Sparkplug group id)."""
     data_dir: Path = Path("/var/lib/millhand")
-    """Where the store lives."""
+    """Where the store and the node's own key live."""
     run_dir: Path = Path("/run/millhand")
     """Where sockets live; a short path, for the kernel's sake."""
     profile: str = "auto"

@@ -59,8 +59,8 @@ def diagnose(config_path: Path | None) -> list[Finding]:
         return [_of_error("config", error)]
     findings = [Finding("config", "ok", f"valid, {len(config.assets)} assets")]
     checks: list[Callable[[Config], Iterator[Finding]]] = [
-        _folders, _clock, _hardware, _plugins, _models, _worker, _backends, _tokens, _tracing, _listeners, _broker,
-        _daemon,
+        _folders, _clock, _hardware, _plugins, _keys, _models, _worker, _backends, _tokens, _tracing, _listeners,
+        _broker, _daemon,
     ]  # fmt: skip
     for check in checks:
         try:
@@ -183,6 +183,16 @@ def _plugins(config: Config) -> Iterator[Finding]:
             )
         except MillhandError as error:
             yield _of_error(f"asset {asset.name}", error)
+
+
+def _keys(config: Config) -> Iterator[Finding]:
+    """The keys whose signatures of proofs count; nothing to say where there are none."""
+    from millhand.proof.signature import Keyring
+
+    keys, faults = Keyring(config.node.data_dir, config.models.trusted_keys).read()
+    yield from (_of_error("keys", fault) for fault in faults)
+    if keys and not faults:
+        yield Finding("keys", "ok", f"signatures by {', '.join(keys)} count")
 
 
 def _models(config: Config) -> Iterator[Finding]:

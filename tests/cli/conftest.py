@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 import os
-import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from onnx import TensorProto, helper
 
-from millhand.cli import main
 from millhand.testing import Agent, millhand_agents
 
+sys.path.insert(0, os.fspath(Path(__file__).parent / "kit"))
 sys.path.insert(0, os.fspath(Path(__file__).parents[1] / "serving" / "kit"))
 
+from cli_kit import Done, run
 from serving_kit import KIT, identity, save_onnx, scale, value, write_faulty, write_model
 
 PAIR = """
@@ -53,24 +48,6 @@ high = 125
 """
 
 
-@dataclass
-class Done:
-    """What a command left."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """What it said on stderr, each message on one line."""
-        return re.sub(r"\n {5,7}", " ", self.err)
-
-    @property
-    def data(self) -> Any:
-        return json.loads(self.out)
-
-
 class Node:
     """An agent, and the command line to it: in this process, which is as real and quicker."""
 
@@ -79,20 +56,7 @@ class Node:
         self.root = root
 
     def millhand(self, *words: str | Path, stdin: bytes = b"") -> Done:
-        out, err, before = io.StringIO(), io.StringIO(), sys.stdin
-        sys.stdin = io.TextIOWrapper(io.BytesIO(stdin))
-        try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                main(["--config", str(self.agent.config_path), *map(str, words)])
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        finally:
-            sys.stdin = before
-        assert (
-            max(map(len, [*out.getvalue().splitlines(), *err.getvalue().splitlines(), ""])) <= 80 or "--json" in words
-        )
-        return Done(code, out.getvalue(), err.getvalue())
+        return run(self.agent.config_path, *words, stdin=stdin)
 
 
 def write_models(root: Path) -> None:

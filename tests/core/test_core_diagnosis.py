@@ -17,6 +17,7 @@ import pytest
 
 from millhand.clock import is_synchronised
 from millhand.diagnosis import Finding, diagnose
+from millhand.proof.keys import node_key
 from millhand.serving.packages import look, look_into
 from millhand_plugins import turbofan
 
@@ -191,6 +192,14 @@ def test_the_state_of_proofs(node: Node) -> None:
     finding = node.set("models", require_proof=True).only("model turbofan-rul")
     assert finding.level == "error"
     assert "is unproved" in finding.message
+
+
+def test_keys_that_cannot_be_read_are_told(node: Node) -> None:
+    assert not [finding for finding in node.check() if finding.name == "keys"]
+    key = node_key(node.folder / "data").public.id
+    assert node.only("keys").message == f"signatures by {key} count"
+    finding = node.set("models", trusted_keys=[str(node.folder / "plant.pem")]).only("keys")
+    assert finding.level == "error" and "plant.pem' cannot be read" in finding.message and finding.hint
 
 
 def test_a_model_that_nobody_ships(node: Node) -> None:

@@ -11,7 +11,7 @@ import pytest
 from millhand.proof.signature import Keyring
 from millhand.proof.verification import Subject
 
-for kit in ("proof", "serving", "pages"):
+for kit in ("proof", "serving", "pages", "cli"):
     sys.path.insert(0, os.fspath(Path(__file__).parents[1] / kit / "kit"))
 
 

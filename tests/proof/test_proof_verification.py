@@ -101,7 +101,7 @@ def test_several_may_sign_and_each_must_fit(subject: Subject, data_dir: Path, tm
         ({"artifact": "weights/first.bin"}, r"is of artifact 'weights/first.bin'; it lies with 'model.onnx'"),
         ({"sha256": "0" * 64}, r"model.onnx' with 1 more files is not what was proved: its SHA-256 is .*says 00000000"),
         ({"passed": False, "reasons": ("accuracy fell by 3 %",)}, "the gate failed: accuracy fell by 3 %"),
-        ({"executed": False}, "the gate failed: it was never run"),
+        ({"executed": False, "reasons": ("built for sm80",)}, "it was never run: built for sm80"),
     ],
 )
 def test_refused_though_it_is_signed(
@@ -111,6 +111,7 @@ def test_refused_though_it_is_signed(
     found = verify(subject, keyring)
     assert found.state == "refused" and found.hint
     assert re.search(reason, found.reason)
+    assert found.failed_gate == bool({"passed", "executed"} & set(changes))
 
 
 @pytest.mark.parametrize("change", ["artifact", "data", "added", "removed", "renamed"])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from millhand.cli import bench, recorded
-from millhand.cli.output import LINE_CHARACTERS, Output, json_option, table, wrapped
+from millhand.cli import bench, proof, recorded
+from millhand.cli.output import Output, json_option, table, table_with_reasons, wrapped
 from millhand.errors import ControlError, MillhandError
 
 if TYPE_CHECKING:
@@ -26,11 +24,14 @@ LOAD_TIMEOUT_S = 3600.0
 
 @click.group("model")
 def command() -> None:
-    """List, load, unload and measure models."""
+    """List, load, unload, measure and verify models."""
 
 
 command.add_command(bench.command)
 command.add_command(recorded.command)
+command.add_command(proof.proof)
+command.add_command(proof.verify)
+command.add_command(proof.sign)
 
 
 @command.command("list", short_help="List the models and what serves.")
@@ -44,7 +45,7 @@ def list_models(ctx: click.Context) -> None:
         (model["name"], model["state"], _numbers(model["versions"]), _proofs(model), _reason(model)) for model in models
     ]
     headers = ("model", "state", "serves", "proof", "reason")
-    lines = _table_with_reasons(headers, rows) if rows else ["The repository has no model."]
+    lines = table_with_reasons(headers, rows) if rows else ["The repository has no model."]
     if not running:
         lines.append("The daemon does not run: this is what is on disk.")
     output.emit(models, lines)
@@ -83,7 +84,7 @@ def versions(ctx: click.Context, name: str) -> None:
         (v["version"], v["state"], v["proof"], _size(v["bytes"]), _size(v["memory_bytes"] or None), reason)
         for v, reason in zip(found, reasons, strict=True)
     ]
-    output.emit(found, _table_with_reasons(("version", "state", "proof", "on disk", "memory", "why not"), rows))
+    output.emit(found, table_with_reasons(("version", "state", "proof", "on disk", "memory", "why not"), rows))
 
 
 @command.command("load", short_help="Serve a model, or load it anew.")
@@ -148,14 +149,9 @@ def offline_pool(output: Output) -> ModelPool:
     from millhand.profiles import match_node
     from millhand.registry import Registry
     from millhand.serving.pool import ModelPool
-    from millhand.serving.repository import Repository
 
     config = output.config()
-    registry = Registry()
-    registry.load(config.plugin_tables())
-    shipped = [Path(folder) for _, folder in registry.collect("millhand_models")]
-    repository = Repository.from_config(config, shipped)
-    return ModelPool(repository, config.models, match_node(config)[1].workers, registry, config.node.run_dir)
+    return ModelPool(output.repository(), config.models, match_node(config)[1].workers, Registry(), config.node.run_dir)
 
 
 def _describe(model: dict[str, Any], running: bool) -> list[str]:
@@ -165,7 +161,7 @@ def _describe(model: dict[str, Any], running: bool) -> list[str]:
         ("reason", model["reason"]),
         ("try", model["hint"]),
         ("serves", f"{_numbers(model['versions'])} of {_numbers(model['available'])}, policy {model['policy']}"),
-        ("proof", _proofs(model)),
+        ("proof", "; ".join([_proofs(model), *_refusals(model)])),
         ("backend", f"{model['backend']}, at most {model['max_batch']} rows a batch, by {model['max_batch_key']}"),
         ("worker", model["worker"]),
         ("gpu", "; ".join(_evidence(*item) for item in model.get("accelerator", {}).items())),
@@ -198,13 +194,6 @@ def _threads(version: str, choice: dict[str, Any]) -> str:
 
 def _microseconds(time_us: float | None) -> str:
     return "-" if time_us is None else f"{time_us:.0f} µs"
-
-
-def _table_with_reasons(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """A table whose last column holds reasons; one that is too long for its line follows in full."""
-    lines = table(headers, rows, LINE_CHARACTERS)
-    cut = [row for row, line in zip(rows, lines[1:], strict=True) if line.endswith("…")]
-    return lines + [line for row in cut for line in ("", *wrapped(f"{headers[0].capitalize()} {row[0]}: {row[-1]}"))]
 
 
 def _reason(model: dict[str, Any]) -> str:
@@ -241,6 +230,15 @@ def _numbers(versions: list[int]) -> str:
 
 def _proofs(model: dict[str, Any]) -> str:
     return ", ".join(f"{version} {state}" for version, state in model.get("proof", {}).items())
+
+
+def _refusals(model: dict[str, Any]) -> list[str]:
+    """Why versions on disk are refused."""
+    return [
+        f"{version}: {found['proof_reason']}"
+        for version, found in model.get("artifacts", {}).items()
+        if found["proof"] == "refused"
+    ]
 
 
 def _evidence(version: str, proof: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ import click
 if TYPE_CHECKING:
     from millhand.config import Config
     from millhand.control import ControlClient
+    from millhand.serving.repository import Repository
 
 LINE_CHARACTERS = 80
 LABEL_CHARACTERS = 10
@@ -33,6 +34,16 @@ class Output:
         from millhand.config import load_config
 
         return load_config(self.config_path)
+
+    def repository(self) -> Repository:
+        """The models on disk, as a daemon would read them. Raises ConfigError."""
+        from millhand.registry import Registry
+        from millhand.serving.repository import Repository
+
+        config = self.config()
+        registry = Registry()
+        registry.load(config.plugin_tables())
+        return Repository.from_config(config, [Path(folder) for _, folder in registry.collect("millhand_models")])
 
     def daemon(self, timeout_s: float = 30.0) -> ControlClient:
         """A client of the running daemon's control socket."""
@@ -77,6 +88,13 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[Any]], characters: int
         return text if characters is None or len(text) <= characters else f"{text[: characters - 1].rstrip()}…"
 
     return [line([header.upper() for header in headers]), *(line(row) for row in body)]
+
+
+def table_with_reasons(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """A table whose last column holds reasons; one that is too long for its line follows in full."""
+    lines = table(headers, rows, LINE_CHARACTERS)
+    cut = [row for row, line in zip(rows, lines[1:], strict=True) if line.endswith("…")]
+    return lines + [line for row in cut for line in ("", *wrapped(f"{headers[0].capitalize()} {row[0]}: {row[-1]}"))]
 
 
 def wrapped(text: str, first: str = "", rest: str = "") -> list[str]:

@@ -70,6 +70,8 @@ class Verdict:
     """As it was read, believed or not."""
     signers: tuple[str, ...] = ()
     """Ids of the trusted keys that signed."""
+    failed_gate: bool = False
+    """Refused, and only because the proof says so itself: nothing was tampered with."""
 
 
 def verify(subject: Subject, keyring: Keyring) -> Verdict:
@@ -86,16 +88,18 @@ def verify(subject: Subject, keyring: Keyring) -> Verdict:
         return Verdict("unproved", f"there is no {PROOF}", hint)
     except ModelError as error:
         return Verdict("refused", error.message, error.hint)
+    return _weigh(path, proof, subject, keyring)
+
+
+def _weigh(path: Path, proof: Proof, subject: Subject, keyring: Keyring) -> Verdict:
+    """What a proof that can be read is worth."""
     keys, faults = keyring.read() if proof.signatures else ({}, [])
     trust = check(proof, keys)
-    refusal = (
-        _changed(path, trust)
-        or _misplaced(path, proof, subject)
-        or _replaced(path, proof, subject)
-        or _failed(path, proof)
-    )
+    refusal = _changed(path, trust) or _misplaced(path, proof, subject) or _replaced(path, proof, subject)
     if refusal is not None:
         return Verdict("refused", refusal.message, refusal.hint, proof)
+    if not (proof.passed and proof.executed):
+        return _failed(path, proof)
     if not trust.trusted:
         return _untrusted(proof, faults)
     if subject.backend and proof.backend != subject.backend:
@@ -152,12 +156,12 @@ def _replaced(path: Path, proof: Proof, subject: Subject) -> ModelError | None:
     )
 
 
-def _failed(path: Path, proof: Proof) -> ModelError | None:
+def _failed(path: Path, proof: Proof) -> Verdict:
     """A proof that speaks against its artifact."""
-    if proof.passed and proof.executed:
-        return None
-    why = "; ".join(proof.reasons) or ("it was never run" if not proof.executed else "no reason is given")
-    return ModelError(f"'{path}': the gate failed: {why}", hint="serve another candidate or version, or mend this one")
+    what = "the gate failed" if proof.executed else "it was never run"
+    why = "; ".join(proof.reasons)
+    hint = "serve another candidate or version, or mend this one"
+    return Verdict("refused", f"'{path}': {what}" + (f": {why}" if why else ""), hint, proof, failed_gate=True)
 
 
 def _untrusted(proof: Proof, faults: list[ModelError]) -> Verdict:
