@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from millhand.serving.supervision import Key, SupervisedWorker
 
 CPU = "cpu"
 SHARED = "shared"
+AVOID_S = 300.0
+"""So long an accelerator gets no model after one could not be loaded there again."""
 
 
 def cpu_host(host: WorkerDefaults) -> WorkerDefaults:
@@ -34,7 +37,7 @@ class Placement:
         approve: Callable[[LoadRequest], Awaitable[None]],
         on_death: Callable[[Key | None, str], None],
         on_change: Callable[[], None],
-        on_load_failed: Callable[[Key, MillhandError], None],
+        on_load_failed: Callable[[SupervisedWorker, Key, MillhandError], None],
     ) -> None:
         """`hosts`: what the profile gives, one for each accelerator; at least one. Starts nothing."""
         self.hosts = tuple(hosts)
@@ -45,6 +48,7 @@ class Placement:
         self._on_death = on_death
         self._on_change = on_change
         self._on_load_failed = on_load_failed
+        self._avoided: dict[str, float] = {}  # accelerator -> until when
 
     def place(self, folder: ModelFolder, current: Sequence[SupervisedWorker] = ()) -> list[SupervisedWorker]:
         """The workers that a model shall live in; one of `current` stays where model.toml still allows it."""
@@ -60,6 +64,12 @@ class Placement:
         name = max(names, key=lambda name: self._room(names[name])) if len(names) > 1 else next(iter(names))
         return [self._worker(name, names[name])]
 
+    def avoid(self, host: WorkerDefaults) -> bool:
+        """Place nothing on an accelerator for some minutes, as long as there is another; returns whether there is."""
+        if host.accelerator != CPU:
+            self._avoided[host.accelerator] = time.monotonic() + AVOID_S
+        return host not in self._hosts(host.accelerator)
+
     def defaults(self, folder: ModelFolder) -> WorkerDefaults:
         """What the profile says of workers for this model; the same wherever it is placed, but for the accelerator."""
         return self._hosts(folder.manifest.accelerator)[0]
@@ -67,7 +77,9 @@ class Placement:
     def _hosts(self, accelerator: str) -> list[WorkerDefaults]:
         if accelerator == CPU and self.hosts[0].accelerator != CPU:
             return [cpu_host(self.hosts[0])]
-        return list(self.hosts)
+        now_s = time.monotonic()
+        usable = [host for host in self.hosts if self._avoided.get(host.accelerator, 0.0) <= now_s]
+        return usable or list(self.hosts)
 
     def _name(self, label: str, host: WorkerDefaults) -> str:
         """A model's own worker is named after it; `@` marks one of several, or the CPU beside accelerators."""

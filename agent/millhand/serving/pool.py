@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from millhand.serving.placement import Placement
 from millhand.serving.repository import ModelFolder, Repository
 from millhand.serving.served import Served, bad_entry, entry, metadata
 from millhand.serving.settings import ModelSettings, WorkerDefaults
-from millhand.serving.supervision import Key
+from millhand.serving.supervision import Key, SupervisedWorker
 from millhand.serving.tensors import Tensors
 from millhand.serving.worker_metrics import export_workers
 
@@ -158,6 +158,7 @@ class ModelPool:
             async with served.lock:
                 if self._stopped:
                     raise WorkerError("the agent is stopping", hint="load the model when it runs again")
+                served.moving.clear()
                 await self._loader.exchange(served, folder, chosen, evict)
             return await asyncio.to_thread(self._entry, name)
 
@@ -171,6 +172,7 @@ class ModelPool:
                 raise ModelError(f"model '{name}' has no version {version} loaded", hint=f"loaded: {loaded}")
             served.reasons.clear()
             served.evicted = ""
+            served.moving.clear()
             await self._loader.remove(served, served.wanted if version is None else [version])
             return await asyncio.to_thread(self._entry, name)
 
@@ -269,16 +271,40 @@ class ModelPool:
     async def _approve_again(self, request: LoadRequest) -> None:
         await self._loader.approve_again(request)
 
-    def _failed_after_restart(self, key: Key, error: MillhandError) -> None:
-        name, version = key
-        self._fall_back(self._served[name], version, f"could not be loaded after a restart: {error.message}")
+    def _failed_after_restart(self, worker: SupervisedWorker, key: Key, error: MillhandError) -> None:
+        served, version = self._served[key[0]], key[1]
+        why = f"could not be loaded after a restart: {error.message}"
+        if self._placement.avoid(worker.host):
+            served.moving.add(version)
+            self._spawn(self._move(served, version, worker, why))
+        else:
+            self._fall_back(served, version, why)
+
+    async def _move(self, served: Served, version: int, failed: SupervisedWorker, why: str) -> None:
+        """Bring a version back on other accelerators than the one that fails it; give it up where none takes it."""
+        async with self._loading, served.lock:
+            if self._stopped or version not in served.moving:
+                return  # it was unloaded, or another was loaded, meanwhile
+            chosen, evict = sorted({*served.wanted, version}), served.name in self._loader.kept
+            try:
+                await self._loader.exchange(served, served.folder, chosen, evict)
+                served.reasons[0] = f"version {version} left {failed.host.accelerator}: it {why}"
+                log.error("model '%s': %s", served.name, served.reasons[0])
+            except MillhandError as error:
+                self._fall_back(served, version, f"{why}; nor elsewhere: {error.message}")
+            finally:
+                served.moving.discard(version)
+        await failed.settle()  # it may hold no model any more
 
     def _fall_back(self, served: Served, version: int, why: str) -> None:
         """A version is given up: say why, and serve the one before it where no other serves."""
         served.banned.add(version)
         served.reasons[version], served.hints[version] = f"version {version} {why}", ""
         log.error("model '%s': %s", served.name, served.reasons[version])
-        task = asyncio.create_task(self._settle(served, version))
+        self._spawn(self._settle(served, version))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -33,6 +33,8 @@ class Served:
     chosen: tuple[int, ...] = ()
     """The versions that were last asked for."""
     loading: set[int] = field(default_factory=set)
+    moving: set[int] = field(default_factory=set)
+    """Versions that are on their way from an accelerator that fails to another."""
     banned: set[int] = field(default_factory=set)
     deaths: deque[tuple[float, int]] = field(default_factory=deque)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -57,6 +59,8 @@ class Served:
         """ready, loading, restarting, failed or unloaded."""
         if self.ready:
             return "ready"
+        if self.moving:
+            return "restarting"
         if self.loading:
             return "loading"
         if self.wanted:

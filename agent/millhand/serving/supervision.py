@@ -41,7 +41,7 @@ class SupervisedWorker:
         approve: Callable[[LoadRequest], Awaitable[None]],
         on_death: Callable[[Key | None, str], None],
         on_change: Callable[[], None],
-        on_load_failed: Callable[[Key, MillhandError], None],
+        on_load_failed: Callable[[SupervisedWorker, Key, MillhandError], None],
     ) -> None:
         """`launch(name, generation)` starts a process. `approve(request)` raises ModelError where a version must not be
         loaded again. `on_death(blamed, reason)` may change `wanted`."""
@@ -325,4 +325,4 @@ class SupervisedWorker:
             raise  # the worker is gone; the death is counted, and all is tried again
         except MillhandError as error:
             self.wanted.pop(key, None)
-            self._on_load_failed(key, error)
+            self._on_load_failed(self, key, error)

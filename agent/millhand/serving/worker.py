@@ -39,8 +39,7 @@ log = logging.getLogger("millhand.worker")
 PR_SET_PDEATHSIG = 1
 NOTHING: dict[int, LoadedModel] = {}
 CONNECTIONS_CAP = 256
-ACCELERATOR_LOST = 3
-"""Exit status; the daemon starts a new process, or moves the models to another accelerator."""
+ACCELERATOR_LOST = 3  # exit status; the daemon starts a new process, or moves the models to another accelerator
 
 
 class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,11 +74,7 @@ class Worker:
         self._listener.setblocking(False)
         self._connections: dict[int, Connection] = {}
         self._started = time.monotonic()
-        self._calls: dict[str, Callable[..., Any]] = {
-            "ping": self._ping,
-            "stats": self._stats,
-            "metadata": self._metadata,
-        }
+        self._calls: dict[str, Any] = {"ping": self._ping, "stats": self._stats, "metadata": self._metadata}
         self._slow_calls: dict[str, Callable[..., Any]] = {
             "load": self._load,
             "unload": self._unload,

@@ -8,10 +8,11 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 
-from millhand.errors import ModelError, WorkerError
+from millhand.errors import AcceleratorError, ModelError, WorkerError
 from millhand.hookspecs import hookimpl
 
 
@@ -179,6 +180,32 @@ class AcceleratedSession(Session):
         self.artifact.with_name("closed").touch()
 
 
+class CardBackend(Backend):
+    """Needs a card: a file named after the accelerator, in the folder that the artifact names ({"cards": folder}).
+
+    y = x * 3 as long as it is there. One that goes away fails every run, and every load, as CUDA does.
+    """
+
+    name = "card"
+
+    def load(self, artifact, accelerator, options):
+        card = Path(json.loads(artifact.read_text())["cards"]) / accelerator
+        if not card.exists():
+            raise ModelError(f"CUDA failure 100: no CUDA-capable device is detected ({card.name})")
+        return CardSession(card)
+
+
+class CardSession(Session):
+    def __init__(self, card):
+        self.card = card
+
+    def run(self, inputs):
+        time.sleep(0.001)
+        if not self.card.exists():
+            raise AcceleratorError(f"CUDA failure 719: unspecified launch failure ({self.card.name})")
+        return {"y": inputs["x"] * 3}
+
+
 class Keyed:
     """Makes nothing here; tells what MILLHAND_TEST_KEY holds (JSON): a key, or what happens when it is asked."""
 
@@ -215,4 +242,5 @@ def millhand_makers():
 
 @hookimpl
 def millhand_backends():
-    return [Backend(), ThreadedBackend(), VramBackend(), SlowSumBackend(), DeclaredBackend(), ProvingBackend()]
+    shown = [Backend(), ThreadedBackend(), VramBackend(), SlowSumBackend(), DeclaredBackend(), ProvingBackend()]
+    return [*shown, CardBackend()]
