@@ -19,7 +19,7 @@ from millhand_plugins.onnxruntime.accelerated import AcceleratedSession
 from millhand_plugins.onnxruntime.artifact import Artifact
 from millhand_plugins.onnxruntime.backend import OnnxruntimeBackend
 from millhand_plugins.onnxruntime.ladder import Ladder, batch_sizes, fastest
-from millhand_plugins.onnxruntime.ways import Bound, Filled, OneThread, Plain
+from millhand_plugins.onnxruntime.ways import RECORDING, Bound, Filled, OneThread, Plain
 
 CUDA = "CUDAExecutionProvider"
 X = {"x": ("float32", (-1, 2, 16))}
@@ -365,7 +365,7 @@ def test_a_way_that_fails_or_lies_is_left_out(net, every_way, monkeypatch):
         raise RuntimeError("This session cannot use the graph capture feature\nmore")
 
     monkeypatch.setattr(trials, "Bound", Stale)
-    monkeypatch.setattr(trials, "CudaGraphs", no_graphs)
+    monkeypatch.setattr(trials, "CudaGraph", no_graphs)
     session = accelerated(net)
     assert {entry["way"] for entry in session.proof["ways"].values()} == {"plain"}
     assert "the answer to a test input differs" in session.proof["left_out"]["bound"]
@@ -380,6 +380,43 @@ def test_graphs_are_asked_for_as_onnx_runtime_documents_them(net):
     assert told["provider_options"]["ggml"] == {"a": "b"} and told["tf32"] is True
 
 
+def test_what_is_slower_is_freed(net, every_way, monkeypatch):
+    opened = []
+    with_graphs = Artifact.with_cuda_graphs
+
+    def watched(artifact):
+        made = with_graphs(artifact)
+        opened.append(made)
+        return made
+
+    monkeypatch.setattr(Artifact, "with_cuda_graphs", watched)
+    monkeypatch.setattr(trials, "fastest", lambda ways, batch: ("plain", {}))
+    session = accelerated(net)
+    assert len(opened) == 3 and session._kept == []
+    assert not [one for one in threading.enumerate() if one.name == "cuda graphs"]
+    monkeypatch.setattr(trials, "fastest", lambda ways, batch: ("graph" if len(batch["x"]) == 8 else "bound", {}))
+    session = accelerated(net)
+    assert sorted(type(one).__name__ for one in session._kept) == ["Bound", "Bound", "CudaGraph", "OneThread"]
+    session.close()
+    assert not [one for one in threading.enumerate() if one.name == "cuda graphs"]
+
+
+def test_no_graph_is_tried_where_it_cannot_pay(net, every_way, monkeypatch):
+    monkeypatch.setattr(trials, "SHORT_S", 0.0)
+    assert set(accelerated(net).proof["ways"]["1"]["us"]) == {"plain", "bound"}
+
+
+def test_a_recording_and_a_run_that_serves_keep_out_of_each_others_way(dense, cpu_stands_in):
+    session = accelerated(dense)
+    with RECORDING:
+        waiting = threading.Thread(target=session.run, args=({"x": rows(1)},))
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+    waiting.join(5)
+    assert not waiting.is_alive()
+
+
 def test_one_thread_runs_everything_and_hands_errors_over():
     thread = OneThread("test")
     names = {thread.call(threading.get_ident) for _ in range(3)}
@@ -387,7 +424,7 @@ def test_one_thread_runs_everything_and_hands_errors_over():
     with pytest.raises(ZeroDivisionError):
         thread.call(lambda: 1 // 0)
     assert thread.call(lambda a, b: a + b, 1, 2) == 3
-    thread.end()
+    thread.close()
 
 
 def test_a_large_difference_pays_and_noise_does_not():

@@ -22,7 +22,7 @@ from millhand_plugins.onnxruntime.ladder import batch_sizes
 from millhand_plugins.onnxruntime.providers import CPU_PROVIDER, first_line
 from millhand_plugins.onnxruntime.session import OnnxruntimeSession
 from millhand_plugins.onnxruntime.trials import Judge, Trials
-from millhand_plugins.onnxruntime.ways import Arrays, Bound, CudaGraphs, Plain
+from millhand_plugins.onnxruntime.ways import RECORDING, Arrays, Bound, CudaGraph, OneThread, Plain
 
 log = logging.getLogger("millhand.worker")
 
@@ -44,7 +44,7 @@ class AcceleratedSession(OnnxruntimeSession):
             raise
         self._way = self._unproved
         self._example: Tensors = {}
-        self._kept: list[Bound | CudaGraphs] = []
+        self._kept: list[Bound | CudaGraph | OneThread] = []
         self.proof: Mapping[str, Any] = {}
 
     def prove(self, inputs: Specs, max_batch: int) -> None:
@@ -84,10 +84,15 @@ class AcceleratedSession(OnnxruntimeSession):
             "trials_ms": round((time.monotonic() - proved) * 1e3, 1),
         }
 
+    def run(self, inputs: Tensors) -> Arrays:
+        """As `OnnxruntimeSession.run`. Raises ModelError before `prove`, AcceleratorError where every input fails."""
+        with RECORDING:
+            return super().run(inputs)
+
     def close(self) -> None:
         super().close()
         self._session = None
-        for kept in self._kept:
+        for kept in reversed(self._kept):
             kept.close()
         self._kept.clear()
         self._folder.cleanup()

@@ -47,8 +47,8 @@ class OnnxruntimeSettings(StrictTable):
     io_binding: bool = True
     """GPU: try buffers that are bound once, for each batch size, and use them where they are faster."""
     cuda_graph: bool = True
-    """GPU: try CUDA graphs, one for each batch size, and use them where they are faster. The model's weights are then
-    held once more for as long as other batch sizes run without."""
+    """GPU: try CUDA graphs, one for each batch size, and use them where they are faster. Each holds the model's weights
+    once more."""
 
     @model_validator(mode="after")
     def _names_known(self) -> OnnxruntimeSettings:

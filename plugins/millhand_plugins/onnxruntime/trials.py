@@ -6,6 +6,7 @@ Runs in workers: Python 3.10.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from millhand_plugins.onnxruntime import proof
 from millhand_plugins.onnxruntime.artifact import Artifact
 from millhand_plugins.onnxruntime.ladder import PLAIN, Ladder, fastest
 from millhand_plugins.onnxruntime.providers import first_line
-from millhand_plugins.onnxruntime.ways import Arrays, Bound, CudaGraphs, Filled, Plain, Way
+from millhand_plugins.onnxruntime.ways import Arrays, Bound, CudaGraph, Filled, OneThread, Plain, Way
 
 log = logging.getLogger("millhand.worker")
 
@@ -25,6 +26,8 @@ BOUND, GRAPH = "bound", "graph"
 DEVICE = "cuda"
 BIND = ("cuda", "tensorrt")
 """Providers whose buffers can be bound in CUDA's memory."""
+SHORT_S = 0.005
+"""No graph is tried for a batch that takes longer: 100 launches take about half a millisecond."""
 RECORD = ("cuda",)
 """Providers that record CUDA graphs on demand; TensorRT's has an option of its own."""
 
@@ -58,7 +61,7 @@ class Judge:
         """Run another way than the plain one until a buffer that is not filled anew, or a graph that is not played
         anew, would be seen. plain: the plain way's answer. Raises ModelError, or what the way raises.
         """
-        for first in (0, 1, 0, 1):
+        for first in (0, 1, 0, 1, 0, 1):
             self.check(way(self.batch(size, first)), size, first)
         found = way(self.batch(size))
         way(self.batch(size, 1))  # what was handed out must stay as it was
@@ -80,14 +83,14 @@ class Trials:
         """Batch size -> `way`, and `us`: what each way took."""
         self.left_out: dict[str, str] = {}
         """Way -> why it was not tried."""
-        self.kept: list[Bound | CudaGraphs] = []
-        """What must be closed."""
+        self.kept: list[Bound | CudaGraph | OneThread] = []
+        """What must be closed, the last one first."""
         self._artifact = artifact
         self._session = session
         self._judge = judge
         self._inputs, self._outputs = specs
         self._fixed = fixed
-        self._graphs: CudaGraphs | None = None
+        self._thread: OneThread | None = None
         self._ways = self._possible()
 
     @property
@@ -104,9 +107,9 @@ class Trials:
         """Measure each of the sizes, which ascend. Raises ModelError where the plain way gives a wrong answer."""
         first = next(iter(self._inputs))
         ways = {size: self._rung(size, below + 1, first) for size, below in zip(sizes, (0, *sizes))}  # noqa: B905
-        if self._graphs is not None and all(entry["way"] != GRAPH for entry in self.found.values()):
-            self.kept.remove(self._graphs)
-            self._graphs.close()
+        if self._thread is not None and all(entry["way"] != GRAPH for entry in self.found.values()):
+            self.kept.remove(self._thread)
+            self._thread.close()
         if not self._fixed and all(entry["way"] == PLAIN for entry in self.found.values()):
             return next(iter(ways.values()))  # it takes any size, also beyond the largest
         return Ladder(ways, first)
@@ -126,16 +129,23 @@ class Trials:
         }
         ways = {PLAIN: plain}
         for name in self._ways:
-            if name not in self.left_out:
-                way = self._checked(name, makers[name], size, answer)
-                ways |= {} if way is None else {name: way}
+            if name not in self.left_out and (name != GRAPH or self._is_short(plain, full)):
+                other = self._checked(name, makers[name], size, answer)
+                ways |= {} if other is None else {name: other}
         # A smaller batch is filled up by every way but the plain one, which therefore meets its best case here.
         batch = full if self._fixed else self._judge.batch(lowest)
         best, times = fastest(ways, batch) if len(ways) > 1 else (PLAIN, {})
         self.found[str(size)] = {"way": best, "us": times}
-        if best != BOUND:
-            self._let_go(ways.get(BOUND))
+        for name, way in ways.items():
+            if name != best:
+                self._let_go(way)
         return ways[best]
+
+    def _is_short(self, way: Way, batch: Tensors) -> bool:
+        """Whether the launches of single kernels, which a graph saves, can be a share of the time that counts."""
+        began = time.perf_counter()
+        way(batch)
+        return time.perf_counter() - began < SHORT_S
 
     def _checked(self, name: str, make: Callable[[], Way], size: int, answer: Arrays) -> Way | None:
         """Another way for one batch size; None where it fails or answers otherwise, which is no reason not to serve."""
@@ -156,15 +166,17 @@ class Trials:
         return bound
 
     def _graph(self, inputs: Tensors, answer: Arrays) -> Way:
-        if self._graphs is None:
-            self._graphs = CudaGraphs(self._artifact.with_cuda_graphs().open)
-            self.kept.append(self._graphs)
-        return self._graphs.way(inputs, answer, DEVICE)
+        if self._thread is None:
+            self._thread = OneThread("cuda graphs")
+            self.kept.append(self._thread)
+        graph = CudaGraph(self._thread, self._artifact.with_cuda_graphs().open, inputs, answer, DEVICE)
+        self.kept.append(graph)
+        return graph
 
     def _let_go(self, way: Way | None) -> None:
-        if isinstance(way, Bound):
-            self.kept.remove(way)
-            way.close()
+        for kept in [one for one in self.kept if one is way]:
+            self.kept.remove(kept)
+            kept.close()
 
     def _possible(self) -> list[str]:
         """The ways beside the plain one that this session may have; says in `left_out` why not all."""

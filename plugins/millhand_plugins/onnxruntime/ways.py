@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from millhand.serving.tensors import Tensors
 from millhand_plugins.onnxruntime.pinned import PinnedArray
 
+RECORDING = threading.Lock()
+"""Held while a graph is recorded, and by every run that serves: ONNX Runtime records in CUDA's global mode, in which
+calls of other threads (a copy, an allocation) fail and spoil the recording."""
 Arrays = dict[str, NDArray[Any]]
 Way = Callable[[Tensors], Arrays]
 
@@ -71,8 +74,8 @@ class Bound:
 
         Raises RuntimeError where the device has no room.
         """
+        self.options = options
         self._session = session
-        self._options = options
         self._binding = session.io_binding()
         self._inputs = {name: _buffer(array, device) for name, array in inputs.items()}
         self._outputs = {name: _buffer(array, device) for name, array in outputs.items()}
@@ -92,14 +95,14 @@ class Bound:
         if rows == self._size:
             for name, value in self._inputs.items():
                 value.update_inplace(inputs[name])
-            self._session.run_with_iobinding(self._binding, self._options)
+            self._session.run_with_iobinding(self._binding, self.options)
             return {name: self._read(value) for name, value in self._outputs.items()}
         for name, value in self._inputs.items():
             array, staged = inputs[name], self._staging[name].array
             staged[:rows] = array
             staged[rows:] = array[-1]
             value.update_inplace(staged)
-        self._session.run_with_iobinding(self._binding, self._options)
+        self._session.run_with_iobinding(self._binding, self.options)
         return {name: self._read(value)[:rows] for name, value in self._outputs.items()}
 
     def close(self) -> None:
@@ -147,7 +150,7 @@ class OneThread:
             raise error
         return value
 
-    def end(self) -> None:
+    def close(self) -> None:
         self._calls.put(None)
         self._thread.join()
 
@@ -162,38 +165,52 @@ class OneThread:
             del call, function, arguments, answer  # nothing of a batch is held while it waits
 
 
-class CudaGraphs:
-    """One session whose runs are recorded as CUDA graphs, one for each batch size, and played again since."""
+class CudaGraph:
+    """Runs of one batch size that were recorded as a CUDA graph and are played again since; a session of its own.
 
-    def __init__(self, open_session: Callable[[], Any]) -> None:
-        """`open_session` opens it with `enable_cuda_graph`. Raises what it raises."""
-        self._thread = OneThread("cuda graphs")
-        self._bound: list[Bound] = []
+    A graph has addresses of its session's memory in it, and a convolution takes other memory with every other shape: in
+    a session of several shapes it would play over memory that is used otherwise.
+    """
+
+    def __init__(
+        self, thread: OneThread, open_session: Callable[[], Any], inputs: Tensors, outputs: Tensors, device: str
+    ) -> None:
+        """`open_session` opens one with `enable_cuda_graph`; the rest as `Bound` takes it. Raises what ONNX Runtime
+        does."""
+        self._thread = thread
+        self._open = open_session
+        self._bound: Any = None
         try:
-            self._session = self._thread.call(open_session)
+            thread.call(self._record, inputs, outputs, device)
         except BaseException:
-            self._thread.end()
+            self.close()
             raise
 
-    def way(self, inputs: Tensors, outputs: Tensors, device: str) -> Way:
-        """A way for one batch size, as `Bound` takes it; recorded at its second run. Raises what ONNX Runtime does."""
-        from onnxruntime import RunOptions
-
-        options = RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(len(self._bound) + 1))
-        bound = self._thread.call(Bound, self._session, inputs, outputs, device, options)
-        self._bound.append(bound)
-        call = self._thread.call
-        return lambda batch: call(bound, batch)
+    def __call__(self, inputs: Tensors) -> Arrays:
+        arrays: Arrays = self._thread.call(self._bound, inputs)
+        return arrays
 
     def close(self) -> None:
-        """Free the graphs and the session; in their own thread, as they came."""
+        """Free the graph and its session, in their own thread, as they came."""
+        self._thread.call(self._free)
 
-        def free() -> None:
-            for bound in self._bound:
-                bound.close()
-            self._bound.clear()
-            self._session = None
+    def _record(self, inputs: Tensors, outputs: Tensors, device: str) -> None:
+        self._bound = bound = Bound(self._open(), inputs, outputs, device, _graph("-1"))
+        bound(inputs)  # plans and memory first, which may take long and keeps nobody waiting
+        bound.options = _graph("1")
+        with RECORDING:
+            bound(inputs)
 
-        self._thread.call(free)
-        self._thread.end()
+    def _free(self) -> None:
+        if self._bound is not None:
+            self._bound.close()
+            self._bound = None
+
+
+def _graph(number: str) -> Any:
+    """Run options: which graph of the session to record or play; "-1" runs without."""
+    from onnxruntime import RunOptions
+
+    options = RunOptions()
+    options.add_run_config_entry("gpu_graph_id", number)
+    return options
