@@ -24,6 +24,7 @@ from millhand.serving.settings import GrpcSettings, HttpSettings, ModelSettings,
 from millhand.store.settings import StoreSettings
 from millhand.telemetry.settings import TelemetrySettings
 from millhand.validation import StrictTable, read_toml, validate
+from millhand.workshop.settings import WorkshopSettings
 
 DEFAULT_PATH = Path("/etc/millhand/millhand.toml")
 PREFIX = "MILLHAND_"
@@ -87,6 +88,7 @@ class Config(StrictTable):
     tracing: TracingSettings = TracingSettings()
     orders: OrderSettings = OrderSettings()
     recording: RecordingSettings = RecordingSettings()
+    workshop: WorkshopSettings = WorkshopSettings()
     plugins: dict[str, dict[str, Any]] = {}
     """One table a plugin. `enabled = false` leaves it out; `required = true` makes its failure fatal."""
     assets: tuple[AssetSettings, ...] = ()

@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "hw": ("hw", "Show this node's hardware."),
     "profile": ("profile", "List, show and match hardware profiles."),
     "plugin": ("plugin", "List, show and test plugins."),
-    "model": ("model", "List, load, unload, measure and verify models."),
+    "model": ("model", "List, load, measure, build and verify models."),
     "key": ("key", "Show, export and make the keys that sign proofs."),
     "predict": ("predict", "Ask a served model."),
     "alert": ("alert", "List and acknowledge alerts."),

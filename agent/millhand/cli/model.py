@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from millhand.cli import bench, proof, recorded
+from millhand.cli import bench, build, compare, proof, recorded
 from millhand.cli.output import Output, json_option, table, table_with_reasons, wrapped
 from millhand.errors import ControlError, MillhandError
 
@@ -24,7 +24,7 @@ LOAD_TIMEOUT_S = 3600.0
 
 @click.group("model")
 def command() -> None:
-    """List, load, unload, measure and verify models."""
+    """List, load, measure, build and verify models."""
 
 
 command.add_command(bench.command)
@@ -32,6 +32,9 @@ command.add_command(recorded.command)
 command.add_command(proof.proof)
 command.add_command(proof.verify)
 command.add_command(proof.sign)
+command.add_command(build.command)
+command.add_command(build.quantize)
+command.add_command(compare.command)
 
 
 @command.command("list", short_help="List the models and what serves.")

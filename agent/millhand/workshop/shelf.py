@@ -18,6 +18,7 @@ import msgspec
 
 from millhand.durable import sync_folder, write_durably
 from millhand.errors import ModelError
+from millhand.proof.digest import artifact_files
 from millhand.proof.document import RECORD
 from millhand.proof.verification import Subject
 from millhand.workshop.recipe import Made, Recipe
@@ -25,6 +26,8 @@ from millhand.workshop.recipe import Made, Recipe
 CHOICE = "choice.json"
 _STAGING = ".making-"
 _LOCK = ".lock"
+_CACHE = ".cache"
+"""No model's name begins with a dot."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +40,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """Of the artifact that the model had; another one makes the candidate worthless."""
     sha256: str
     """Of the candidate's artifact."""
+    began_sha256: str = ""
+    """Of the candidate's artifact that it was made from; empty for the model's own. Made anew where it has changed."""
     options_sha256: str = ""
     """Of the maker's own table `[plugins.<name>]`; made anew where it has changed."""
     date: str
@@ -63,6 +68,11 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def artifact(self) -> Path:
         return self.folder / self.record.made.artifact
+
+    @property
+    def bytes(self) -> int:
+        """Of the artifact with its data files. Raises OSError where one is gone."""
+        return sum(path.stat().st_size for path in artifact_files(self.folder).values())
 
 
 class Shelf:
@@ -124,6 +134,20 @@ class Shelf:
             _replace(folder, place / name)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def scratch(self, model: str, version: int, target: str) -> Iterator[Path]:
+        """An empty folder for a build's own files, which goes at the end of the block."""
+        place = self.place(model, version, target)
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{_STAGING}rows-", dir=place, ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+
+    def cache(self, target: str) -> Path:
+        """A folder for what makers keep between jobs, one for each target."""
+        folder = self.root / _CACHE / target
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     @contextlib.contextmanager
     def claimed(self, model: str) -> Iterator[None]:

@@ -1,0 +1,134 @@
+"""`millhand model compare`: what was made of a model, what each candidate is worth, which one serves and why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from millhand.cli.output import LINE_CHARACTERS, Output, json_option, table, wrapped
+
+if TYPE_CHECKING:
+    from millhand.proof.document import Proof
+    from millhand.workshop.report import BuildReport
+    from millhand.workshop.shelf import Shelf
+
+KIB, MIB = 1 << 10, 1 << 20
+NOTHING = "-"
+HEADERS = ("candidate", "type", "size", "metric", "drop", "p50", "p99", "memory", "verdict")
+NAME_CHARACTERS = 15
+
+
+@click.command("compare", short_help="Show what was made of a model, which candidate won, and why.")
+@click.argument("name")
+@click.option("--target", help="Of which hardware. Default: where the model serves on this node.")
+@click.option("--version", type=click.IntRange(1), help="Default: the newest that the model's policy serves.")
+@json_option
+@click.pass_context
+def command(ctx: click.Context, name: str, target: str | None, version: int | None) -> None:
+    """Show the candidates of model NAME: size, metric, latency and memory beside the original's, and the verdict."""
+    from millhand.workshop.boards import target_named
+    from millhand.workshop.report import read_report
+    from millhand.workshop.site import open_site
+
+    output: Output = ctx.obj
+    site = open_site(output.config())
+    folder = site.repository.find(name)
+    wanted = target_named(target, site.targets, site.profiles) if target else site.own_target(folder)
+    place = site.shelf.place(name, version or folder.chosen()[-1], wanted.name)
+    show(output, site.shelf, read_report(place, name))
+
+
+def show(output: Output, shelf: Shelf, report: BuildReport) -> None:
+    """Print a build's outcome."""
+    from millhand.workshop.proving import read_if_proved
+
+    found = shelf.candidates(report.model, report.version, report.target)
+    proofs = {candidate.name: read_if_proved(candidate) for candidate in found}
+    known = {name: proof for name, proof in proofs.items() if proof and proof.source_sha256 == report.source_sha256}
+    output.emit(_data(report, known), _lines(report, known))
+
+
+def _data(report: BuildReport, proofs: dict[str, Proof]) -> dict[str, Any]:
+    import msgspec
+
+    return {
+        **msgspec.to_builtins(report),
+        "candidates": {name: msgspec.to_builtins(proof) for name, proof in proofs.items()},
+    }
+
+
+def _lines(report: BuildReport, proofs: dict[str, Proof]) -> list[str]:
+    states = {outcome.name: outcome for outcome in report.outcomes}
+    rows = [_original(report, proofs)]
+    rows += [_row(report, proof, states[name].state if name in states else "") for name, proof in proofs.items()]
+    lines = wrapped(f"{report.model} version {report.version} for {report.target}, {_measured(report, proofs)}")
+    lines += ["", *table(HEADERS, rows, LINE_CHARACTERS)]
+    told = [outcome for outcome in report.outcomes if outcome.state in ("refused", "failed", "not tried")]
+    if told:
+        lines.append("")
+    for outcome in told:
+        lines += wrapped(f"{outcome.name} {outcome.state}: {outcome.why}", rest="  ")
+    why = report.why or (
+        f"Built for {report.target}, which is not in this machine: nothing was run, and nothing was chosen. On a node "
+        f"with that chip 'millhand model build {report.model}' proves what lies on its shelf."
+    )
+    return [*lines, "", *wrapped(why)]
+
+
+def _measured(report: BuildReport, proofs: dict[str, Proof]) -> str:
+    """What the columns mean."""
+    score = next((proof.score for proof in proofs.values() if proof.score), None)
+    if score is None:
+        return "not run"
+    data = score.data.partition("; sha256")[0]
+    return f"{score.metric} on {score.rows} rows ({data}), times in ms at batches of {report.typical_batch}, one thread"
+
+
+def _original(report: BuildReport, proofs: dict[str, Proof]) -> tuple[str, ...]:
+    """The model's own artifact, as it did beside the candidate that was chosen, or beside the first."""
+    from millhand.workshop.gate import timed
+
+    beside = proofs.get(report.chosen) or next((proof for proof in proofs.values() if proof.score), None)
+    score = beside.score if beside else None
+    latency = timed(beside, report.typical_batch) if beside else None
+    memory = beside.original_memory_bytes if beside else report.original_memory_bytes
+    return (
+        "(original)",
+        "",
+        _size(report.source_bytes),
+        f"{score.original:.4g}" if score else NOTHING,
+        NOTHING,
+        f"{latency.original_p50_ms:.3g}" if latency else NOTHING,
+        f"{latency.original_p99_ms:.3g}" if latency else NOTHING,
+        _size(memory),
+        "serves" if report.executed and not report.chosen else "",
+    )
+
+
+def _row(report: BuildReport, proof: Proof, state: str) -> tuple[str, ...]:
+    from millhand.workshop.gate import timed
+
+    score, latency = proof.score, timed(proof, report.typical_batch)
+    verdict = ("passed" if proof.passed else "refused") if proof.executed else "built"
+    if state == "failed":
+        verdict = "failed"
+    return (
+        proof.candidate if len(proof.candidate) <= NAME_CHARACTERS else f"{proof.candidate[: NAME_CHARACTERS - 1]}…",
+        proof.precision,
+        _size(proof.bytes),
+        f"{score.candidate:.4g}" if score else NOTHING,
+        f"{score.drop_percent:.2g}%" if score else NOTHING,
+        f"{latency.p50_ms:.3g}" if latency else NOTHING,
+        f"{latency.p99_ms:.3g}" if latency else NOTHING,
+        _size(proof.memory_bytes),
+        "serves" if proof.candidate == report.chosen else verdict,
+    )
+
+
+def _size(size_bytes: int | None) -> str:
+    if size_bytes is None:
+        return NOTHING
+    if size_bytes < KIB:
+        return f"{size_bytes}B"
+    return f"{size_bytes / KIB:.3g}K" if size_bytes < 1000 * KIB else f"{size_bytes / MIB:.3g}M"

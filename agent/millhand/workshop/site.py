@@ -1,0 +1,148 @@
+"""What a build needs to know of this node: its hardware and profile, plugins, models, and the shelf."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from millhand.config import Config
+from millhand.errors import ModelError
+from millhand.hardware import Hardware, discover
+from millhand.hardware.visible import VARIABLE, find_device, visible_devices
+from millhand.profiles import Match, Profile, load_profiles, match, profile_named
+from millhand.registry import Registry
+from millhand.serving.lanes import LoadRequest
+from millhand.serving.load_request import backend_sources, load_request
+from millhand.serving.repository import ModelFolder, Repository
+from millhand.serving.settings import WorkerDefaults
+from millhand.workshop.judge import Library
+from millhand.workshop.process import Bench
+from millhand.workshop.recipe import CPU, Target
+from millhand.workshop.shelf import Shelf
+from millhand.workshop.targets import node_targets
+
+BUILT = "built"
+
+
+@dataclass(frozen=True)
+class Site:
+    """This node. Make one with `open_site`."""
+
+    config: Config
+    registry: Registry
+    repository: Repository
+    hardware: Hardware
+    profiles: list[Profile]
+    match: Match
+    targets: dict[str, Target]
+    """Accelerator, as workers name it -> its target."""
+    shelf: Shelf
+
+    def own_target(self, folder: ModelFolder) -> Target:
+        """What a model is built for where nobody says: where it serves. Raises ModelError."""
+        accelerator = CPU if folder.manifest.accelerator == CPU else self.match.worker.accelerator
+        target = self.targets.get(accelerator)
+        if target is None:
+            raise ModelError(
+                f"the compute capability of GPU '{accelerator}' is not known", hint="millhand hw show; or --target cpu"
+            )
+        return target
+
+    def worker(self, target: Target) -> WorkerDefaults:
+        """What the profile says of workers on a target."""
+        for host in self.match.workers:
+            if host.accelerator == target.accelerator:
+                return host
+        return self.match.worker.model_copy(update={"accelerator": CPU, "cpus": ()})
+
+    def bench(self, target: Target, threads: int, deadline_s: float) -> Bench:
+        """Where jobs for a target run: with the interpreter of its workers."""
+        host = self.worker(target)
+        return Bench(
+            interpreter=self.config.models.interpreter or host.interpreter,
+            accelerator=target.accelerator or CPU,
+            threads=threads,
+            deadline_s=deadline_s,
+            memory_bytes_cap=self.config.workshop.memory_bytes_cap,
+        )
+
+    def request(self, folder: ModelFolder, version: int, target: Target) -> LoadRequest:
+        """How a worker would load the model's own artifact, with one thread, so that times can be compared."""
+        models = self.config.models
+        request = load_request(folder, version, self.repository, self.registry, models, self.worker(target))
+        return msgspec.structs.replace(
+            request,
+            plugin_options={**request.plugin_options, "threads": 1},
+            options={name: value for name, value in request.options.items() if name != "threads"},
+            accelerator=target.accelerator or CPU,
+        )
+
+    def backends(self) -> dict[str, Library]:
+        """Backend -> what brings it."""
+        found = backend_sources(self.registry)
+        return {name: Library(module=source.module, options=dict(source.options)) for name, source in found.items()}
+
+    def plugins(self, hook: str) -> Iterator[tuple[str, Library]]:
+        """The loaded plugins that implement a hook, by name."""
+        for plugin in self.registry.plugins.values():
+            if hook in plugin.hooks and plugin.state in ("loaded", "degraded"):
+                yield plugin.name, self.library(plugin.name)
+
+    def library(self, plugin: str) -> Library:
+        """A loaded plugin as jobs import it."""
+        state = self.registry.plugins[plugin]
+        options = {} if state.config is None else state.config.model_dump(mode="json")
+        return Library(module=state.module.partition(":")[0], options=options)
+
+    def facts(self, target: Target) -> dict[str, Any]:
+        """What a proof says of the node that it was made on."""
+        cpu, device = self.hardware.cpu, find_device(self.hardware, target.accelerator)
+        facts: dict[str, Any] = {
+            "name": self.config.node.id,
+            "profile": self.match.profile.name,
+            "cpu": cpu.model,
+            "instruction_sets": list(cpu.instructions),
+        }
+        if target.accelerator not in ("", CPU):
+            name = getattr(device, "name", "") or getattr(device, "profile", "")
+            facts |= {"accelerator": target.accelerator, "gpu": name, "driver": self.hardware.driver}
+        return facts
+
+
+def open_site(config: Config) -> Site:
+    """Look at the node, as the daemon does at its start. Raises MillhandError."""
+    registry = Registry()
+    registry.load(config.plugin_tables())
+    hardware = discover(config.node.hardware_root)
+    profiles = _profiles(config, registry)
+    visible = visible_devices(hardware, os.environ.get(VARIABLE))
+    if config.node.profile == "auto":
+        found = match(profiles, hardware, visible)
+    else:
+        found = profile_named(profiles, config.node.profile, hardware, visible)
+    shipped = [Path(folder) for _, folder in registry.collect("millhand_models")]
+    return Site(
+        config=config,
+        registry=registry,
+        repository=Repository.from_config(config, shipped),
+        hardware=hardware,
+        profiles=profiles,
+        match=found,
+        targets=node_targets(hardware, found),
+        shelf=open_shelf(config),
+    )
+
+
+def open_shelf(config: Config) -> Shelf:
+    """The node's shelf."""
+    return Shelf(config.models.built_dir or config.node.data_dir / BUILT)
+
+
+def _profiles(config: Config, registry: Registry) -> list[Profile]:
+    folders = [Path(folder) for _, folder in registry.collect("millhand_profiles")]
+    return load_profiles([*folders, config.node.profiles_dir] if config.node.profiles_dir else folders)
