@@ -35,6 +35,7 @@ from millhand.pipeline.recorder import Recorder
 from millhand.profiles import Match, load_profiles, match, profile_named
 from millhand.records import Alert, Batch, Severity
 from millhand.registry import Registry
+from millhand.serving.candidates import node_candidates
 from millhand.serving.front import FrontProcess, grpc_front, http_front
 from millhand.serving.pool import ModelPool
 from millhand.serving.repository import Repository
@@ -105,6 +106,7 @@ class Daemon:
             hosts=self.match.workers,
             registry=self.registry,
             run_dir=config.node.run_dir,
+            candidates=node_candidates(config, self.config_path, self.registry, repository, self.hardware, self.match),
         )
         self.self_test = SelfTest(self.registry, config.models, self.match.workers, repository, config.models_needed())
         await self.pool.start(needed=config.models_needed())

@@ -375,3 +375,5 @@ def _daemon(config: Config) -> Iterator[Finding]:
     for model in state["models"]:
         if model["state"] == "failed":
             yield Finding(f"model {model['name']}", "error", model["reason"], model["hint"])
+        for missed in model.get("missed", ()):
+            yield Finding(f"model {model['name']}", "warning", missed["reason"], missed["hint"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, os.fspath(Path(__file__).parent / "kit"))
+sys.path.insert(0, os.fspath(Path(__file__).parents[1] / "serving" / "kit"))
 
 from live_kit import Site, running_site
 

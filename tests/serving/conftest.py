@@ -15,11 +15,15 @@ import pytest
 from millhand import metrics
 from millhand.control import ControlServer
 from millhand.proof.signature import Keyring
+from millhand.serving.candidates import Candidates
 from millhand.serving.front import FrontProcess, http_front
 from millhand.serving.front_metrics import FrontMetrics
 from millhand.serving.pool import ModelPool
 from millhand.serving.repository import Repository
 from millhand.serving.settings import HttpSettings, ModelSettings, WorkerDefaults
+from millhand.workshop.keys import Keys
+from millhand.workshop.recipe import Target
+from millhand.workshop.shelf import Shelf
 
 sys.path.insert(0, os.fspath(Path(__file__).parent / "kit"))
 sys.path.insert(0, os.fspath(Path(__file__).parents[1] / "proof" / "kit"))
@@ -43,11 +47,16 @@ async def make_pool(
     async with contextlib.AsyncExitStack() as stack:
 
         async def make(**options: Any) -> ModelPool:
-            hosts = options.pop("hosts", [WorkerDefaults()])
+            hosts, rebuilder = options.pop("hosts", [WorkerDefaults()]), options.pop("rebuilder", None)
+            names = options.pop("targets", {"cpu": "cpu"})
+            targets = {accelerator: Target(name=name, accelerator=accelerator) for accelerator, name in names.items()}
             settings = ModelSettings(paths=(root,), **{"restart_delay_ms": 20, **options})
             keyring = Keyring(tmp_path / "data", settings.trusted_keys)
             repository = Repository([root], settings.require_proof, keyring)
-            pool = ModelPool(repository, settings, hosts, backends(), tmp_path / "run")
+            registry = backends()
+            shelf, keys = Shelf(tmp_path / "data" / "built"), Keys(registry, settings.interpreter)
+            candidates = Candidates(shelf, repository, registry, keys, targets, settings.use_built, rebuilder)
+            pool = ModelPool(repository, settings, hosts, registry, tmp_path / "run", candidates)
             stack.push_async_callback(pool.stop)
             await pool.start()
             return pool

@@ -44,9 +44,7 @@ def list_models(ctx: click.Context) -> None:
     """List the models of the repository and what serves now."""
     output: Output = ctx.obj
     models, running = _ask(output, "model.list")
-    rows = [
-        (model["name"], model["state"], _numbers(model["versions"]), _proofs(model), _reason(model)) for model in models
-    ]
+    rows = [(model["name"], model["state"], _serving(model), _proofs(model), _reason(model)) for model in models]
     headers = ("model", "state", "serves", "proof", "reason")
     lines = table_with_reasons(headers, rows) if rows else ["The repository has no model."]
     if not running:
@@ -163,7 +161,8 @@ def _describe(model: dict[str, Any], running: bool) -> list[str]:
         ("state", model["state"] if running else "the daemon does not run"),
         ("reason", model["reason"]),
         ("try", model["hint"]),
-        ("serves", f"{_numbers(model['versions'])} of {_numbers(model['available'])}, policy {model['policy']}"),
+        ("serves", f"{_serving(model)} of {_numbers(model['available'])}, policy {model['policy']}"),
+        *(("choice", _choice(choice)) for choice in model.get("choices", ())),
         ("proof", "; ".join([_proofs(model), *_refusals(model)])),
         ("backend", f"{model['backend']}, at most {model['max_batch']} rows a batch, by {model['max_batch_key']}"),
         ("worker", model["worker"]),
@@ -229,6 +228,27 @@ def _size(size_bytes: int | None) -> str:
 
 def _numbers(versions: list[int]) -> str:
     return ", ".join(map(str, versions)) or "-"
+
+
+def _serving(model: dict[str, Any]) -> str:
+    """The versions that serve, each with the candidate that takes its own artifact's place: `1, 2 (int8-static)`."""
+    candidates = {detail["version"]: detail["candidates"] for detail in model.get("details", ())}
+    named = (
+        f"{number} ({', '.join(candidates[number])})" if candidates.get(number) else str(number)
+        for number in model["versions"]
+    )
+    return ", ".join(named) or "-"
+
+
+def _choice(choice: dict[str, Any]) -> str:
+    """What was chosen among what was made of a version, and what became of it."""
+    where = f"{choice['model']} {choice['version']} for {choice['target']}"
+    if not choice["candidate"]:
+        return f"{where}: the original, {choice['reason']}"
+    if not choice["reason"]:
+        return f"{where}: {choice['candidate']}"
+    rebuild = f"; {choice['rebuild']}" if choice["rebuild"] else ""
+    return f"{where}: not {choice['candidate']}: {choice['reason']}{rebuild}"
 
 
 def _proofs(model: dict[str, Any]) -> str:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from millhand.pipeline.recorded import Recorded
-
-Shapes = tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]
-"""(input, dtype, shape WITHOUT the batch) of each input."""
 
 
 class Row(NamedTuple):
@@ -61,7 +58,9 @@ class Reservoir:
         self._rows_cap = rows_cap
         self._bytes_cap = bytes_cap
         self._rows: list[Row] = []
-        self._shapes: Shapes = ()
+        self._names: tuple[str, ...] = ()
+        self._shapes: list[tuple[int, ...]] = []
+        """Of each input, WITHOUT the batch. Names and dtypes are the model's: a row of others has no answer."""
         self._votes = 0
         self._room = 0
         self._random = random.Random(model)  # noqa: S311 - a sample, not a secret
@@ -69,12 +68,11 @@ class Reservoir:
     def offer(self, tensors: Mapping[str, NDArray[Any]], window_end_ns: int, asset: str) -> None:
         """Take one row into account; it is copied where it is kept. tensors: input name -> array WITHOUT the batch."""
         arrays = [np.asarray(array) for array in tensors.values()]
-        shapes = _shapes(tensors, arrays)
-        if shapes != self._shapes:
+        if [array.shape for array in arrays] != self._shapes:
             self._votes -= 1
             if self._votes > 0:
                 return
-            self._begin(shapes, arrays)
+            self._begin(tuple(tensors), arrays)
         elif self._votes < self._rows_cap:
             self._votes += 1
         self.seen += 1
@@ -89,7 +87,7 @@ class Reservoir:
 
     def clear(self) -> None:
         """Begin anew."""
-        self._shapes, self._votes, self._room = (), 0, 0
+        self._names, self._shapes, self._votes, self._room = (), [], 0, 0
         self._rows, self.seen, self.changes = [], 0, 0
 
     def restore(self, recorded: Recorded) -> None:
@@ -97,8 +95,7 @@ class Reservoir:
         if recorded.source != self.source or not recorded.rows:
             return
         stacks = list(recorded.inputs.values())
-        first = [stack[0] for stack in stacks]
-        self._begin(_shapes(recorded.inputs, first), first)
+        self._begin(tuple(recorded.inputs), [stack[0] for stack in stacks])
         # A part of a uniform sample is one. Where there is more room now than there was, later rows weigh more.
         draws = random.Random(f"{self.model} {recorded.seen}")  # noqa: S311 - and not those of the first life again
         for place in draws.sample(range(recorded.rows), min(recorded.rows, self._room)):
@@ -110,20 +107,15 @@ class Reservoir:
 
     def sample(self) -> Sample:
         """The rows as they are now; what is offered later does not change it."""
-        names = tuple(name for name, *_ in self._shapes)
-        return Sample(names, tuple(self._rows), self.seen, self.source)
+        return Sample(self._names, tuple(self._rows), self.seen, self.source)
 
-    def _begin(self, shapes: Shapes, arrays: Sequence[NDArray[Any]]) -> None:
+    def _begin(self, names: tuple[str, ...], arrays: Sequence[NDArray[Any]]) -> None:
         size = max(sum(array.nbytes for array in arrays), 1)
-        self._shapes, self._votes = shapes, 1
+        self._names, self._shapes, self._votes = names, [array.shape for array in arrays], 1
         self._rows, self.seen = [], 0
         self._room = min(self._rows_cap, self._bytes_cap // size)
         if any(array.dtype.hasobject for array in arrays):
             self._room = 0  # strings: nothing that a precision is fitted to
-
-
-def _shapes(names: Iterable[str], arrays: Sequence[NDArray[Any]]) -> Shapes:
-    return tuple([(name, array.dtype, array.shape) for name, array in zip(names, arrays, strict=True)])
 
 
 def _row(arrays: Sequence[NDArray[Any]], window_end_ns: int, asset: str) -> Row:

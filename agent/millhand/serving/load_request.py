@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from millhand.errors import ConfigError, suggestion
 from millhand.hookspecs import Trial
 from millhand.registry import Registry
 from millhand.serving.lanes import LoadRequest, Step
-from millhand.serving.manifest import StepSpec
+from millhand.serving.manifest import Manifest, StepSpec
 from millhand.serving.repository import ModelFolder, Repository
 from millhand.serving.settings import ModelSettings, WorkerDefaults
 from millhand.serving.steps import step_label, step_version
 from millhand.serving.tensors import MAX_BATCH_KEY
+
+if TYPE_CHECKING:
+    from millhand.serving.candidates import Pick
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,11 @@ def load_request(
     registry: Registry,
     settings: ModelSettings,
     host: WorkerDefaults,
+    picks: Mapping[tuple[str, int], Pick] | None = None,
 ) -> LoadRequest:
     """Describe one version for a worker, and with it the steps of an ensemble, which live where the ensemble lives.
+
+    picks: (model, version) -> the candidate that takes its own artifact's place.
 
     Raises ConfigError where no plugin brings a backend, ModelError where a step's model is not there.
     """
@@ -72,7 +78,7 @@ def load_request(
         label, load = step_label(number, step), None
         if step.model:
             model = repository.find(step.model)
-            load = load_request(model, step_version(step, model), repository, registry, settings, host)
+            load = load_request(model, step_version(step, model), repository, registry, settings, host, picks)
         elif step.artifact:
             load = LoadRequest(
                 model=f"{folder.name}/{step.artifact}",
@@ -91,15 +97,19 @@ def load_request(
         )
 
     steps = tuple(describe_step(number, step) for number, step in enumerate(manifest.steps, 1))
+    artifact: dict[str, Any] = {"artifact": str(folder.artifact(version)), "options": manifest.options}
+    pick = (picks or {}).get((folder.name, version))
+    if pick is not None:
+        artifact = _candidate(pick, manifest)
     backend: dict[str, Any] = {"backend": manifest.backend, "module": ""}
     if not steps:
-        backend = _backend(f"model '{folder.name}'", manifest.backend, registry, settings, host)
+        name = manifest.backend if pick is None else pick.backend
+        backend = _backend(f"model '{folder.name}'", name, registry, settings, host)
     return LoadRequest(
         model=folder.name,
         version=version,
-        artifact=str(folder.artifact(version)),
+        **artifact,
         **backend,
-        options=manifest.options,
         accelerator=host.accelerator,
         inputs=manifest.specs(manifest.inputs),
         outputs=manifest.specs(manifest.outputs),
@@ -130,6 +140,18 @@ def trial_request(
         outputs=dict(trial.outputs),
         max_batch=1,
     )
+
+
+def _candidate(pick: Pick, manifest: Manifest) -> dict[str, Any]:
+    """The part of a LoadRequest that says which file is loaded, for a candidate. The model's own options hold for it
+    where the same backend serves both."""
+    own = manifest.options if pick.backend == manifest.backend else {}
+    return {
+        "artifact": str(pick.artifact),
+        "options": {**own, **pick.options},
+        "candidate": pick.name,
+        "sha256": pick.sha256,
+    }
 
 
 def _backend(

@@ -11,6 +11,7 @@ from millhand.errors import MillhandError, ModelError
 from millhand.proof.verification import Subject
 from millhand.registry import Registry
 from millhand.serving.budget import Holding, room_bytes, victims
+from millhand.serving.candidates import Candidates, Pick, loads, uses_candidates
 from millhand.serving.lanes import LoadRequest
 from millhand.serving.load_request import load_request
 from millhand.serving.placement import CPU, Placement
@@ -35,8 +36,9 @@ class Loader:
         placement: Placement,
         models: Mapping[str, Served],
         on_change: Callable[[], None],
+        candidates: Candidates | None = None,
     ) -> None:
-        """`models`: what the pool serves, by name."""
+        """`models`: what the pool serves, by name. `candidates`: none serves the models' own artifacts alone."""
         self.kept: set[str] = set()
         """Models that never make room for others."""
         self._repository = repository
@@ -45,7 +47,8 @@ class Loader:
         self._placement = placement
         self._models = models
         self._on_change = on_change
-        self._subjects: dict[tuple[str, int, str], list[Subject]] = {}
+        self._candidates = candidates
+        self._subjects: dict[tuple[str, int, tuple[str, ...]], list[Subject]] = {}
 
     async def exchange(self, served: Served, folder: ModelFolder, chosen: Sequence[int], evict: bool = True) -> None:
         """Load `chosen` where they are missing or have changed, then unload the model's other versions.
@@ -90,19 +93,47 @@ class Loader:
         self._on_change()
 
     async def request(self, folder: ModelFolder, version: int, host: WorkerDefaults) -> LoadRequest:
-        """What a worker on `host` is told to load. Raises ConfigError or ModelError, as `Repository.approve` too."""
-        subjects = self._repository.subjects(folder, version)
-        await self._approve(subjects)
-        request = load_request(folder, version, self._repository, self._registry, self._settings, host)
-        self._subjects[_key(request)] = subjects
+        """What a worker on `host` is told to load: what was made of a model where that was chosen, else its own.
+
+        Raises ConfigError or ModelError, as `Repository.approve` too.
+        """
+        request = self._describe(folder, version, host, await self._picks(folder, version, host))
+        await self.approve_again(request)
+        return request
+
+    def original(self, folder: ModelFolder, version: int, host: WorkerDefaults) -> LoadRequest:
+        """The same with the models' own artifacts, not yet approved."""
+        return self._describe(folder, version, host, {})
+
+    def give_up(self, request: LoadRequest, host: WorkerDefaults, why: str) -> bool:
+        """Whether a load that went wrong used candidates; then they are not tried again, and `original` is left."""
+        if self._candidates is None or not uses_candidates(request):
+            return False
+        self._candidates.fail(request.model, request, host, why)
+        return True
+
+    async def _picks(self, folder: ModelFolder, version: int, host: WorkerDefaults) -> dict[tuple[str, int], Pick]:
+        """(model, version) -> the candidate, of a version and all that it uses."""
+        if self._candidates is None:
+            return {}
+        parts = self._repository.parts(folder, version)
+        picks = [await self._candidates.pick(folder.name, part, number, host) for part, number in parts]
+        found = zip(parts, picks, strict=True)
+        return {(part.name, number): pick for (part, number), pick in found if pick is not None}
+
+    def _describe(
+        self, folder: ModelFolder, version: int, host: WorkerDefaults, picks: Mapping[tuple[str, int], Pick]
+    ) -> LoadRequest:
+        request = load_request(folder, version, self._repository, self._registry, self._settings, host, picks)
+        self._subjects[_key(request)] = [
+            picks[part.name, number].subject if (part.name, number) in picks else part.subject(number)
+            for part, number in self._repository.parts(folder, version)
+        ]
         return request
 
     async def approve_again(self, request: LoadRequest) -> None:
         """Call before a restarted worker loads what it had: files may have changed since. Raises ModelError."""
-        await self._approve(self._subjects[_key(request)])
-
-    async def _approve(self, subjects: Sequence[Subject]) -> None:
-        for subject in subjects:
+        for subject in self._subjects[_key(request)]:
             await asyncio.to_thread(self._repository.approve, subject)
 
     async def _remove_from(self, worker: SupervisedWorker, name: str, versions: Sequence[int]) -> None:
@@ -117,18 +148,39 @@ class Loader:
         fresh: list[SupervisedWorker] = []
         try:
             for worker in workers:
-                request = await self.request(folder, version, worker.host)
-                if worker.wanted.get(key) == request and key in worker.ready:
-                    continue
-                bytes_cap = await self._make_room(worker.host, served, folder, version, evict)
                 if key not in worker.wanted:
                     fresh.append(worker)
-                await worker.load(request, bytes_cap)
-                await self._shed(worker.host, served, version, served.memory_bytes(version, worker.host))
+                await self._bring(worker, served, folder, version, evict)
         except MillhandError:
             for worker in fresh:
                 await self._remove_from(worker, folder.name, [version])
             raise
+
+    async def _bring(
+        self, worker: SupervisedWorker, served: Served, folder: ModelFolder, version: int, evict: bool
+    ) -> None:
+        """Load a version as it was chosen; where a candidate goes wrong, the original in its place."""
+        request = await self.request(folder, version, worker.host)
+        try:
+            await self._put(worker, request, served, folder, evict)
+        except MillhandError as error:
+            if not self.give_up(request, worker.host, error.message):
+                raise
+            request = self.original(folder, version, worker.host)
+            await self.approve_again(request)
+            await self._put(worker, request, served, folder, evict)
+
+    async def _put(
+        self, worker: SupervisedWorker, request: LoadRequest, served: Served, folder: ModelFolder, evict: bool
+    ) -> None:
+        key = (request.model, request.version)
+        if worker.wanted.get(key) == request and key in worker.ready:
+            return
+        bytes_cap = await self._make_room(worker.host, served, folder, request.version, evict)
+        if worker.wanted and uses_candidates(request):
+            await self._placement.try_out(request, worker.host)
+        await worker.load(request, bytes_cap)
+        await self._shed(worker.host, served, request.version, served.memory_bytes(request.version, worker.host))
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 
@@ -192,5 +244,5 @@ class Loader:
         return holdings
 
 
-def _key(request: LoadRequest) -> tuple[str, int, str]:
-    return request.model, request.version, request.artifact
+def _key(request: LoadRequest) -> tuple[str, int, tuple[str, ...]]:
+    return request.model, request.version, tuple(part.artifact for part in loads(request))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-from millhand.errors import MillhandError
+import msgspec
+
+from millhand.errors import MillhandError, WorkerError
 from millhand.serving.device_memory import device_memory
 from millhand.serving.lanes import LoadRequest
-from millhand.serving.process import WorkerProcess
+from millhand.serving.process import WorkerProcess, describe_exit
 from millhand.serving.repository import ModelFolder
 from millhand.serving.settings import ModelSettings, WorkerDefaults
-from millhand.serving.supervision import Key, SupervisedWorker
+from millhand.serving.supervision import EXIT_WAIT_S, Key, SupervisedWorker
 
 CPU = "cpu"
 SHARED = "shared"
@@ -46,6 +49,7 @@ class Placement:
         self._run_dir = run_dir
         self._approve = approve
         self._on_death = on_death
+        self._trials = itertools.count(1)
         self._on_change = on_change
         self._on_load_failed = on_load_failed
         self._avoided: dict[str, float] = {}  # accelerator -> until when
@@ -63,6 +67,26 @@ class Placement:
                 return [worker]
         name = max(names, key=lambda name: self._room(names[name])) if len(names) > 1 else next(iter(names))
         return [self._worker(name, names[name])]
+
+    async def try_out(self, request: LoadRequest, host: WorkerDefaults) -> None:
+        """Load a version in a process of its own, which then ends: one that crashes or hangs takes nobody along.
+
+        Raises what the load raises, WorkerError for a crash or a hang.
+        """
+        path = self._run_dir / f"worker-trial-{next(self._trials)}.sock"
+        process = await WorkerProcess.start(f"trial of {request.model}", path, self._settings, host)
+        timeout_s = self._settings.load_timeout_s
+        try:
+            await process.client.call("load", timeout_s, **msgspec.structs.asdict(request))
+        except WorkerError as error:
+            died = process.client.closed
+            what = describe_exit(await process.exit_status(EXIT_WAIT_S)) if died else f"took over {timeout_s:g} s"
+            raise WorkerError(
+                f"a worker of its own {what} while it loaded it: {process.last_word() or error.message}",
+                retriable=False,
+            ) from error
+        finally:
+            await process.kill()
 
     def avoid(self, host: WorkerDefaults) -> bool:
         """Place nothing on an accelerator for some minutes, as long as there is another; returns whether there is."""

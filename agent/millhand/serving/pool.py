@@ -13,6 +13,8 @@ from millhand import metrics
 from millhand.control import Handler
 from millhand.errors import MillhandError, ModelError, WorkerError
 from millhand.registry import Registry
+from millhand.serving.candidate_metrics import export_candidates
+from millhand.serving.candidates import Candidates, Standing
 from millhand.serving.client import deadline_ns
 from millhand.serving.lanes import LoadRequest
 from millhand.serving.load_request import batch_cap
@@ -39,9 +41,10 @@ class ModelPool:
         hosts: Sequence[WorkerDefaults],
         registry: Registry,
         run_dir: Path,
+        candidates: Candidates | None = None,
     ) -> None:
         """`hosts`: what the profile says of workers, one for each accelerator. `registry` brings backends; its plugins
-        may come up later. Starts nothing."""
+        may come up later. `candidates`: none serves the models' own artifacts alone. Starts nothing."""
         self._repository = repository
         self._settings = settings
         self._registry = registry
@@ -57,7 +60,10 @@ class ModelPool:
             on_load_failed=self._failed_after_restart,
         )
         self._workers = self._placement.workers
-        self._loader = Loader(repository, registry, settings, self._placement, self._served, self._touch)
+        self._candidates = candidates
+        if candidates is not None:
+            candidates.when_rebuilt(self.refresh)
+        self._loader = Loader(repository, registry, settings, self._placement, self._served, self._touch, candidates)
         self._changed = asyncio.Event()
         self._generation = 0
         self._loading = asyncio.Lock()
@@ -98,6 +104,8 @@ class ModelPool:
         self._unhook()
         self._unhook = lambda: None
         self._stopped = True
+        if self._candidates is not None:
+            await self._candidates.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -155,12 +163,23 @@ class ModelPool:
                 served = self._served[name] = Served(folder, [])
             for stray in folder.strays:
                 log.warning("model '%s': %s", name, stray.reason)
+            if self._candidates is not None:
+                self._candidates.forgive(name)
             async with served.lock:
                 if self._stopped:
                     raise WorkerError("the agent is stopping", hint="load the model when it runs again")
                 served.moving.clear()
                 await self._loader.exchange(served, folder, chosen, evict)
             return await asyncio.to_thread(self._entry, name)
+
+    async def refresh(self, name: str) -> None:
+        """Serve what is served with the candidates that the shelf has now. Raises as `load`, and nothing is lost."""
+        served = self._served.get(name)
+        if served is None or self._stopped:
+            return
+        async with self._loading, served.lock:
+            if served.wanted:
+                await self._loader.exchange(served, served.folder, served.wanted, evict=False)
 
     async def unload(self, name: str, version: int | None = None) -> dict[str, Any]:
         """Stop serving a model, or one version; the last one of a worker ends it. Raises ModelError where it is not
@@ -186,7 +205,8 @@ class ModelPool:
         """What a model takes and gives, where it lives, and its versions. Raises ModelError for an unknown one."""
         served = self._served.get(name)
         folder = served.folder if served else self._repository.find(name)
-        return {**self._entry(name), **metadata(folder, served, self._placement.defaults(folder), self._repository)}
+        host, standings = self._placement.defaults(folder), self._standings(name)
+        return {**self._entry(name), **metadata(folder, served, host, self._repository, standings)}
 
     def manifest(self, name: str) -> Manifest:
         """The model.toml that a model serves with, else the repository's; its `max_batch` is within the profile's.
@@ -263,17 +283,32 @@ class ModelPool:
 
     def _take_back(self, served: Served, version: int, reason: str) -> None:
         served.deaths.clear()
+        count, period = self._settings.deaths_cap, self._settings.deaths_period_s
+        why = f"took its worker down {count} times within {period:g} s ({reason})"
+        dead = [worker for worker in served.workers if worker.client is None]
+        exchanged = [self._exchange_for_original(worker, served, version, why) for worker in dead]
+        if any(exchanged):
+            return
         for worker in served.workers:
             worker.wanted.pop((served.name, version), None)
-        count, period = self._settings.deaths_cap, self._settings.deaths_period_s
-        self._fall_back(served, version, f"took its worker down {count} times within {period:g} s ({reason})")
+        self._fall_back(served, version, why)
 
     async def _approve_again(self, request: LoadRequest) -> None:
         await self._loader.approve_again(request)
 
+    def _exchange_for_original(self, worker: SupervisedWorker, served: Served, version: int, why: str) -> bool:
+        """Whether a worker had a version with candidates; from now on it shall have it without."""
+        request = worker.wanted.get((served.name, version))
+        if request is None or not self._loader.give_up(request, worker.host, f"it {why}"):
+            return False
+        worker.wanted[served.name, version] = self._loader.original(served.folder, version, worker.host)
+        return True
+
     def _failed_after_restart(self, worker: SupervisedWorker, key: Key, error: MillhandError) -> None:
         served, version = self._served[key[0]], key[1]
         why = f"could not be loaded after a restart: {error.message}"
+        if self._exchange_for_original(worker, served, version, why) or isinstance(error, WorkerError):
+            return
         if self._placement.avoid(worker.host):
             served.moving.add(version)
             self._spawn(self._move(served, version, worker, why))
@@ -285,6 +320,8 @@ class ModelPool:
         async with self._loading, served.lock:
             if self._stopped or version not in served.moving:
                 return  # it was unloaded, or another was loaded, meanwhile
+            if self._candidates is not None:
+                self._candidates.forgive(served.name)  # the original failed as well: the accelerator is to blame
             chosen, evict = sorted({*served.wanted, version}), served.name in self._loader.kept
             try:
                 await self._loader.exchange(served, served.folder, chosen, evict)
@@ -325,6 +362,8 @@ class ModelPool:
     def _export_metrics(self) -> None:
         """Called before each rendering; worker counters are as old as their last heartbeat."""
         export_workers(self._workers.values())
+        if self._candidates is not None:
+            export_candidates(self._served.values(), self._candidates)
 
     def _touch(self) -> None:
         """Tell everyone who watches that routes may have changed."""
@@ -337,4 +376,7 @@ class ModelPool:
         folder = self._repository.models.get(name)  # as it is on disk, which may be newer than what serves
         if folder is None:
             folder = served.folder if served else self._repository.find(name)
-        return entry(folder, served, self._repository)
+        return entry(folder, served, self._repository, self._standings(name))
+
+    def _standings(self, name: str) -> list[Standing]:
+        return [] if self._candidates is None else self._candidates.standings(name)

@@ -218,17 +218,21 @@ class Repository:
         """Whether a version's own artifact may be believed; reads it, where it has changed since."""
         return verify(folder.subject(version), self.keyring)
 
-    def subjects(self, folder: ModelFolder, version: int) -> list[Subject]:
-        """All that serving a version loads: its own artifact, then those of the models that an ensemble uses.
+    def parts(self, folder: ModelFolder, version: int) -> list[tuple[ModelFolder, int]]:
+        """What serving a version loads: itself, then the models that an ensemble uses.
 
         Raises ModelError where one of them is not there.
         """
-        found = [folder.subject(version)]
+        found = [(folder, version)]
         for step in folder.manifest.steps:
             if step.model:
                 model = self.find(step.model)
-                found += self.subjects(model, step_version(step, model))
+                found += self.parts(model, step_version(step, model))
         return found
+
+    def subjects(self, folder: ModelFolder, version: int) -> list[Subject]:
+        """The own artifacts of all `parts`. Raises ModelError where one of them is not there."""
+        return [part.subject(number) for part, number in self.parts(folder, version)]
 
     def check_proof(self, folder: ModelFolder, version: int) -> State:
         """What a version's own proof is worth. Raises ModelError as `approve`, for all its `subjects`."""

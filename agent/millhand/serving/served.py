@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from millhand.errors import MillhandError, ModelError, WorkerError
+from millhand.serving.candidates import Standing, loads
 from millhand.serving.client import WorkerClient
 from millhand.serving.load_request import batch_cap, batch_cap_key, delay_us
 from millhand.serving.manifest import Manifest, TensorSpec
@@ -106,6 +108,14 @@ class Served:
         """Ready version -> what its worker told of the load; of several workers the first."""
         return {version: self.holders(version)[0].ready[self.name, version] for version in self.ready}
 
+    def candidates(self, version: int) -> list[str]:
+        """What is loaded in place of a version's own artifact, in any worker; of an ensemble `<model>: <candidate>`."""
+        key = (self.name, version)
+        requests = [worker.wanted[key] for worker in self.workers if key in worker.wanted]
+        parts = [part for request in requests for part in loads(request) if part.candidate]
+        names = (part.candidate if part.model == self.name else f"{part.model}: {part.candidate}" for part in parts)
+        return list(dict.fromkeys(names))
+
     def memory_bytes(self, version: int, host: WorkerDefaults | None = None) -> int:
         """What a version takes of its memory in all workers, or in those on one host; 0 where it is not loaded."""
         key = (self.name, version)
@@ -163,14 +173,18 @@ class Served:
         return WorkerError(f"the worker of model '{self.name}' is being restarted", hint="send the request again")
 
 
-def entry(folder: ModelFolder, served: Served | None, repository: Repository) -> dict[str, Any]:
+def entry(
+    folder: ModelFolder, served: Served | None, repository: Repository, standings: Sequence[Standing]
+) -> dict[str, Any]:
     """A model's entry of the index. It reads artifacts to compare them with their proofs."""
+    missed = list(_missed(standings))
     return {
         "name": folder.name,
         "description": folder.manifest.description,
         "state": served.state if served else "unloaded",
-        "reason": served.reason if served else "",
-        "hint": served.hint() if served else "",
+        "reason": (served.reason or "; ".join(one["reason"] for one in missed)) if served else "",
+        "hint": (served.hint() or next((one["hint"] for one in missed), "")) if served else "",
+        "missed": missed,
         "versions": served.ready if served else [],
         "available": list(folder.versions),
         "details": [
@@ -190,7 +204,17 @@ def _version(number: int, served: Served | None) -> dict[str, Any]:
         "reason": served.reasons.get(number, served.evicted) if served else "",
         "hint": served.hint(number) if served else "",
         "memory_bytes": served.memory_bytes(number) if served else 0,
+        "candidates": served.candidates(number) if served else [],
     }
+
+
+def _missed(standings: Sequence[Standing]) -> Iterator[dict[str, str]]:
+    """Why candidates that were chosen do not serve, and what to do."""
+    for one in standings:
+        if one.candidate and one.reason:
+            rebuild = f"; {one.rebuild}" if one.rebuild else ""
+            reason = f"candidate '{one.candidate}' of version {one.version} does not serve: {one.reason}{rebuild}"
+            yield {"reason": reason, "hint": one.hint}
 
 
 def bad_entry(folder: BadFolder) -> dict[str, Any]:
@@ -205,7 +229,11 @@ def _labels(manifest: Manifest) -> dict[str, list[str]]:
 
 
 def metadata(
-    folder: ModelFolder, served: Served | None, host: WorkerDefaults, repository: Repository
+    folder: ModelFolder,
+    served: Served | None,
+    host: WorkerDefaults,
+    repository: Repository,
+    standings: Sequence[Standing],
 ) -> dict[str, Any]:
     """What the model takes and gives, and where it lies; `host` is where it runs or would run."""
     manifest, prediction = folder.manifest, folder.manifest.prediction
@@ -227,6 +255,7 @@ def metadata(
         "threads": _threads(served),
         "steps": _steps(folder, served),
         **_on_disk(folder, repository),
+        "choices": [asdict(standing) for standing in standings],
     }
 
 

@@ -34,6 +34,12 @@ class ModelSettings(StrictTable):
     trusted_keys: tuple[Path, ...] = ()
     """Public keys (PEM) whose signatures count beside this node's own: the plant's, so that a spare node takes proved
     artifacts over."""
+    use_built: bool | tuple[str, ...] = True
+    """Serve what was made of a model and chosen in place of its own artifact: of every model, of none, or of those in a
+    list."""
+    rebuild_stale: bool = True
+    """Make a candidate anew, in the background, where it is tied to a library, driver or GPU that this node no longer
+    has."""
     built_dir: Path | None = None
     """Where candidates lie that were made of models; none takes `built` in [node] data_dir."""
     deadline_ms: float = Field(default=2000, gt=0)

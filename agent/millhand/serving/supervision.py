@@ -44,7 +44,8 @@ class SupervisedWorker:
         on_load_failed: Callable[[SupervisedWorker, Key, MillhandError], None],
     ) -> None:
         """`launch(name, generation)` starts a process. `approve(request)` raises ModelError where a version must not be
-        loaded again. `on_death(blamed, reason)` may change `wanted`."""
+        loaded again. `on_death(blamed, reason)` and `on_load_failed(self, key, error)`, of a load after a restart,
+        may change `wanted`."""
         self.name = name
         self.host = host
         """What the profile says about it, the accelerator above all."""
@@ -321,8 +322,11 @@ class SupervisedWorker:
         try:
             await self._approve(request)
             await self._load(request)
-        except WorkerError:
-            raise  # the worker is gone; the death is counted, and all is tried again
         except MillhandError as error:
-            self.wanted.pop(key, None)
             self._on_load_failed(self, key, error)
+            if isinstance(error, WorkerError):
+                raise  # the worker is gone; the death is counted, and all is tried again
+            if self.wanted.get(key) == request:
+                del self.wanted[key]
+            elif key in self.wanted:
+                await self._reload(key, self.wanted[key])
