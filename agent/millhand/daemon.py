@@ -37,6 +37,7 @@ from millhand.records import Alert, Batch, Severity
 from millhand.registry import Registry
 from millhand.serving.candidates import node_candidates
 from millhand.serving.front import FrontProcess, grpc_front, http_front
+from millhand.serving.model_calls import UNNAMED, ModelCalls
 from millhand.serving.pool import ModelPool
 from millhand.serving.repository import Repository
 from millhand.serving.selftest import SelfTest, log_trials
@@ -164,6 +165,7 @@ class Daemon:
             await self.store.close()
         if self._run_dir_lock is not None:
             os.close(self._run_dir_lock)
+        log.info("stopped")
 
     @property
     def http_url(self) -> str:
@@ -175,10 +177,10 @@ class Daemon:
         """Where the gRPC processes listen, as clients of gRPC write it; empty where it is switched off."""
         return "" if self._grpc is None else f"{self.config.grpc.host}:{self._grpc.port}"
 
-    async def load_model(self, model: str, version: int | None = None) -> dict[str, Any]:
-        """As `ModelPool.load`; assets that use the model or waited for it go on with what its model.toml says now."""
+    async def load_model(self, model: str, version: int | None = None, by: str = UNNAMED) -> dict[str, Any]:
+        """As `ModelCalls.load`; assets that use the model or waited for it go on with what its model.toml says now."""
         await self._started.wait()
-        entry = await self.pool.load(model, version)
+        entry = await ModelCalls(self.pool).load(model, version, by)
         async with self._reloading:
             await self.fleet.apply(self.config, self.publisher)
         return entry
@@ -223,8 +225,13 @@ class Daemon:
         """Serve until SIGTERM or SIGINT; SIGHUP reloads."""
         loop = asyncio.get_running_loop()
         stopped = asyncio.Event()
+
+        def stop(number: signal.Signals) -> None:
+            log.info("%s: stopping", number.name)
+            stopped.set()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopped.set)
+            loop.add_signal_handler(number, stop, number)
         loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self._reload_logged(), "reload"))
         starting = asyncio.create_task(self.start(), name="start")
         waiting = asyncio.create_task(stopped.wait(), name="signal")

@@ -67,8 +67,18 @@ def test_a_failed_model_is_told_with_its_remedy(root: Path, millhand_agent: Call
 
     identity(root / "press/1/model.onnx")
     assert says(config, "model", "load", "press") == "press serves version 1."
+    assert "INFO    millhand.serving: model 'press' serves version 1, asked for by the command line" in agent.log()
     assert says(config).endswith("Next step millhand model show press")
     assert " try " not in says(config, "model", "show", "press")
+
+
+def test_a_stop_is_told_in_the_log(millhand_agent: Callable[..., Agent]) -> None:
+    agent = millhand_agent("[http]\nenabled = false\n")
+    assert agent.stop() == 0
+    assert [line.partition("millhand.daemon: ")[2] for line in agent.log().splitlines()[-2:]] == [
+        "SIGTERM: stopping",
+        "stopped",
+    ]
 
 
 async def test_what_cannot_start_is_found_before_models_are_loaded(

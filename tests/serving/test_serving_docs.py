@@ -15,6 +15,7 @@ import pytest
 from onnx import helper, numpy_helper
 from serving_kit import save_onnx, value
 
+from millhand.serving.http.messages import _STATUSES
 from millhand.serving.http.openapi import document
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +38,16 @@ def test_the_table_names_every_path():
         if method != "parameters"
     }
     assert set(rows) == paths
+
+
+def test_the_table_names_every_status_code():
+    rows = {int(code) for code in re.findall(r"^\| (\d{3}) \|", HTTP, re.MULTILINE)}
+    described = {int(code) for path in document({})["paths"].values() for code in _responses(path)}
+    assert {status for _, status in _STATUSES} | described <= rows
+
+
+def _responses(path):
+    return [code for key, operation in path.items() if key != "parameters" for code in operation["responses"]]
 
 
 @pytest.fixture

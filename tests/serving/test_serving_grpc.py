@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 import psutil
 import pytest
-from grpc_kit import Client, infer_request, info_of, outputs
+from grpc_kit import SERVICE, Client, infer_request, info_of, outputs
 from onnx import TensorProto
 from serving_kit import identity, scale, until, write_faulty, write_model
 
@@ -69,6 +69,32 @@ async def refused(call):
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     return caught.value
+
+
+async def test_the_access_log_is_a_line_a_call(root, served, capfd):
+    scale(write_model(root, "scale") / "1/model.onnx", 2)
+    _, client, _ = await served({"access_log": True})
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    request = infer_request("scale", {"x": X})
+    answer = await client.call("ModelInfer", request, metadata=[("traceparent", f"00-{trace}-00f067aa0ba902b7-00")])
+    await refused(client.infer("scal", {"x": X}))
+    await refused(client.call("Nothing\n", service="odd"))
+    streamed = [part.ByteSize() async for part in client.stream(iter([request, request]))]
+    text = ""
+
+    def lines():
+        nonlocal text
+        text += capfd.readouterr().err
+        found = [line for line in text.splitlines() if "millhand.access" in line and "ServerReady" not in line]
+        return found if len(found) == 4 else []
+
+    infer, unknown, odd, stream = await until(lines)
+    start = f'millhand.access: method=gRPC path="/{SERVICE}/ModelInfer"'
+    assert f"{start} model=scale status=OK bytes={answer.ByteSize()} ms=" in infer
+    assert infer.endswith(f" trace_id={trace}")
+    assert f"{start} model=scal status=NOT_FOUND bytes=0 ms=" in unknown
+    assert r' path="/odd/Nothing\n" model= status=UNIMPLEMENTED' in odd
+    assert f'ModelStreamInfer" model=scale status=OK bytes={sum(streamed)} ms=' in stream
 
 
 # ---- server and models ----------------------------------------------------------------------------------------------
@@ -491,7 +517,8 @@ async def test_the_repository_is_closed_without_a_token_file(root, served):
         assert "[grpc] admin_token_file" in error.details()
 
 
-async def test_the_repository_with_a_token(root, served, tmp_path):
+async def test_the_repository_with_a_token(root, served, tmp_path, caplog):
+    caplog.set_level("INFO", logger="millhand.serving")
     folder = write_model(root, "scale")
     scale(folder / "1/model.onnx", 2)
     scale(folder / "2/model.onnx", 3)
@@ -506,9 +533,12 @@ async def test_the_repository_with_a_token(root, served, tmp_path):
 
     async def index(ready=False):
         answer = await client.call("RepositoryIndex", wire.RepositoryIndexRequest(ready=ready), **known)
-        return [(model.name, model.version, model.state) for model in answer.models]
+        return [(model.name, model.version, model.state, model.reason) for model in answer.models]
 
-    assert await index() == [("scale", "1", "UNAVAILABLE"), ("scale", "2", "READY")]
+    assert await index() == [
+        ("scale", "1", "UNAVAILABLE", "policy latest: 2 is newer"),
+        ("scale", "2", "READY", ""),
+    ]
     await client.call("RepositoryModelUnload", wire.RepositoryModelRequest(model_name="scale"), **known)
     assert await index(ready=True) == []
     error = await refused(client.infer("scale", {"x": X}))
@@ -520,6 +550,13 @@ async def test_the_repository_with_a_token(root, served, tmp_path):
     request.parameters["version"].int64_param = 9
     error = await refused(client.call("RepositoryModelLoad", request, **known))
     assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "has no version 9; version 1 serves on" in error.details()
+    told = [record.getMessage() for record in caplog.records if "asked for by gRPC" in record.getMessage()]
+    assert told == [
+        "model 'scale' is unloaded, an unload was asked for by gRPC",
+        "model 'scale' serves version 1, asked for by gRPC",
+        f"model 'scale' is not loaded, asked for by gRPC: {error.details()}",
+    ]
     error = await refused(client.call("RepositoryModelLoad", wire.RepositoryModelRequest(model_name="scal"), **known))
     assert error.code() is grpc.StatusCode.NOT_FOUND and "did you mean 'scale'?" in error.details()
     request.parameters["config"].string_param = "{}"

@@ -221,6 +221,37 @@ async def test_models_are_managed_with_the_token_alone(root, served, tmp_path):
     assert [(entry["name"], entry["state"]) for entry in index] == [("scale", "READY")]
 
 
+async def test_loads_and_unloads_are_told_in_the_log(root, served, tmp_path, caplog):
+    """Who asked, what serves, and after a failure what serves on; the client is told that too."""
+    caplog.set_level("INFO", logger="millhand.serving")
+    folder = write_model(root, "scale")
+    scale(folder / "1/model.onnx", 2)
+    token = tmp_path / "token"
+    token.write_text("secret")
+    _, client, _ = await served({"admin_token_file": token})
+
+    def ask(action):
+        headers = {"Authorization": "Bearer secret"}
+        return client.post(f"/v2/repository/models/scale/{action}", headers=headers)
+
+    (folder / "2").mkdir()
+    (folder / "2/model.onnx").write_text("no model")
+    failed = await ask("load")
+    assert failed.status_code == 400 and "; version 1 serves on (" in failed.json()["error"]
+    await ask("unload")
+    (folder / "2/model.onnx").unlink()
+    await ask("load")
+    assert [record.getMessage() for record in caplog.records if "scale" in record.getMessage()] == [
+        "model 'scale' serves version 1",
+        f"model 'scale' is not loaded, asked for by HTTP: {failed.json()['error']}",
+        "model 'scale' is unloaded, an unload was asked for by HTTP",
+        "model 'scale': 2/ has no 'model.onnx'; it is empty",
+        "model 'scale' serves version 1, asked for by HTTP",
+    ]
+    (entry,) = (await client.post("/v2/repository/index", headers={"Authorization": "Bearer secret"})).json()
+    assert entry == {"name": "scale", "version": "1", "state": "READY", "reason": ""}
+
+
 async def test_classes_have_the_names_of_model_toml(root, served):
     folder = write_model(root, "fault", columns=3)
     identity(folder / "1/model.onnx", 3)

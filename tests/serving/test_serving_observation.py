@@ -325,7 +325,8 @@ async def test_the_access_log_is_a_line_a_request(start, capfd):
 
 
 def test_a_client_writes_no_lines_of_its_own(capsys):
-    AccessLog(LogSettings(), 10).write("GET x\n", '/a"\nb', 404, 0, 1.5, "")
+    fields = {"method": "GET x\n", "path": '/a"\nb', "status": 404, "bytes": 0, "ms": 1.5, "trace_id": ""}
+    AccessLog(LogSettings(), 10).write(fields)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(r'millhand.access: method="GET x\n" path="/a\"\nb" status=404 bytes=0 ms=1.500 trace_id=')
 

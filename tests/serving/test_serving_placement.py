@@ -120,7 +120,7 @@ async def test_too_many_rows_name_what_rules(root, make_pool):
             await pool.infer(name, {"x": np.zeros((9, 2), np.float32)})
         assert caught.value.hint == f"split the request, or raise {key}"
         assert pool.metadata(name)["max_batch_key"] == key
-        with pytest.raises(InputError, match="has no row") as caught:
+        with pytest.raises(InputError, match="has 0 rows") as caught:
             await pool.infer(name, {"x": np.zeros((0, 2), np.float32)})
         assert caught.value.hint == "send at least one row in every tensor"
 

@@ -8,16 +8,16 @@ import click
 
 from millhand.cli import bench, build, compare, proof, recorded
 from millhand.cli.output import Output, json_option, table, table_with_reasons, wrapped
-from millhand.errors import ControlError, MillhandError
+from millhand.errors import ControlError
 
 if TYPE_CHECKING:
-    from millhand.control import ControlClient
     from millhand.serving.pool import ModelPool
 
 KIB = 1024
 UNREAD = {"state": "unloaded", "memory_bytes": 0, "reason": "new on disk: millhand model load reads it"}
 GONE = {"bytes": None, "proof": "gone from disk", "proof_reason": ""}
 NO_VERSION = {"memory_bytes": 0, "bytes": None, "proof": "", "proof_reason": ""}
+BY = "the command line"
 LOAD_TIMEOUT_S = 3600.0
 """The daemon has its own: [models] load_timeout_s, for each version."""
 
@@ -80,7 +80,7 @@ def versions(ctx: click.Context, name: str) -> None:
         {"version": stray["folder"], "state": "passed over", "reason": stray["reason"], **NO_VERSION}
         for stray in model["strays"]
     ]
-    reasons = [_why_not(version, model, running) for version in found]
+    reasons = [_why_not(version, running) for version in found]
     rows = [
         (v["version"], v["state"], v["proof"], _size(v["bytes"]), _size(v["memory_bytes"] or None), reason)
         for v, reason in zip(found, reasons, strict=True)
@@ -96,13 +96,7 @@ def versions(ctx: click.Context, name: str) -> None:
 def load(ctx: click.Context, name: str, version: int | None) -> None:
     """Read model NAME from disk anew and serve it; what served before goes once the new is ready."""
     output: Output = ctx.obj
-    daemon = output.daemon(LOAD_TIMEOUT_S)
-    try:
-        entry = daemon.call("model.load", model=name, version=version)
-    except ControlError:
-        raise
-    except MillhandError as error:
-        raise _still_serving(daemon, name, error) from error
+    entry = output.daemon(LOAD_TIMEOUT_S).call("model.load", model=name, version=version, by=BY)
     lines = [f"{name} serves version {_numbers(entry['versions'])}."]
     for stray in entry["strays"]:
         lines += wrapped(f"Warning: {stray['reason']}", rest="  ")
@@ -118,19 +112,9 @@ def unload(ctx: click.Context, name: str, version: int | None) -> None:
     """Stop serving model NAME; it comes back at the daemon's next start, or with `load`."""
     output: Output = ctx.obj
     only = {} if version is None else {"version": version}
-    entry = output.daemon(LOAD_TIMEOUT_S).call("model.unload", model=name, **only)
+    entry = output.daemon(LOAD_TIMEOUT_S).call("model.unload", model=name, by=BY, **only)
     left = f"{name} serves version {_numbers(entry['versions'])}." if entry["versions"] else f"{name} is unloaded."
     output.emit(entry, left)
-
-
-def _still_serving(daemon: ControlClient, name: str, error: MillhandError) -> MillhandError:
-    """The error of a failed load, with what serves on in spite of it."""
-    try:
-        serving = daemon.call("model.show", model=name)["versions"]
-    except MillhandError:
-        return error
-    what = f"version {_numbers(serving)} serves on" if serving else "no version of it serves"
-    return type(error)(f"{error.message.removesuffix('.')}; {what}", hint=error.hint, retriable=error.retriable)
 
 
 def _ask(output: Output, call: str, **arguments: Any) -> tuple[Any, bool]:
@@ -209,15 +193,11 @@ def _with_hint(reason: str, hint: str) -> str:
     return f"{reason} ({hint})" if hint else reason
 
 
-def _why_not(version: dict[str, Any], model: dict[str, Any], running: bool) -> str:
+def _why_not(version: dict[str, Any], running: bool) -> str:
     """Why a version does not serve."""
-    if version["reason"] or version["state"] != "unloaded":
-        return _with_hint(version["reason"], version.get("hint", ""))
-    if not running:
+    if version["state"] == "unloaded" and not running:
         return "the daemon does not run"
-    if model["policy"] == "latest" and version["version"] < max(model["available"]):
-        return f"policy latest: {max(model['available'])} is newer"
-    return "not named by the policy" if model["policy"] == "specific" else "not loaded"
+    return _with_hint(version["reason"], version.get("hint", ""))
 
 
 def _size(size_bytes: int | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 
 from millhand.logs import LogChoice, log_handler
 
@@ -19,22 +20,14 @@ class AccessLog:
         log.setLevel(logging.INFO)
         log.propagate = False
 
-    def write(self, method: str, path: str, status: int, size_bytes: int, duration_ms: float, trace_id: str) -> None:
-        """Write one line. `path` is as the client asked, without the query; `trace_id` may be empty."""
-        fields = {
-            "method": method,
-            "path": path,
-            "status": status,
-            "bytes": size_bytes,
-            "ms": round(duration_ms, 3),
-            "trace_id": trace_id,
-        }
-        text = "method=%s path=%s status=%d bytes=%d ms=%.3f trace_id=%s"
-        # A client chooses path and method: quoted, neither can write a line of its own.
-        log.info(
-            text, _quoted(method), _quoted(path), status, size_bytes, duration_ms, trace_id, extra={"fields": fields}
-        )
+    def write(self, fields: Mapping[str, str | int | float]) -> None:
+        """Write one line: `key=value` of each field, or with format `json` the same as keys of its object."""
+        text = " ".join([f"{key}={_shown(value)}" for key, value in fields.items()])
+        log.info("%s", text, extra={"fields": fields})
 
 
-def _quoted(text: str) -> str:
-    return text if text.isalnum() else json.dumps(text)
+def _shown(value: str | int | float) -> str:
+    """A client chooses paths and more: quoted, none of them can write a line of its own."""
+    if isinstance(value, str):
+        return value if value.replace("_", "").isalnum() or not value else json.dumps(value)
+    return f"{value:.3f}" if isinstance(value, float) else f"{value}"

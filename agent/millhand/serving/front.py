@@ -174,7 +174,9 @@ def grpc_front(
     log_settings: LogSettings | None = None,
 ) -> FrontProcess:
     """The gRPC processes. Raises ConfigError where `[tracing]` needs a package that is not installed."""
-    observation = observation_options(tracing or TracingSettings(), log_settings or LogSettings())
+    observation = observation_options(
+        tracing or TracingSettings(), log_settings or LogSettings(), settings.access_log, settings.access_log_per_minute
+    )
     return FrontProcess("grpc", "millhand.serving.grpc", settings, _told(settings, control_path, observation))
 
 

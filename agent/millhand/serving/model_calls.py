@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+from millhand.errors import MillhandError
 from millhand.serving.inference import encode_response, read_request
 
 if TYPE_CHECKING:
     from millhand.control import Handler
     from millhand.serving.pool import ModelPool
+
+log = logging.getLogger("millhand.serving")
+
+UNNAMED = "a client of the control socket"
 
 
 class ModelCalls:
@@ -38,13 +44,23 @@ class ModelCalls:
         """`ModelPool.metadata`."""
         return await asyncio.to_thread(self._pool.metadata, model)
 
-    async def load(self, model: str, version: int | None = None) -> dict[str, Any]:
-        """`ModelPool.load`."""
-        return await self._pool.load(model, version)
+    async def load(self, model: str, version: int | None = None, by: str = UNNAMED) -> dict[str, Any]:
+        """`ModelPool.load`; the log tells of it, and who asked. An error says what serves on in spite of it."""
+        try:
+            entry = await self._pool.load(model, version)
+        except MillhandError as error:
+            told = self._with_what_serves(model, error)
+            log.warning("model '%s' is not loaded, asked for by %s: %s", model, by, told.text)
+            raise told from error
+        log.info("model '%s' serves version %s, asked for by %s", model, _numbers(entry["versions"]), by)
+        return entry
 
-    async def unload(self, model: str, version: int | None = None) -> dict[str, Any]:
-        """`ModelPool.unload`."""
-        return await self._pool.unload(model, version)
+    async def unload(self, model: str, version: int | None = None, by: str = UNNAMED) -> dict[str, Any]:
+        """`ModelPool.unload`; the log tells of it, and who asked."""
+        entry = await self._pool.unload(model, version)
+        left = f"serves version {_numbers(entry['versions'])}" if entry["versions"] else "is unloaded"
+        log.info("model '%s' %s, an unload was asked for by %s", model, left, by)
+        return entry
 
     async def infer(self, model: str, request: dict[str, Any], version: int | None = None) -> dict[str, Any]:
         """One Open Inference Protocol v2 request and its response, as plain data."""
@@ -54,6 +70,18 @@ class ModelCalls:
         )
         return encode_response(model, answered, wanted, outputs)
 
+    def _with_what_serves(self, model: str, error: MillhandError) -> MillhandError:
+        try:
+            serving = self._pool.serving(model)
+        except MillhandError:
+            return error  # there is no such model
+        what = f"version {_numbers(serving)} serves on" if serving else "no version of it serves"
+        return type(error)(f"{error.message.removesuffix('.')}; {what}", hint=error.hint, retriable=error.retriable)
+
     def routes(self) -> AsyncIterator[dict[str, Any]]:
         """A stream: what another process needs to reach the workers itself, now and after every change."""
         return self._pool.watch_routes()
+
+
+def _numbers(versions: list[int]) -> str:
+    return ", ".join(map(str, versions))

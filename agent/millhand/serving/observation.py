@@ -6,7 +6,14 @@ import msgspec
 
 from millhand.serving.access_log import AccessLog
 from millhand.serving.front_metrics import FRONT, TRACES
-from millhand.serving.tracing import RequestTrace, Tracer, TracingOptions, open_tracer, read_traceparent
+from millhand.serving.tracing import (
+    GRPC_CODES,
+    RequestTrace,
+    Tracer,
+    TracingOptions,
+    open_tracer,
+    read_traceparent,
+)
 
 
 class LogOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,8 +48,12 @@ class Observation:
             return
         if not trace_id and (caller := read_traceparent(trace.traceparent)):
             trace_id = f"{caller.trace_id:032x}"
-        duration_ms = (trace.end_ns - trace.start_ns) / 1e6
-        self._access_log.write(trace.method, trace.path, trace.status, size_bytes, duration_ms, trace_id)
+        self._access_log.write({
+            **_asked(trace),
+            "bytes": size_bytes,
+            "ms": round((trace.end_ns - trace.start_ns) / 1e6, 3),
+            "trace_id": trace_id,
+        })  # fmt: skip
 
     def count(self) -> None:
         """Take over what became of the traces; runs before each snapshot of the metrics."""
@@ -53,6 +64,13 @@ class Observation:
     def close(self) -> None:
         """Send the traces that wait, for a short time."""
         self._tracer.close()
+
+
+def _asked(trace: RequestTrace) -> dict[str, str | int]:
+    """What was asked for, as the client wrote it, and how it ended; a gRPC call's path does not tell its model."""
+    if trace.grpc:
+        return {"method": "gRPC", "path": trace.path, "model": trace.model, "status": GRPC_CODES[trace.status]}
+    return {"method": trace.method, "path": trace.path, "status": trace.status}
 
 
 def open_observation(options: ObservationOptions) -> Observation:

@@ -95,7 +95,8 @@ class ModelPool:
     async def _load_all(self, names: Sequence[str]) -> None:
         for name in names:
             try:
-                await self.load(name, evict=name in self._loader.kept)
+                entry = await self.load(name, evict=name in self._loader.kept)
+                log.info("model '%s' serves version %s", name, ", ".join(map(str, entry["versions"])))
             except MillhandError as error:
                 log.error("model '%s' is not served: %s", name, error.text)
 
@@ -207,6 +208,13 @@ class ModelPool:
         folder = served.folder if served else self._repository.find(name)
         host, standings = self._placement.defaults(folder), self._standings(name)
         return {**self._entry(name), **metadata(folder, served, host, self._repository, standings)}
+
+    def serving(self, name: str) -> list[int]:
+        """The versions of a model that answer now. Raises ModelError for an unknown one."""
+        served = self._served.get(name)
+        if served is None:
+            self._repository.find(name)
+        return served.ready if served else []
 
     def manifest(self, name: str) -> Manifest:
         """The model.toml that a model serves with, else the repository's; its `max_batch` is within the profile's.

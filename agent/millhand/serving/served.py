@@ -188,7 +188,8 @@ def entry(
         "versions": served.ready if served else [],
         "available": list(folder.versions),
         "details": [
-            _version(number, served) for number in sorted({*folder.versions, *(served.wanted if served else ())})
+            _version(number, served, folder)
+            for number in sorted({*folder.versions, *(served.wanted if served else ())})
         ],
         "strays": [asdict(stray) for stray in folder.strays],
         "proof": {str(version): repository.verdict(folder, version).state for version in folder.versions},
@@ -196,12 +197,14 @@ def entry(
     }
 
 
-def _version(number: int, served: Served | None) -> dict[str, Any]:
-    """One version, as Triton's repository index tells of it."""
+def _version(number: int, served: Served | None, folder: ModelFolder) -> dict[str, Any]:
+    """One version, and why it does not serve."""
+    state = served.version_state(number) if served else "unloaded"
+    reason = served.reasons.get(number, served.evicted) if served else ""
     return {
         "version": number,
-        "state": served.version_state(number) if served else "unloaded",
-        "reason": served.reasons.get(number, served.evicted) if served else "",
+        "state": state,
+        "reason": reason or (_not_chosen(number, folder) if state == "unloaded" else ""),
         "hint": served.hint(number) if served else "",
         "memory_bytes": served.memory_bytes(number) if served else 0,
         "candidates": served.candidates(number) if served else [],
@@ -215,6 +218,16 @@ def _missed(standings: Sequence[Standing]) -> Iterator[dict[str, str]]:
             rebuild = f"; {one.rebuild}" if one.rebuild else ""
             reason = f"candidate '{one.candidate}' of version {one.version} does not serve: {one.reason}{rebuild}"
             yield {"reason": reason, "hint": one.hint}
+
+
+def _not_chosen(number: int, folder: ModelFolder) -> str:
+    """Why a version is not loaded of which nobody has said anything."""
+    manifest, newest = folder.manifest, max(folder.versions)
+    if manifest.policy == "latest" and number < newest:
+        return f"policy latest: {newest} is newer"
+    if manifest.policy == "specific" and number not in manifest.versions:
+        return "not named by the policy"
+    return "not loaded"
 
 
 def bad_entry(folder: BadFolder) -> dict[str, Any]:

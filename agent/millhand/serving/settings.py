@@ -135,6 +135,10 @@ class GrpcSettings(StrictTable):
     so long: less latency for more CPU time. 0 always sleeps, which saves power."""
     admin_token_file: Path | None = None
     """A file with the token that lets a client list, load and unload models. None: nobody may."""
+    access_log: bool = False
+    """Write a line to the log for each call: method, model, code, bytes, time, trace id."""
+    access_log_per_minute: int = Field(default=600, ge=1)
+    """At most so many of these lines a minute from each process; the rest is counted and said once."""
 
 
 class WorkerDefaults(StrictTable):

@@ -82,7 +82,7 @@ def check_inputs(model: str, specs: Specs, tensors: Tensors, max_batch: int, max
     if missing:
         raise InputError(f"tensor '{missing[0]}' of model '{model}' is missing", hint="send every input of the model")
     if rows < 1:
-        raise InputError(f"the request to model '{model}' has no row", hint="send at least one row in every tensor")
+        raise InputError(f"the request to model '{model}' has 0 rows", hint="send at least one row in every tensor")
     if rows > max_batch:
         raise InputError(
             f"the request to model '{model}' has {rows} rows, allowed are 1 to {max_batch}",

@@ -83,7 +83,7 @@ class RequestTrace(msgspec.Struct, frozen=True, kw_only=True):
     start_ns: int
     end_ns: int
     path: str = ""
-    """As asked for, without the query; HTTP only."""
+    """As asked for, without the query."""
     route: str = ""
     """The endpoint's pattern; empty where nothing is served. HTTP only."""
     grpc: bool = False

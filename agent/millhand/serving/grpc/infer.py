@@ -40,6 +40,7 @@ class InferMethod:
             self._plans.keep(message, request)
         else:
             request = plan.call
+        call.asks_for(request.model)
         self._routes.model(request.model, request.version)
         deadline = self._deadline(call, request)
         reached = self._routes.reached(request.model, request.version)
@@ -65,6 +66,7 @@ class InferMethod:
     async def infer(self, call: Call, request: InferCall, deadline: int = 0) -> wire.ModelInferResponse:
         """By the way that can wait for a connection or for the daemon's word. Errors as `Routes.infer`."""
         sent_ns = time.time_ns()
+        call.asks_for(request.model)
         answer = await self._routes.infer(
             request.model,
             request.version,

@@ -14,6 +14,7 @@ from millhand.serving.grpc import wire
 from millhand.serving.grpc.rpc import Call, Method
 from millhand.serving.grpc.service import SERVICE, control, reading
 from millhand.serving.grpc.status import Code, Refusal
+from millhand.serving.repository_index import index_entries
 from millhand.serving.routing import Routes, UnknownModel
 
 LOAD_PARAMETERS = ("version",)
@@ -37,16 +38,8 @@ class RepositoryService:
     async def _index(self, call: Call, request: wire.RepositoryIndexRequest) -> Message:
         self._authorize(call, request.repository_name)
         response = wire.RepositoryIndexResponse()
-        for model in await control(call, self._control_path, "model.list"):
-            for version in model.get("available") or ("",):  # a folder that cannot be read has none
-                ready = version in model["versions"]
-                if ready or not request.ready:
-                    response.models.add(
-                        name=model["name"],
-                        version=str(version),
-                        state="READY" if ready else "UNAVAILABLE",
-                        reason="" if ready else model["reason"] or model["state"],
-                    )
+        for entry in index_entries(await control(call, self._control_path, "model.list"), request.ready):
+            response.models.add(**entry._asdict())
         return response
 
     async def _load(self, call: Call, request: wire.RepositoryModelRequest) -> Message:
@@ -76,7 +69,7 @@ class RepositoryService:
         left_ms = call.remaining_ms  # without a deadline it takes as long as it needs
         try:
             async with asyncio.timeout(None if left_ms is None else left_ms / 1000):
-                await self._routes.change(name, **arguments)
+                await self._routes.change(name, by="gRPC", **arguments)
         except TimeoutError as error:
             raise DeadlineError("the model did not change before the deadline", hint="give it more time") from error
         except UnknownModel:

@@ -100,6 +100,7 @@ class Call(Stream):
         "_inference",
         "_over",
         "_parts",
+        "_sent_bytes",
         "_server",
         "_size",
         "_started_ns",
@@ -125,6 +126,7 @@ class Call(Stream):
         self._waiter: asyncio.Future[None] | None = None
         self._cancel: CallOff | None = None
         self._inference: dict[str, Any] = {}
+        self._sent_bytes = 0
         if head.method.streaming is not None and head.refusal is None:
             self._cancel = server.loop.create_task(self._stream(head.method.streaming)).cancel
 
@@ -229,6 +231,7 @@ class Call(Stream):
         if not self._begun:
             self._begun = True
             self.begin(ANSWER_HEAD)
+        self._sent_bytes += len(message)
         self.send(_framed(message))
         await self.drained()
 
@@ -249,6 +252,7 @@ class Call(Stream):
     def reply(self, message: bytes) -> None:
         """End the call with its one message, unless it has ended."""
         if not self._over:
+            self._sent_bytes = len(message)
             self._finish(Code.OK)
             self.answer(ANSWER_HEAD, _framed(message), ANSWER_OK)
 
@@ -257,6 +261,11 @@ class Call(Stream):
         task = self._server.loop.create_task(self._run(work, arguments))
         self._cancel = task.cancel
         return task.cancel
+
+    def asks_for(self, model: str) -> None:
+        """Keep which model the call is about."""
+        if self._server.observation.wanted:
+            self._inference = {"model": model}
 
     def note(self, model: str, answer: Any, sent_ns: int) -> None:
         """Keep what a trace tells of an inference; `answer` has its version and times."""
@@ -299,12 +308,13 @@ class Call(Stream):
         duration_ns = time.monotonic_ns() - self._started_ns
         GRPC_SECONDS.observe(duration_ns / 1e9, **labels)
         if self._server.observation.wanted:
-            self._server.observation.answered(self._trace(code, duration_ns), 0)
+            self._server.observation.answered(self._trace(code, duration_ns), self._sent_bytes)
 
     def _trace(self, code: Code, duration_ns: int) -> RequestTrace:
         end_ns = time.time_ns()
         return RequestTrace(
             method=self.head.method.path[1:],
+            path=self.head.metadata.get(":path", ""),
             status=int(code),
             start_ns=end_ns - duration_ns,
             end_ns=end_ns,

@@ -19,6 +19,7 @@ from millhand.serving.front_metrics import MetricsReporter
 from millhand.serving.http.infer import InferEndpoint, Reply
 from millhand.serving.http.messages import Request, Response, WrongMethod, error_response, json_response
 from millhand.serving.http.openapi import document
+from millhand.serving.repository_index import index_entries
 from millhand.serving.routing import Routes, UnknownModel, control_call
 
 log = logging.getLogger("millhand.http")
@@ -190,14 +191,13 @@ class Endpoints:
         ready = wanted.get("ready", False)
         if not isinstance(ready, bool):
             raise InputError(f"key 'ready' = {ready!r} is not valid", hint="give true or false")
-        entries = [entry for model in await self._ask("model.list") for entry in index_entries(model)]
-        return json_response([entry for entry in entries if entry["state"] == "READY" or not ready])
+        return json_response([entry._asdict() for entry in index_entries(await self._ask("model.list"), ready)])
 
     async def _load_or_unload(self, request: Request, name: str, action: str) -> Response:
         self._authorize(request)
         arguments = _change_arguments(action, _body(request).get("parameters", {}))
         try:
-            await self._routes.change(f"model.{action}", model=name, **arguments)
+            await self._routes.change(f"model.{action}", model=name, by="HTTP", **arguments)
         except UnknownModel:
             raise
         except (ConfigError, ModelError, PluginError) as error:  # what was asked for cannot be: no fault of the server
@@ -311,22 +311,6 @@ def _body(request: Request) -> dict[str, Any]:
 
 
 # ---- Triton's words -------------------------------------------------------------------------------------------------
-
-
-def index_entries(model: dict[str, Any]) -> list[dict[str, Any]]:
-    """Triton's repository index: an entry a version, or one for a model that has none."""
-    reason = model.get("reason", "")
-    ready = set(model["versions"])
-    versions = model.get("available") or [""]
-    return [
-        {
-            "name": model["name"],
-            "version": str(version),
-            "state": "READY" if version in ready else "UNAVAILABLE",
-            "reason": "" if version in ready else reason or "not loaded",
-        }
-        for version in versions
-    ]
 
 
 def model_config(model: dict[str, Any]) -> dict[str, Any]:
