@@ -13,7 +13,7 @@ from candidate_kit import Workshop, half
 from serving_kit import action, scale, until, write_faulty, write_model
 
 from millhand import metrics
-from millhand.errors import WorkerError
+from millhand.errors import MillhandError, WorkerError
 from millhand.serving.settings import WorkerDefaults
 
 SEVENS = np.full((1, 2), 7, dtype=np.float32)
@@ -368,6 +368,26 @@ async def test_kill_9_in_the_middle_of_an_exchange(make_pool, workshop):
         assert found == (2 if not shown(pool)[0] else found)
     await pool.load("scale")
     assert await factor(pool) == 10
+
+
+async def test_a_candidate_moves_with_its_model_to_another_card(make_pool, workshop, root, tmp_path):
+    """A card that is lost fails the original as well: then the candidate is not to blame, and is tried elsewhere."""
+    cards = tmp_path / "cards"
+    cards.mkdir()
+    for name in ("GPU-a", "GPU-b"):
+        (cards / name).touch()
+    (write_model(root, "card", backend="card") / "1").mkdir()
+    (root / "card/1/model.json").write_text(json.dumps({"cards": str(cards)}))
+    text = json.dumps({"cards": str(cards), "made": "of it"})
+    workshop.serve("card", lambda path: path.write_text(text), target="sm80", artifact="model.json", backend="card")
+    hosts = [WorkerDefaults(accelerator=name) for name in ("GPU-a", "GPU-b")]
+    pool = await make_pool(hosts=hosts, targets={"GPU-a": "sm80", "GPU-b": "sm80"}, load=("card",))
+    assert shown(pool, "card")[0] == ["half"] and pool.metadata("card")["worker"] == "card@0"
+    (cards / "GPU-a").unlink()
+    with pytest.raises(MillhandError):
+        await pool.infer("card", {"x": SEVENS})
+    await until(lambda: [worker.name for worker in pool._served["card"].holders(1)] == ["card@1"])
+    assert (shown(pool, "card")[0], await factor(pool, "card")) == (["half"], 3)
 
 
 # ---- ensembles ------------------------------------------------------------------------------------------------------

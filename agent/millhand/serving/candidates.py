@@ -20,6 +20,7 @@ from millhand.workshop.keys import Keys
 from millhand.workshop.rebuilder import Rebuilder, Stale
 from millhand.workshop.recipe import Target
 from millhand.workshop.shelf import Candidate, Choice, Shelf
+from millhand.workshop.site import open_shelf
 from millhand.workshop.targets import node_targets
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def node_candidates(
     """Those of a daemon; `config_path` is of the file that `config` was read from."""
     models = config.models
     return Candidates(
-        Shelf(models.built_dir or config.node.data_dir / "built"),
+        open_shelf(config),
         repository,
         registry,
         Keys(registry, models.interpreter or match.worker.interpreter),
