@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -113,6 +114,13 @@ def test_a_candidate_that_failed_counts_only_where_it_serves(plant: Plant) -> No
     plant.shelf.choose("press", 2, "cpu", choice)
     done = plant("model", "verify", "press")
     assert done.code == EXIT_CODES["error"] and "candidate 'int4' for cpu is refused" in done.error
+
+
+def test_verify_names_folders_that_hold_no_model(plant: Plant) -> None:
+    (plant.models / "pump/model.toml").write_text("name = [")
+    done = plant("model", "verify", "--all")
+    assert done.code == 0 and re.search(r"pump .*bad .*model.toml", done.out), done.out
+    assert plant("model", "verify", "--all", "--json").data[-1]["state"] == "bad"
 
 
 @pytest.mark.parametrize("words", [[], ["press", "--all"], ["pres"], ["press", "extra"]])

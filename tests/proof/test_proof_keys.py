@@ -154,9 +154,22 @@ def test_a_pair_never_takes_the_place_of_another(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no key can be made in"):
         new_pair(tmp_path / "file", "plant")
     (tmp_path / "keys").write_text("")
-    with pytest.raises(ModelError, match="the node's key cannot be made in") as raised:
-        node_key(tmp_path)
-    assert "as the user that runs the agent" in raised.value.hint
+    nowhere = tmp_path / ("x" * 300)
+    for place in (tmp_path, nowhere):
+        with pytest.raises(ModelError, match="the node's key cannot be made in") as raised:
+            node_key(place)
+        assert "as the user that runs the agent" in raised.value.hint
+    assert "cannot be read: File name too long" in Keyring(nowhere).read()[1][0].message
+
+
+def test_a_private_key_that_is_gone_is_not_made_anew_unasked(data_dir: Path) -> None:
+    before = node_key(data_dir).public.id
+    private_path(data_dir / "keys").unlink()
+    with pytest.raises(ModelError, match=r"private key '.*/node.pem' is gone") as raised:
+        node_key(data_dir)
+    assert "node.public.pem' too" in raised.value.hint
+    public_path(data_dir / "keys").unlink()
+    assert node_key(data_dir).public.id != before
 
 
 def test_the_command_line_and_workers_do_without_cryptography() -> None:

@@ -130,7 +130,7 @@ def test_every_file_of_the_artifact_counts(subject: Subject, data_dir: Path, key
         data.rename(data.with_name("third.bin"))
     found = verify(subject, keyring)
     assert found.state == "refused" and "is not what was proved" in found.reason
-    assert "restore it" in found.hint and "millhand model build press" in found.hint
+    assert "restore it" in found.hint and "remove proof.json" in found.hint
 
 
 def test_an_artifact_outside_its_folder_is_refused(subject: Subject, data_dir: Path, keyring: Keyring) -> None:
@@ -190,6 +190,7 @@ def test_a_candidates_record_must_say_what_its_proof_says(
     subject = shelf.subject("press", 1, "cpu", shelf.find("press", 1, "cpu", "int8"))
     found = verify(subject, keyring)
     assert (found.state, reason in found.reason) == ("refused" if reason else "proved", True)
+    assert not reason or "millhand model build press makes the candidate anew" in found.hint
     moved = shelf.subject("press", 1, "sm80", shelf.find("press", 1, "cpu", "int8"))
     assert verify(moved, keyring).state == "refused"
 

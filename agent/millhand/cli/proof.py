@@ -5,7 +5,7 @@ They read files and need no daemon.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,13 +79,15 @@ def verify(ctx: click.Context, name: str | None, everything: bool) -> None:
         for model in names
         for subject, chosen in _subjects(repository.models[model], _shelf(output))
     ]
-    rows = [
+    rows: list[Sequence[Any]] = [
         (subject.model, subject.version, _what(subject), verdict.state, verdict.reason) for subject, verdict, _ in found
     ]
-    lines = (
-        table_with_reasons(("model", "version", "artifact", "proof", "why"), rows) if rows else ["There is no model."]
-    )
-    output.emit([_entry(subject, verdict) for subject, verdict, _ in found], lines)
+    bad = repository.bad if everything else []
+    rows += [(folder.path.name, None, "-", "bad", folder.message) for folder in bad]
+    entries = [_entry(subject, verdict) for subject, verdict, _ in found]
+    entries += [{"folder": str(folder.path), "state": "bad", "reason": folder.message} for folder in bad]
+    headers = ("model", "version", "artifact", "proof", "why")
+    output.emit(entries, table_with_reasons(headers, rows) if rows else ["There is no model."])
     _raise_bad(found, repository)
 
 

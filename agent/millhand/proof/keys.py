@@ -82,12 +82,12 @@ def public_path(folder: Path, name: str = NODE) -> Path:
 def node_key(data_dir: Path) -> PrivateKey:
     """The node's own key; made where there is none. Raises ModelError."""
     folder = data_dir / FOLDER
-    if public_path(folder).exists() and not private_path(folder).exists():
-        raise ModelError(
-            f"the node's private key '{private_path(folder)}' is gone",
-            hint=f"restore it, or remove '{public_path(folder)}' too: a new key is made, and proofs are signed anew",
-        )
     try:
+        if public_path(folder).exists() and not private_path(folder).exists():
+            raise ModelError(
+                f"the node's private key '{private_path(folder)}' is gone",
+                hint=f"restore it, or remove '{public_path(folder)}' too: then a new key is made",
+            )
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):  # another process was first: its key holds
             _make(private_path(folder), _owner(data_dir))

@@ -63,9 +63,15 @@ class Keyring:
         if self.data_dir is None:
             return None
         folder = self.data_dir / FOLDER
-        if public_path(folder).exists():
-            return read_public(public_path(folder))
-        return read_private(private_path(folder)).public if private_path(folder).exists() else None
+        try:
+            if public_path(folder).exists():
+                return read_public(public_path(folder))
+            return read_private(private_path(folder)).public if private_path(folder).exists() else None
+        except OSError as error:
+            raise ModelError(
+                f"this node's keys in '{folder}' cannot be read: {error.strerror}",
+                hint="run as the user that runs the agent",
+            ) from error
 
     def read(self) -> tuple[dict[str, PublicKey], list[ModelError]]:
         """(key by id, what is wrong with those that cannot be read)."""

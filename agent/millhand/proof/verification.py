@@ -45,18 +45,28 @@ class Subject:
     def files(self) -> dict[str, Path]:
         """Everything that makes the artifact what it is: name relative to the folder -> path.
 
-        Raises ModelError for what cannot be part of an artifact, OSError.
+        Raises ModelError for what cannot be part of an artifact, or cannot be read.
         """
-        return {**artifact_files(self.folder), **self.beside}
+        try:
+            return {**artifact_files(self.folder), **self.beside}
+        except OSError as error:
+            raise self._unreadable(error) from error
 
     def digest(self) -> str:
         """SHA-256 of `files`; see proof/digest.py. Raises ModelError where it cannot be told."""
+        return self.digest_of(self.files())
+
+    def digest_of(self, files: Mapping[str, Path]) -> str:
+        """The same of `files` that were listed already. Raises ModelError."""
         try:
-            return digest(self.files())
+            return digest(files)
         except OSError as error:
-            raise ModelError(
-                f"the files of {self} cannot be read: {error}", hint="restore them, or mend their permissions"
-            ) from error
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: OSError) -> ModelError:
+        return ModelError(
+            f"the files of {self} cannot be read: {error}", hint="restore them, or mend their permissions"
+        )
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ def verify(subject: Subject, keyring: Keyring) -> Verdict:
     try:
         proof = read_proof(path)
     except FileNotFoundError:
-        hint = f"millhand model build {subject.model} proves it on this node"
+        hint = f"millhand model build {subject.model} makes candidates and proves them on this node"
         return Verdict("unproved", f"there is no {PROOF}", hint)
     except ModelError as error:
         return Verdict("refused", error.message, error.hint)
@@ -130,20 +140,19 @@ def _misplaced(path: Path, proof: Proof, subject: Subject) -> ModelError | None:
         here |= {"target": subject.target, "backend": subject.backend, **subject.made}
     for key, value in here.items():
         if getattr(proof, key) != value:
-            return ModelError(
-                f"'{path}' is of {key} {getattr(proof, key)!r}; it lies with {value!r}",
-                hint=f"prove what lies here: millhand model build {subject.model}",
-            )
+            text = f"'{path}' is of {key} {getattr(proof, key)!r}; it lies with {value!r}"
+            return ModelError(text, hint=_remedy(subject))
     return None
 
 
 def _replaced(path: Path, proof: Proof, subject: Subject) -> ModelError | None:
     """An artifact that is not the one that was proved."""
-    artifact = subject.folder / subject.artifact
     try:
-        found, files = subject.digest(), subject.files()
+        files = subject.files()
+        found = subject.digest_of(files)
     except ModelError as error:
         return error
+    artifact = subject.folder / subject.artifact
     if subject.artifact not in files:
         return ModelError(f"'{artifact}' is not there, or not in its folder", hint=f"restore it beside '{path}'")
     if found == proof.sha256:
@@ -152,8 +161,14 @@ def _replaced(path: Path, proof: Proof, subject: Subject) -> ModelError | None:
     return ModelError(
         f"'{artifact}'{more} is not what was proved: its SHA-256 is {found[:SHOWN_DIGITS]}…, "
         f"'{path}' says {proof.sha256[:SHOWN_DIGITS]}…",
-        hint=f"restore it from where it was proved, or prove what lies here: millhand model build {subject.model}",
+        hint=_remedy(subject),
     )
+
+
+def _remedy(subject: Subject) -> str:
+    if subject.candidate:
+        return f"millhand model build {subject.model} makes the candidate anew"
+    return f"restore it from where it was proved; where the change was meant, remove {PROOF}"
 
 
 def _failed(path: Path, proof: Proof) -> Verdict:
