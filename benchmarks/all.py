@@ -35,9 +35,9 @@ def main() -> int:
     else:
         print("MILLHAND_DATA is not set: the C-MAPSS evaluations are left out", file=sys.stderr)
     if Path("/dev/nvidia0").exists():
-        scripts.append(("gpu_serving", ["gpu/serving.py"]))
+        scripts += [(f"gpu_{name}", [f"gpu/{name}.py"]) for name in ("serving", "engines", "many")]
     else:
-        print("there is no NVIDIA GPU here: gpu_serving is left out", file=sys.stderr)
+        print("there is no NVIDIA GPU here: gpu_serving, gpu_engines and gpu_many are left out", file=sys.stderr)
     failed = []
     for name, command in scripts:
         print(f"== {name}", flush=True)

@@ -47,26 +47,36 @@ class Request:
 
 
 def request(
-    protocol: str, model: str, rows: Array, *, parameters: dict[str, Any] | None = None, path: str = ""
+    protocol: str,
+    model: str,
+    rows: Array,
+    *,
+    parameters: dict[str, Any] | None = None,
+    path: str = "",
+    given: str = "input",
+    output: str = "logits",
 ) -> Request:
-    """`rows`: [n, ...] float32 of the tensor `input`. The answer is asked for in the protocol's own form."""
+    """`rows`: [n, ...] float32 of the tensor `given`. The answer is asked for in the protocol's own form.
+
+    Other names than the defaults are for `json` and `binary`.
+    """
     path = path or f"/v2/models/{model}/infer"
-    tensor = {"name": "input", "shape": list(rows.shape), "datatype": "FP32"}
+    tensor = {"name": given, "shape": list(rows.shape), "datatype": "FP32"}
     if protocol == "json":
         # The shortest decimal numbers that give the same float32, as a careful client sends them.
         data = [float(str(value)) for value in rows.ravel()]
         document = {"inputs": [{**tensor, "data": data}], **_parameters(parameters)}
-        return Request(protocol, path, _compact(document), {"Content-Type": "application/json"})
+        return Request(protocol, path, _compact(document), {"Content-Type": "application/json"}, output)
     if protocol == "binary":
         raw = rows.tobytes()
         document = {
             "inputs": [{**tensor, "parameters": {"binary_data_size": len(raw)}}],
-            "outputs": [{"name": "logits", "parameters": {"binary_data": True}}],
+            "outputs": [{"name": output, "parameters": {"binary_data": True}}],
             **_parameters(parameters),
         }
         head = _compact(document)
         headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))}
-        return Request(protocol, path, head + raw, headers)
+        return Request(protocol, path, head + raw, headers, output)
     if protocol == "bytes":
         return Request(protocol, path, rows.tobytes(), {"Content-Type": "application/octet-stream"})
     if protocol == "grpc":

@@ -43,6 +43,10 @@ class Job:
     offset: int
     socket: str = ""
     http: tuple[str, int] | None = None
+    input: str = "input"
+    output: str = "logits"
+    rows: int = 1
+    """Of one request."""
 
 
 @dataclass
@@ -64,8 +68,9 @@ class Answers:
         self._answers: NDArray[np.float32] = np.load(folder / "answers.npy")
         self._limit = TOLERANCE * float(np.abs(self._answers).max())
 
-    def right(self, index: int, found: NDArray[np.float32]) -> bool:
-        expected = self._answers[index]
+    def right(self, index: int, found: NDArray[np.float32], count: int = 1) -> bool:
+        """Whether `found` answers the `count` rows from `index` on."""
+        expected = self._answers[index : index + count].ravel()
         return found.size == expected.size and float(np.abs(found.ravel() - expected).max()) <= self._limit
 
 
@@ -76,15 +81,15 @@ async def over_socket(job: Job, answers: Answers) -> Tally:
 
     async def ask(index: int) -> None:
         while (sent := time.monotonic()) < end:
-            index = (index + job.in_flight) % len(answers.rows)
+            index = (index + job.in_flight) % (len(answers.rows) - job.rows + 1)
             try:
-                answer = await client.infer(job.model, {"input": answers.rows[index : index + 1]})
+                answer = await client.infer(job.model, {job.input: answers.rows[index : index + job.rows]})
             except MillhandError as error:
                 tally.failed += 1
                 tally.error = error.message
                 await asyncio.sleep(0.01)
                 continue
-            tally.wrong += not answers.right(index, answer.outputs["logits"])
+            tally.wrong += not answers.right(index, answer.outputs[job.output], job.rows)
             if first <= (done := time.monotonic()) <= end:
                 tally.latencies_ms.append((done - sent) * 1e3)
                 tally.batch_rows += answer.rows
@@ -97,11 +102,14 @@ async def over_socket(job: Job, answers: Answers) -> Tally:
 
 def over_http(job: Job, answers: Answers) -> Tally:
     assert job.http is not None
-    asked = [request("binary", job.model, answers.rows[index : index + 1]) for index in range(len(answers.rows))]
+    asked = [
+        request("binary", job.model, answers.rows[first : first + job.rows], given=job.input, output=job.output)
+        for first in range(len(answers.rows) - job.rows + 1)
+    ]
 
     def check(index: int, headers: Any, body: bytes) -> bool:
         try:
-            return answers.right(index, read_answer(asked[index], headers, body)[1])
+            return answers.right(index, read_answer(asked[index], headers, body)[1], job.rows)
         except WrongAnswer:
             return False
 

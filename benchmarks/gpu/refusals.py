@@ -43,7 +43,7 @@ from millhand_plugins.onnxruntime.artifact import Artifact
 artifact, folder, providers = Path(sys.argv[1]), Path(sys.argv[2]), tuple(sys.argv[3].split(","))
 session = Artifact(artifact, providers, {}).open(profile=folder / artifact.parents[1].name)
 (name,) = [node.name for node in session.get_inputs()]
-session.run(None, proof.example({name: ("float32", (-1, *session.get_inputs()[0].shape[1:]))}))
+session.run(None, proof.examples({name: ("float32", (-1, *session.get_inputs()[0].shape[1:]))}))
 session.end_profiling()
 """
 
