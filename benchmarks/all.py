@@ -20,6 +20,7 @@ SCRIPTS: list[tuple[str, list[str]]] = [
     ("serving_ablation", ["serving.py", "--ablation"]),
     ("soak_serving", ["soak_serving.py"]),
     ("rig", ["eval/rig.py"]),
+    ("rig_wave", ["eval/rig.py", "--model", "rig-wave"]),
 ]
 SUBSETS = ("FD001", "FD002", "FD003", "FD004")
 

@@ -1,6 +1,7 @@
 """What the agent costs at rest: memory, start-up, idle CPU, and the command line's start.
 
-A node with pipeline, store, telemetry (to a real nats-server) and HTTP active, and both shipped models loaded.
+A node with pipeline, store, telemetry (to a real nats-server) and HTTP active, and two models loaded: rig-fault and
+turbofan-rul.
 "Idle" is the node without assets, connected to its broker, with both models loaded and HTTP listening.
 """
 
@@ -30,7 +31,7 @@ brokers = ["mqtt://127.0.0.1:{port}"]
 [http]
 port = 0
 [models]
-load = ["*"]
+load = ["rig-fault", "turbofan-rul"]
 [plugins.rig]
 [plugins.turbofan]
 [[assets]]

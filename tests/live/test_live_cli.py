@@ -117,7 +117,8 @@ def test_readings(tmp_path: Path, agent: Agent) -> None:
 
 def test_models(tmp_path: Path, agent: Agent) -> None:
     _, models = cli_json(agent, "model", "list")
-    assert {model["name"]: model["state"] for model in models} == {"rig-fault": "ready", "turbofan-rul": "ready"}
+    states = {model["name"]: model["state"] for model in models}
+    assert states == {"rig-fault": "ready", "rig-wave": "unloaded", "turbofan-rul": "ready"}
     _, model = cli_json(agent, "model", "show", "rig-fault")
     assert model["inputs"][0]["shape"] == [-1, 44]
     features = tmp_path / "features.csv"

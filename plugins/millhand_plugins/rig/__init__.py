@@ -1,4 +1,4 @@
-"""A simulated motor-bearing-pump skid, in-process or over Modbus, and the model that knows its faults."""
+"""A simulated motor-bearing-pump skid, in-process or over Modbus, and two models that know its faults."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from millhand.hookspecs import AdapterKind, Evaluation, FeatureExtractor, hookim
 from millhand_plugins.rig.adapter import RigKind
 from millhand_plugins.rig.evaluation import RigEvaluation
 from millhand_plugins.rig.extractor import RigExtractor
+from millhand_plugins.rig.waveform import WaveformExtractor
 
 
 @hookimpl
@@ -19,12 +20,12 @@ def millhand_adapters(config: Any) -> Sequence[AdapterKind]:
 
 @hookimpl
 def millhand_extractors(config: Any) -> Sequence[FeatureExtractor]:
-    return [RigExtractor()]
+    return [RigExtractor(), WaveformExtractor()]
 
 
 @hookimpl
 def millhand_evaluations(config: Any) -> Sequence[Evaluation]:
-    return [RigEvaluation("rig-fault", RigExtractor())]
+    return [RigEvaluation("rig-fault", RigExtractor()), RigEvaluation("rig-wave", WaveformExtractor())]
 
 
 @hookimpl

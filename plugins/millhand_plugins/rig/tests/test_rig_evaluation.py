@@ -14,7 +14,7 @@ import pytest
 from millhand.errors import InputError
 from millhand.hookspecs import Examples
 from millhand.serving.manifest import read_manifest
-from millhand_plugins.rig import evaluation, millhand_evaluations, millhand_models, train
+from millhand_plugins.rig import evaluation, millhand_evaluations, millhand_models, train, train_wave
 from millhand_plugins.rig.asset import FAULTS
 from millhand_plugins.rig.labels import LABELS, share_of_fault
 from millhand_plugins.rig.operation import GRID_MS, RUNNING
@@ -60,10 +60,16 @@ def test_the_truth_is_what_the_model_mostly_says(judged):
 
 
 def test_no_life_serves_twice():
-    seeds = [evaluation.CALIBRATION_SEEDS, evaluation.HELD_SEEDS, train.VALIDATION_SEEDS]
-    assert not any(set(train.TRAIN_SEEDS) & set(others) for others in seeds)
+    seeds = [
+        evaluation.CALIBRATION_SEEDS,
+        evaluation.HELD_SEEDS,
+        train.VALIDATION_SEEDS,
+        train_wave.VALIDATION_SEEDS,
+    ]
+    for training in (train.TRAIN_SEEDS, train_wave.TRAIN_SEEDS):
+        assert not any(set(training) & set(others) for others in seeds)
     assert not set(evaluation.CALIBRATION_SEEDS) & set(evaluation.HELD_SEEDS)
-    used = {*train.VALIDATION_SEEDS, *range(200_000, 400_000)}
+    used = {*train.VALIDATION_SEEDS, *train_wave.VALIDATION_SEEDS, *range(200_000, 400_000)}
     assert not used & {*evaluation.CALIBRATION_SEEDS, *evaluation.HELD_SEEDS}
     assert max(*evaluation.CALIBRATION_SEEDS, *evaluation.HELD_SEEDS) < 1_000_000
 
@@ -83,6 +89,7 @@ def test_only_what_shows_the_fault_is_looked_at(fault):
 def test_the_same_rows_each_time(monkeypatch):
     monkeypatch.setattr(evaluation, "CALIBRATION_SEEDS", range(3, 4))
     monkeypatch.setattr(evaluation, "HELD_SEEDS", range(4, 5))
+    monkeypatch.setattr(evaluation, "WINDOWS_OF_A_LIFE", 2)
     for judge in JUDGES.values():
         first, second = judge.examples(None), judge.examples(None)
         assert np.array_equal(first.truth, second.truth)
@@ -92,5 +99,5 @@ def test_the_same_rows_each_time(monkeypatch):
 
 
 def test_data_of_the_owner_is_refused():
-    with pytest.raises(InputError, match=r"rig-fault.*simulator, not from 'rows.npz'"):
-        JUDGES["rig-fault"].examples(Path("rows.npz"))
+    with pytest.raises(InputError, match=r"rig-wave.*simulator, not from 'rows.npz'"):
+        JUDGES["rig-wave"].examples(Path("rows.npz"))
