@@ -95,6 +95,13 @@ def test_what_was_not_measured_is_left_out(subject: Subject) -> None:
     assert "Nobody has signed it." in found and "nothing was measured" in found
 
 
+def test_a_candidate_that_is_slower_is_called_so(subject: Subject) -> None:
+    latency = (Latency(batch=1, p50_ms=0.0125, p99_ms=0.06, original_p50_ms=0.01, original_p99_ms=0.05),)
+    text = page(full(subject, latency=latency))
+    assert '<b class="bad">1.25 ×</b><span>slower, one row (p50)' in text
+    assert "12.5 µs, p99 60 µs" in text
+
+
 def test_it_is_written_beside_the_proof(subject: Subject) -> None:
     before = subject.digest()
     write_proof(subject.folder, full(subject))

@@ -26,7 +26,7 @@ def describe(proof: Proof, verdict: Verdict, folder: Path) -> list[str]:
         lines += wrapped(text)
     rows = list(_measured(proof))
     if rows:
-        lines += ["", *table(("measure", "original", "candidate", ""), rows)]
+        lines += ["", *table(("measure", "original", "candidate", ""), rows, LINE_CHARACTERS)]
     signers = ", ".join(f"{signature.role} {signature.key}" for signature in proof.signatures) or "nobody"
     return [*lines, "", *_facts(proof), *labelled("signed by", signers), *labelled("proof", str(folder / PROOF))]
 
@@ -34,14 +34,14 @@ def describe(proof: Proof, verdict: Verdict, folder: Path) -> list[str]:
 def _measured(proof: Proof) -> Iterator[Row]:
     if (score := proof.score) is not None:
         way = "worse" if score.drop_percent > 0 else "better"
-        change = f"{abs(score.drop_percent):.2f} % {way}, limit {score.limit_percent:g} %"
+        change = f"{abs(score.drop_percent):.2f} % {way}, cap {score.limit_percent:g} %"
         yield score.metric, score_text(score, score.original), score_text(score, score.candidate), change
     for found in proof.latency:
         times = faster(found)
         change = f"{times:.2f} times as quick" if times is not None else ""
-        before = f"{time_text(found.original_p50_ms)}, {time_text(found.original_p99_ms)}"
-        after = f"{time_text(found.p50_ms)}, {time_text(found.p99_ms)}"
-        yield f"batch {found.batch}, p50, p99", before, after, change
+        before = f"{time_text(found.original_p50_ms)}, p99 {time_text(found.original_p99_ms)}"
+        after = f"{time_text(found.p50_ms)}, p99 {time_text(found.p99_ms)}"
+        yield f"batch {found.batch}", before, after, change
     if proof.source_bytes:
         share = f"{100 * proof.bytes / proof.source_bytes:.0f} %"
         yield "size", size_text(proof.source_bytes), size_text(proof.bytes), share

@@ -55,6 +55,8 @@ def size_text(size_bytes: float) -> str:
 
 
 def time_text(time_ms: float) -> str:
+    if time_ms < 0.0995:
+        return f"{time_ms * 1e3:.3g} µs"
     return f"{time_ms:.3g} ms" if time_ms < 999.5 else f"{time_ms / 1e3:.3g} s"
 
 
@@ -89,11 +91,10 @@ def _facts(proof: Proof) -> list[dict[str, str]]:
         worse = proof.score.drop_percent
         label = f"{proof.score.metric}: {'worse' if worse > 0 else 'better'} than the original (limit {_limit(proof)})"
         cells.append((label, f"{abs(worse):.2f} %", worse <= proof.score.limit_percent))
-    cells += [
-        (f"faster, {_batch(found).lower()} (p50)", f"{times:.2f} ×", times >= 1)
-        for found in proof.latency[:2]
-        if (times := faster(found)) is not None
-    ]
+    for found in proof.latency[:2]:
+        if times := faster(found):
+            word, factor = ("faster", times) if times >= 1 else ("slower", 1 / times)
+            cells.append((f"{word}, {_batch(found).lower()} (p50)", f"{factor:.2f} ×", times >= 1))
     if proof.source_bytes:
         share = 100 * proof.bytes / proof.source_bytes
         cells.append(("of the original's size", f"{share:.0f} %", None))
