@@ -106,8 +106,9 @@ def test_an_ensembles_steps_are_shown(root, config, daemon, tmp_path):
 
 
 def test_show_tells_what_a_load_proved_of_its_accelerator(config, accelerated, daemon):
-    lines = run(config, "model", "show", "quick").splitlines()
-    assert "gpu      1: 2 of 3 nodes on Fast, answers within 1e-06 of the CPU's" in lines
+    text = " ".join(run(config, "model", "show", "quick").split())
+    told = "gpu 1: 2 of 3 nodes on Fast, answers within 1e-06 of the CPU's, batches of up to 1, 8 graph"
+    assert f"{told} " in text
     proof = json.loads(run(config, "model", "show", "quick", "--json"))["accelerator"]["1"]
     assert proof["gpu_nodes"] == 2 and proof["max_difference"] == 1.25e-6
     assert not any(line.startswith("gpu ") for line in run(config, "model", "show", "scale").splitlines())

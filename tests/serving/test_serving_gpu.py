@@ -460,20 +460,38 @@ def test_a_request_that_fails_is_told_from_an_accelerator_that_does(dense, cpu_s
     assert caught.value.retriable and "nvidia-smi" in caught.value.hint
 
 
-@pytest.mark.gpu
-def test_the_proof_on_a_card(net, tmp_path):
+# ---- on a card ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def card():
     import onnxruntime
 
     if CUDA not in onnxruntime.get_available_providers() or not Path("/dev/nvidia0").exists():
         pytest.skip("no NVIDIA GPU here, or no onnxruntime-gpu")
-    session = OnnxruntimeBackend().load(net, "GPU", {})
-    session.prove(X, 64)
+
+
+def on_card(path, max_batch=64, **options):
+    session = OnnxruntimeBackend().load(path, "GPU", options)
+    session.prove(X, max_batch)
+    return session
+
+
+def check_on_card(session, path, counts):
+    plain = OnnxruntimeBackend().load(path, "cpu", {})
+    for count in counts:
+        x = rows(count, count)
+        np.testing.assert_allclose(session.run({"x": x})["y"], plain.run({"x": x})["y"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_the_proof_on_a_card(net, tmp_path, card):
+    session = on_card(net)
     evidence = session.proof
     assert evidence["provider"] == CUDA and evidence["max_difference"] < 1e-5 and evidence["batch_sizes"] == [1, 8, 64]
     assert evidence["proof_ms"] < 1000
-    x = np.random.default_rng(4).standard_normal((11, 2, 16)).astype(np.float32)
-    plain = OnnxruntimeBackend().load(net, "cpu", {})
-    np.testing.assert_allclose(session.run({"x": x})["y"], plain.run({"x": x})["y"], rtol=1e-4, atol=1e-4)
+    print(evidence)
+    check_on_card(session, net, (11,))
     session.close()
     weights = {"w": np.ones((4, 2, 5), dtype=np.uint8)}
     nodes = [
@@ -482,5 +500,43 @@ def test_the_proof_on_a_card(net, tmp_path):
         helper.make_node("Cast", ["c"], ["y"], to=TensorProto.FLOAT),
     ]
     slow = OnnxruntimeBackend().load(save(tmp_path / "slow.onnx", nodes, weights, ["n", 4, 12]), "GPU", {})
-    with pytest.raises(ModelError, match=r"ran on the CPU, not on the GPU: 'slow' \(ConvInteger\)"):
+    with pytest.raises(ModelError, match=rf"ran on the CPU, not on {CUDA}: 'slow' \(ConvInteger\)"):
         slow.prove(X, 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["plain", "bound", "graph"])
+@pytest.mark.parametrize("shape", ["net", "dense"])
+def test_every_way_on_a_card(way, shape, request, monkeypatch, card):
+    path = request.getfixturevalue(shape)
+    monkeypatch.setattr(trials, "fastest", lambda ways, batch: (way if way in ways else "plain", {}))
+    session = on_card(path)
+    left_out = session.proof["left_out"]
+    assert shape != "dense" or left_out == {}
+    assert {entry["way"] for entry in session.proof["ways"].values()} == {"plain" if way in left_out else way}
+    assert session.proof["pinned"] == (way == "bound")
+    check_on_card(session, path, (*range(1, 80), 3, 64, 1))
+    session.close()
+
+
+@pytest.mark.gpu
+def test_a_model_that_loads_disturbs_none_that_serves(net, dense, monkeypatch, card):
+    """Graphs are recorded for one session while another answers from another thread."""
+    serving, stop, failures = on_card(dense), threading.Event(), []
+
+    def serve():
+        while not stop.is_set():
+            try:
+                check_on_card(serving, dense, (1, 8, 50))
+            except Exception as error:
+                failures.append(error)
+                return
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    monkeypatch.setattr(trials, "fastest", lambda ways, batch: ("graph" if "graph" in ways else "plain", {}))
+    for path in (dense, net, dense):
+        on_card(path).close()
+    stop.set()
+    thread.join()
+    assert not failures

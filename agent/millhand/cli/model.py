@@ -248,5 +248,13 @@ def _evidence(version: str, proof: dict[str, Any]) -> str:
     """What a session proved of the accelerator at its load, in words."""
     where = f"{version}: {proof['gpu_nodes']} of {proof['nodes']} nodes on {proof['provider']}"
     if proof["max_difference"] is None:
-        return f"{where}, the CPU cannot run it"
-    return f"{where}, answers within {proof['max_difference']:.1g} of the CPU's"
+        return f"{where}, the CPU cannot run it{_ways(proof)}"
+    return f"{where}, answers within {proof['max_difference']:.1g} of the CPU's{_ways(proof)}"
+
+
+def _ways(proof: dict[str, Any]) -> str:
+    """How batches run that do not run plainly: `, batches of up to 1, 8 graph`."""
+    sizes: dict[str, list[str]] = {}
+    for size, entry in proof.get("ways", {}).items():
+        sizes.setdefault(entry["way"], []).append(size)
+    return "".join(f", batches of up to {', '.join(sizes[way])} {way}" for way in sizes if way != "plain")
