@@ -139,6 +139,15 @@ def test_an_older_onnx_runtime_says_that_it_takes_no_libraries(dense, monkeypatc
     assert "1.22" in caught.value.hint
 
 
+def test_a_library_that_lists_no_device_says_so(dense, monkeypatch):
+    """As TensorRT-RTX's does on a card of another generation, and OpenVINO's beside another maker's CPU."""
+    monkeypatch.setattr(onnxruntime, "register_execution_provider_library", lambda name, path: None)
+    monkeypatch.setattr(providers, "_registered", {})
+    with pytest.raises(ModelError, match=r"provider 'rtx': its library '.*' is loaded, but lists no device") as caught:
+        Artifact(dense, ("rtx", "cpu"), {"libraries": {"rtx": {"path": __file__}}}).open()
+    assert "nvidia-smi" in caught.value.hint
+
+
 SCRIPT = """
 import json, sys
 from pathlib import Path
