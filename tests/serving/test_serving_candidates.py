@@ -234,11 +234,11 @@ async def test_a_new_choice_takes_over_without_a_gap(make_pool, workshop):
     [
         ("raise", "the native library said no"),
         ("die", "a worker of its own died of SIGKILL while it loaded it"),
-        ("hang", "a worker of its own took over 2 s while it loaded it"),
+        ("hang", "a worker of its own took over 5 s while it loaded it"),
     ],
 )
 async def test_a_candidate_that_fails_to_load_costs_nobody_an_answer(make_pool, workshop, what, why):
-    pool = await make_pool(load_timeout_s=2)
+    pool = await make_pool(load_timeout_s=5)
     process = pool._workers["shared"].process
     workshop.serve("scale", goes_wrong(what), **FAULTY)
     async with Asking(pool) as asking:
@@ -263,7 +263,7 @@ async def test_what_served_before_a_bad_candidate_was_a_candidate_too(make_pool,
 @pytest.mark.parametrize("what", ["raise", "die", "hang"])
 async def test_at_the_start_the_original_serves_after_a_bad_candidate(make_pool, workshop, what):
     workshop.serve("scale", goes_wrong(what), **FAULTY)
-    pool = await make_pool(load_timeout_s=2)
+    pool = await make_pool(load_timeout_s=5)
     assert await factor(pool) == 2
     assert pool.index()[0]["state"] == "ready" and shown(pool)[1]
 
@@ -426,6 +426,31 @@ async def test_the_models_of_an_ensemble_follow_the_same_rule(make_pool, chain):
     assert (await factor(pool, "chain"), candidates) == (2, []) and "is not what was proved" in reason
     assert (choice["model"], choice["version"]) == ("scale", 1)
     assert await factor(pool) == 3, "the model itself was not loaded again"
+
+
+async def test_a_refresh_takes_an_ensemble_along_unless_another_version_would_come(make_pool, chain, root):
+    pool = await make_pool()
+    chain.serve("scale", triple)
+    await pool.refresh("scale")
+    assert (await factor(pool, "chain"), await factor(pool)) == (3, 3)
+    scale(root / "scale/2/model.onnx", 20)
+    await pool.load("scale")
+    chain.serve("scale", lambda path: half(path, 4))
+    await pool.refresh("scale")
+    assert (await factor(pool, "chain"), await factor(pool)) == (3, 20)
+
+
+async def test_what_is_said_of_a_version_goes_with_it(make_pool, workshop, root):
+    tamper(workshop.serve("scale", triple))
+    pool = await make_pool()
+    assert "does not serve" in shown(pool)[1]
+    scale(root / "scale/2/model.onnx", 20)
+    await pool.load("scale")
+    assert shown(pool)[1:] == ("", [])
+    await pool.load("scale", 1)
+    assert "does not serve" in shown(pool)[1]
+    await pool.unload("scale")
+    assert shown(pool)[1:] == ("", [])
 
 
 async def test_an_ensemble_falls_back_for_itself_alone(make_pool, chain, tmp_path):

@@ -9,14 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 from candidate_kit import Workshop, half
 from serving_kit import KIT, scale, until, write_model
 
 from millhand import metrics
-from millhand.testing import wait_until
 from millhand.workshop import rebuilder as rebuilder_module
+from millhand.workshop.background import Task
 from millhand.workshop.rebuilder import Rebuilder, Stale
 
 STALE = Stale("scale", 1, "cpu", "half", "half", ("driver was 535, is 550",))
@@ -67,9 +68,10 @@ async def test_what_is_stale_is_built_once_and_taken_into_use(rebuilder, builds)
     assert rebuilder.told("scale", 1, "cpu") == "it will be made anew"
     await until(lambda: builds.built == ["scale"])
     (asked,) = builds.asked
-    assert " ".join(asked["words"]) == (
-        "--json --config /etc/millhand.toml model build scale --version 1 --target cpu --only half"
-    )
+    assert asked["task"] == {
+        "agent": os.getpid(), "config": "/etc/millhand.toml", "model": "scale", "version": 1, "target": "cpu",
+        "recipe": "half",
+    }  # fmt: skip
     assert rebuilder.told("scale", 1, "cpu") == "" and rebuilder.states() == {"done": 1}
     assert rebuilder.counts == {("scale", "built"): 1}
 
@@ -182,30 +184,9 @@ async def test_a_stale_candidate_is_replaced_while_the_original_serves(make_pool
 
 # ---- the process ----------------------------------------------------------------------------------------------------
 
-PARENT = """
-import os, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-m", "millhand.workshop.background", str(os.getpid()), *sys.argv[1:]])
-print(child.pid, flush=True)
-child.wait()
-"""
-
-
-def test_the_lowest_priority_and_no_longer_than_the_agent(tmp_path):
-    config = tmp_path / "millhand.toml"
-    config.write_text(f'[node]\ndata_dir = "{tmp_path}/data"\nrun_dir = "{tmp_path}/run"\n[http]\nenabled = false\n')
-    words = ["--config", os.fspath(config), "run"]  # any command that lasts
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, *words], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    child = psutil.Process(int(parent.stdout.readline()))
-    wait_until((tmp_path / "run" / "control.sock").exists, "the command at work")
-    assert child.nice() == 19 and child.ionice().ioclass == psutil.IOPRIO_CLASS_IDLE
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "the child's end")
-
 
 def test_an_agent_that_is_gone_already_starts_nothing():
-    command = [sys.executable, "-m", "millhand.workshop.background", "1", "--version"]
+    task = Task(agent=1, model="scale", version=1, target="cpu", recipe="half")
+    command = [sys.executable, "-m", rebuilder_module.MODULE, msgspec.json.encode(task).decode()]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    assert done.returncode == 1 and done.stderr == "the agent is gone\n"
+    assert (done.returncode, done.stderr) == (1, "the agent is gone\n")

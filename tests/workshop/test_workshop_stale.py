@@ -77,6 +77,9 @@ def test_what_is_stale_is_made_anew_while_the_original_serves(outdated):
     assert (agent.serving(), choice["stale"]) == ([], True)
     assert choice["reason"] == f"it is stale: library was {OLD}, is {NEW}"
     assert choice["rebuild"] in ("it will be made anew", "it is being made anew")
+    builds = wait_until(agent.builds, "the build")
+    assert {child.nice() for child in builds} == {19}
+    assert {child.ionice().ioclass for child in builds} == {psutil.IOPRIO_CLASS_IDLE}
     wait_until(lambda: agent.serving() == ["slow"], "the new candidate", 150)
     assert record(outdated)["made"]["key"] == {"library": NEW}
     assert outdated.made == ["slow", "slow"]
@@ -95,6 +98,17 @@ def test_kill_9_of_the_agent_ends_the_build_and_the_next_start_begins_it_again(o
     wait_until(lambda: again.serving() == ["slow"], "the new candidate", 150)
     assert record(outdated)["made"]["key"] == {"library": NEW}
     again.stop()
+
+
+def test_a_build_that_fails_says_why(outdated):
+    """The maker has lost the recipe."""
+    text = outdated.config_path.read_text()
+    outdated.config_path.write_text(text.replace('recipes = ["slow"]', 'recipes = ["folded"]'))
+    agent = Agent(outdated)
+    wait_until(lambda: "could not be made anew" in agent.choice()["rebuild"], "the failure", 60)
+    assert "'slow'" in agent.choice()["rebuild"] and "tried again in" in agent.choice()["rebuild"]
+    assert agent.serving() == [] and not agent.builds()
+    agent.stop()
 
 
 def test_it_can_be_switched_off(outdated):

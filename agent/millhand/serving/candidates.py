@@ -19,8 +19,7 @@ from millhand.serving.settings import WorkerDefaults
 from millhand.workshop.keys import Keys
 from millhand.workshop.rebuilder import Rebuilder, Stale
 from millhand.workshop.recipe import Target
-from millhand.workshop.shelf import Candidate, Choice, Shelf
-from millhand.workshop.site import open_shelf
+from millhand.workshop.shelf import Candidate, Choice, Shelf, open_shelf
 from millhand.workshop.targets import node_targets
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ class Pick:
     backend: str
     options: Mapping[str, Any]
     sha256: str
-    """Of the artifact, as its proof says."""
+    """The artifact's digest."""
     subject: Subject
 
 
@@ -111,13 +110,13 @@ class Candidates:
         pick = None
         if choice.candidate:
             try:
-                candidate = await asyncio.to_thread(self._find, place, folder, choice)
+                candidate, sha256 = await asyncio.to_thread(self._find, place, folder, choice)
                 differences = await self._keys.differences(candidate.record.maker, candidate.record.made, target)
                 if differences:
                     standing = replace(standing, stale=True)
                     self._rebuild(standing, candidate, differences)
                     raise ModelError(f"it is stale: {'; '.join(differences)}", hint=_anew(folder.name))
-                pick = self._picked(place, candidate)
+                pick = self._picked(place, candidate, sha256)
             except MillhandError as error:
                 standing = replace(standing, reason=error.message, hint=error.hint)
         self._keep(place, standing)
@@ -160,8 +159,11 @@ class Candidates:
     def _may_use(self, model: str) -> bool:
         return self._use_built if isinstance(self._use_built, bool) else model in self._use_built
 
-    def _find(self, place: Place, folder: ModelFolder, choice: Choice) -> Candidate:
-        """The chosen candidate, held against the original and its proof. Raises ModelError where it must not serve."""
+    def _find(self, place: Place, folder: ModelFolder, choice: Choice) -> tuple[Candidate, str]:
+        """The chosen candidate and its digest, held against the original and its proof.
+
+        Raises ModelError where it must not serve.
+        """
         _, model, version, target = place
         candidate = self._shelf.find(model, version, target, choice.candidate)
         source = folder.digest(version)
@@ -171,14 +173,15 @@ class Candidates:
         if backend not in backend_sources(self._registry):
             raise ModelError(f"no loaded plugin brings its backend '{backend}'", hint="name its plugin under [plugins]")
         verdict = verify(self._shelf.subject(model, version, target, candidate), self._repository.keyring)
-        if verdict.state != "proved":
+        if verdict.state != "proved" or verdict.proof is None:
             raise ModelError(f"it is {verdict.state}: {verdict.reason}", hint=verdict.hint)
-        why = self._failed.get((place, candidate.name, candidate.record.sha256))
+        sha256 = verdict.proof.sha256
+        why = self._failed.get((place, candidate.name, sha256))
         if why:
             raise ModelError(why, hint=_again(place[0]))
-        return candidate
+        return candidate, sha256
 
-    def _picked(self, place: Place, candidate: Candidate) -> Pick:
+    def _picked(self, place: Place, candidate: Candidate, sha256: str) -> Pick:
         _, model, version, target = place
         made = candidate.record.made
         return Pick(
@@ -186,7 +189,7 @@ class Candidates:
             artifact=candidate.artifact,
             backend=made.backend,
             options=made.options,
-            sha256=candidate.record.sha256,
+            sha256=sha256,
             subject=self._shelf.subject(model, version, target, candidate),
         )
 

@@ -79,7 +79,7 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     candidate: str = ""
     """For the daemon alone: what was made of the model and takes its own artifact's place (workshop/shelf.py)."""
     sha256: str = ""
-    """For the daemon alone: of the candidate's artifact."""
+    """For the daemon alone: the digest of the candidate's artifact."""
     fingerprint: str = ""
     """Of the artifact's files, so that the daemon sees when they have changed; the worker does not look at it."""
     memory_bytes_cap: int = 0

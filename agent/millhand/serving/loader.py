@@ -101,6 +101,19 @@ class Loader:
         await self.approve_again(request)
         return request
 
+    def uses(self, served: Served, model: str) -> bool:
+        """Whether all versions of a model and its steps are still those that are loaded, and `model` is among them."""
+        loaded = {(part.model, part.version) for request in served.requests() for part in loads(request)}
+        try:
+            planned = {
+                (part.name, number)
+                for version in served.wanted
+                for part, number in self._repository.parts(served.folder, version)
+            }
+        except ModelError:
+            return False  # one of them is gone from disk; what is loaded serves on
+        return planned <= loaded and any(name == model for name, _ in planned)
+
     def original(self, folder: ModelFolder, version: int, host: WorkerDefaults) -> LoadRequest:
         """The same with the models' own artifacts, not yet approved."""
         return self._describe(folder, version, host, {})
@@ -132,7 +145,7 @@ class Loader:
         return request
 
     async def approve_again(self, request: LoadRequest) -> None:
-        """Call before a restarted worker loads what it had: files may have changed since. Raises ModelError."""
+        """Call right before a load, a restarted worker's too: files may have changed since. Raises ModelError."""
         for subject in self._subjects[_key(request)]:
             await asyncio.to_thread(self._repository.approve, subject)
 
@@ -179,6 +192,7 @@ class Loader:
         bytes_cap = await self._make_room(worker.host, served, folder, request.version, evict)
         if worker.wanted and uses_candidates(request):
             await self._placement.try_out(request, worker.host)
+            await self.approve_again(request)  # nothing may have changed while it was tried
         await worker.load(request, bytes_cap)
         await self._shed(worker.host, served, request.version, served.memory_bytes(request.version, worker.host))
 

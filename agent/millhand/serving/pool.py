@@ -173,14 +173,16 @@ class ModelPool:
                 await self._loader.exchange(served, folder, chosen, evict)
             return await asyncio.to_thread(self._entry, name)
 
-    async def refresh(self, name: str) -> None:
-        """Serve what is served with the candidates that the shelf has now. Raises as `load`, and nothing is lost."""
-        served = self._served.get(name)
-        if served is None or self._stopped:
-            return
-        async with self._loading, served.lock:
-            if served.wanted:
-                await self._loader.exchange(served, served.folder, served.wanted, evict=False)
+    async def refresh(self, model: str) -> None:
+        """Serve what is served of a model with the candidates that the shelf has now, and ensembles that use it.
+
+        No other version is taken than is loaded. Raises as `load`; then what served before serves on.
+        """
+        async with self._loading:
+            for served in list(self._served.values()):
+                async with served.lock:
+                    if not self._stopped and served.wanted and self._loader.uses(served, model):
+                        await self._loader.exchange(served, served.folder, served.wanted, evict=False)
 
     async def unload(self, name: str, version: int | None = None) -> dict[str, Any]:
         """Stop serving a model, or one version; the last one of a worker ends it. Raises ModelError where it is not
@@ -387,4 +389,10 @@ class ModelPool:
         return entry(folder, served, self._repository, self._standings(name))
 
     def _standings(self, name: str) -> list[Standing]:
-        return [] if self._candidates is None else self._candidates.standings(name)
+        """What became of the choices for the versions of a model that are loaded or could not be."""
+        served = self._served.get(name)
+        if self._candidates is None or served is None:
+            return []
+        versions = {*served.wanted, *served.reasons}
+        found = self._candidates.standings(name) if versions else []
+        return [one for one in found if one.model != name or one.version in versions]

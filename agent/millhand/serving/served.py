@@ -11,6 +11,7 @@ from typing import Any
 from millhand.errors import MillhandError, ModelError, WorkerError
 from millhand.serving.candidates import Standing, loads
 from millhand.serving.client import WorkerClient
+from millhand.serving.lanes import LoadRequest
 from millhand.serving.load_request import batch_cap, batch_cap_key, delay_us
 from millhand.serving.manifest import Manifest, TensorSpec
 from millhand.serving.repository import BadFolder, ModelFolder, Repository, strays_in, versions_in
@@ -108,10 +109,14 @@ class Served:
         """Ready version -> what its worker told of the load; of several workers the first."""
         return {version: self.holders(version)[0].ready[self.name, version] for version in self.ready}
 
+    def requests(self) -> list[LoadRequest]:
+        """What its workers were told to load."""
+        keys = [(worker, key) for worker in self.workers for key in worker.wanted if key[0] == self.name]
+        return [worker.wanted[key] for worker, key in keys]
+
     def candidates(self, version: int) -> list[str]:
         """What is loaded in place of a version's own artifact, in any worker; of an ensemble `<model>: <candidate>`."""
-        key = (self.name, version)
-        requests = [worker.wanted[key] for worker in self.workers if key in worker.wanted]
+        requests = (request for request in self.requests() if request.version == version)
         parts = [part for request in requests for part in loads(request) if part.candidate]
         names = (part.candidate if part.model == self.name else f"{part.model}: {part.candidate}" for part in parts)
         return list(dict.fromkeys(names))

@@ -1,6 +1,7 @@
-"""The command line at the lowest priority, no longer than the agent lives that started it.
+"""One build at the lowest priority, no longer than the agent lives: `python -m millhand.workshop.background '<JSON>'`.
 
-`python -m millhand.workshop.background PID WORDS`: PID is the agent's, WORDS are those of `millhand`.
+It chooses as any build does; the agent itself takes the choice into use. A failure is one JSON line on standard error:
+`message` and `hint`.
 """
 
 from __future__ import annotations
@@ -10,24 +11,88 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from millhand.errors import MillhandError, ModelError
+from millhand.workshop.report import BuildReport, Outcome, read_report
 
 NICE_LAST = 19
 PR_SET_PDEATHSIG = 1
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True):
+    """The one argument of the process, as JSON."""
+
+    agent: int
+    """The agent's process."""
+    config: str = ""
+    """The file that the agent was started with; empty for none."""
+    model: str
+    version: int
+    target: str
+    recipe: str
+
+
+class Silence:
+    """`Listener` that nobody looks at."""
+
+    def planned(self, names: Sequence[str]) -> None:
+        return
+
+    def progress(self, name: str, share: float, step: str) -> None:
+        return
+
+    def outcome(self, outcome: Outcome) -> None:
+        return
+
+
+def carry_out(task: Task) -> BuildReport:
+    """Build. Raises MillhandError, for a candidate that failed too."""
+    from millhand.config import load_config
+    from millhand.workshop.boards import target_named
+    from millhand.workshop.build import Order, build
+    from millhand.workshop.site import open_site
+
+    site = open_site(load_config(Path(task.config) if task.config else None))
+    order = Order(
+        model=task.model,
+        target=target_named(task.target, site.targets, site.profiles),
+        version=task.version,
+        only=(task.recipe,),
+        typical_batch=_typical_batch(site.shelf.place(task.model, task.version, task.target), task.model),
+    )
+    report = build(site, order, Silence())
+    for outcome in report.outcomes:
+        if outcome.name == task.recipe and outcome.state in ("failed", "not tried"):
+            raise ModelError(outcome.why, hint=f"millhand model build {task.model}")
+    return report
+
+
+def _typical_batch(place: Path, model: str) -> int:
+    """As in the last build: at the agent's start no traffic has been counted."""
+    with contextlib.suppress(ModelError):
+        return read_report(place, model).typical_batch
+    return 1
 
 
 def main() -> None:
     """Entry point of the process. What it starts inherits the priority."""
     import psutil
 
-    from millhand.cli import main as millhand
-
+    task = msgspec.json.decode(sys.argv[1], type=Task)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(sys.argv[1]):
+    if os.getppid() != task.agent:
         sys.exit("the agent is gone")
     os.nice(NICE_LAST)
     with contextlib.suppress(OSError, psutil.Error):  # some containers forbid it
         psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
-    millhand(sys.argv[2:])
+    try:
+        carry_out(task)
+    except MillhandError as error:
+        sys.exit(msgspec.json.encode({"message": error.message, "hint": error.hint}).decode())
 
 
 if __name__ == "__main__":

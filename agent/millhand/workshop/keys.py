@@ -17,7 +17,7 @@ from millhand.workshop.key_process import Answer, Question
 from millhand.workshop.recipe import Made, Target
 
 MODULE = "millhand.workshop.key_process"
-DEADLINE_S = 60.0
+DEADLINE_S = 30.0
 """A GPU library that has never been loaded since the boot takes ten seconds and more on a slow disk."""
 WORDS_BYTES = 400
 

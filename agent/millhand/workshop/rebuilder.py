@@ -18,6 +18,7 @@ import msgspec
 
 from millhand.errors import MillhandError, ModelError
 from millhand.serving.process import describe_exit
+from millhand.workshop.background import Task
 
 log = logging.getLogger("millhand.workshop")
 
@@ -64,7 +65,7 @@ class Rebuilder:
         """Brings what was made of a model into use; may raise MillhandError."""
         self.counts: Counter[tuple[str, str]] = Counter()
         """(model, `built` or `failed`) -> how often."""
-        self._config = [] if config_path is None else ["--config", os.fspath(config_path)]
+        self._config = "" if config_path is None else os.fspath(config_path)
         self._orders: dict[tuple[str, int, str], _Order] = {}
         self._asked = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -88,11 +89,8 @@ class Rebuilder:
         self._asked.set()
 
     def forgive(self, model: str) -> None:
-        """Try again at once what has failed: the owner loads the model. A load while something is built may be that
-        build's own, which must not set it going again."""
-        if any(order.state == "builds" for order in self._orders.values()):
-            return
-        for place in [place for place, order in self._orders.items() if place[0] == model]:
+        """Try again at once what has failed: the owner loads the model."""
+        for place in [place for place, order in self._orders.items() if place[0] == model and order.state != "builds"]:
             del self._orders[place]
 
     def told(self, model: str, version: int, target: str) -> str:
@@ -154,10 +152,16 @@ class Rebuilder:
 
     async def _build(self, stale: Stale) -> None:
         """Raises ModelError with the last word of a build that failed."""
-        words = ["--json", *self._config, "model", "build", stale.model, "--version", str(stale.version)]
-        words += ["--target", stale.target, "--only", stale.recipe]
+        task = Task(
+            agent=os.getpid(),
+            config=self._config,
+            model=stale.model,
+            version=stale.version,
+            target=stale.target,
+            recipe=stale.recipe,
+        )
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", MODULE, str(os.getpid()), *words,
+            sys.executable, "-m", MODULE, msgspec.json.encode(task).decode(),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
@@ -187,11 +191,11 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 
 def _last_word(err: bytes) -> str:
-    """The message of the error that the command line printed last."""
+    """The message of the error that the build said last."""
     lines = err[-WORDS_BYTES:].decode(errors="replace").strip().splitlines()
     for line in reversed(lines):
         with contextlib.suppress(msgspec.MsgspecError, TypeError, KeyError):
-            return str(msgspec.json.decode(line)["error"]["message"])
+            return str(msgspec.json.decode(line)["message"])
     return lines[-1].strip() if lines else ""
 
 

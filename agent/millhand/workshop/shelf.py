@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -23,9 +24,13 @@ from millhand.proof.document import RECORD
 from millhand.proof.verification import Subject
 from millhand.workshop.recipe import Made, Recipe
 
+if TYPE_CHECKING:
+    from millhand.config import Config
+
 CHOICE = "choice.json"
 _STAGING = ".making-"
 _LOCK = ".lock"
+BUILT = "built"
 _CACHE = ".cache"
 """No model's name begins with a dot."""
 
@@ -186,6 +191,11 @@ class Shelf:
         place = self.place(model, version, target)
         place.mkdir(parents=True, exist_ok=True)
         write_durably(place / CHOICE, msgspec.json.format(msgspec.json.encode(choice), indent=2))
+
+
+def open_shelf(config: Config) -> Shelf:
+    """The node's shelf."""
+    return Shelf(config.models.built_dir or config.node.data_dir / BUILT)
 
 
 def _replace(folder: Path, place: Path) -> None:

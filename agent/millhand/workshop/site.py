@@ -23,10 +23,8 @@ from millhand.serving.settings import WorkerDefaults
 from millhand.workshop.judge import Library
 from millhand.workshop.process import Bench
 from millhand.workshop.recipe import CPU, Target
-from millhand.workshop.shelf import Shelf
+from millhand.workshop.shelf import Shelf, open_shelf
 from millhand.workshop.targets import node_targets
-
-BUILT = "built"
 
 
 @dataclass(frozen=True)
@@ -136,11 +134,6 @@ def open_site(config: Config) -> Site:
         targets=node_targets(hardware, found),
         shelf=open_shelf(config),
     )
-
-
-def open_shelf(config: Config) -> Shelf:
-    """The node's shelf."""
-    return Shelf(config.models.built_dir or config.node.data_dir / BUILT)
 
 
 def _profiles(config: Config, registry: Registry) -> list[Profile]:
