@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
 from numpy.typing import NDArray
-from onnx import TensorProto, external_data_helper, helper, numpy_helper
+from onnx import TensorProto, external_data_helper, helper, numpy_helper, version_converter
 
 from millhand.errors import ModelError
 
@@ -85,6 +85,20 @@ class Graph:
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         return Graph(model)
+
+    def upgraded(self, opset: int) -> Graph:
+        """This graph, or one with the operators of a newer opset. Raises ModelError where ONNX cannot convert it."""
+        if self.opset >= opset:
+            return self
+        try:
+            model = version_converter.convert_version(self.model, opset)
+            model.ir_version = max(model.ir_version, helper.OP_SET_ID_VERSION_MAP["ai.onnx", opset])
+            return Graph(model)
+        except Exception as error:
+            raise ModelError(
+                f"the model cannot be converted from ONNX opset {self.opset} to {opset}: {str(error)[:300]}",
+                hint=f"export it with opset {opset}",
+            ) from error
 
     def layers(self) -> list[Layer]:
         """The weighted layers of the main graph, in its order."""

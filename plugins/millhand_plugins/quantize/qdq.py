@@ -59,15 +59,20 @@ def insert(
 def between(graph: Graph, layers: Iterable[str]) -> set[str]:
     """Nodes that only integer nodes feed, and that feed one."""
     layers = set(layers)
-    found = {node.name for node in graph.model.graph.node if node.op_type in PASSING} - layers
-    writer = {name: node.name for node in graph.model.graph.node for name in node.output}
+    nodes = {node.name: node for node in graph.model.graph.node}
+    writer = {name: node.name for node in nodes.values() for name in node.output}
+    readers: dict[str, list[str]] = {}
+    for node in nodes.values():
+        for name in node.input:
+            readers.setdefault(name, []).append(node.name)
+    found = {name for name, node in nodes.items() if node.op_type in PASSING} - layers
     while True:
         integer = found | layers
         kept = {
             name
             for name in found
-            if all(writer.get(tensor) in integer for tensor in _data(graph.node(name)))
-            and any(reader.name in integer for reader in graph.readers(graph.node(name).output[0]))
+            if all(writer.get(tensor) in integer for tensor in _data(nodes[name]))
+            and any(reader in integer for reader in readers.get(nodes[name].output[0], ()))
         }
         if kept == found:
             return found
@@ -175,17 +180,17 @@ class _Insertion:
         node.input[1] = self._constant(f"{layer.name}/weights", levels, scale, layer.axis if by_channel else None)
         if biased:
             product = (scale * self._scales[layer.data][2]).astype(np.float32)
-            whole = np.round(graph.array(layer.bias) / product).astype(np.int32)
+            whole = np.round(graph.array(layer.bias).reshape(-1) / product).astype(np.int32)
             node.input[2] = self._constant(f"{layer.name}/bias", whole, product, 0 if by_channel else None)
 
     def _is_biased(self, layer: Layer) -> bool:
         """Whether its bias becomes int32: constant, one number for each output."""
         bias = self._graph.initializers.get(layer.bias)
-        return self._form.chained and bias is not None and list(bias.dims) == [layer.outputs]
+        return self._form.chained and bias is not None and int(np.prod(bias.dims)) == layer.outputs
 
     def _least_scale(self, layer: Layer, by_channel: bool) -> NDArray[np.float32]:
         """What keeps the bias within int32 where weights and inputs are tiny."""
-        bias = np.abs(self._graph.array(layer.bias))
+        bias = np.abs(self._graph.array(layer.bias)).reshape(-1)
         return np.asarray((bias if by_channel else bias.max()) / (self._scales[layer.data][2] * BIAS_LEVELS))
 
     def _constant(self, name: str, levels: NDArray[np.generic], scale: NDArray[np.float32], axis: int | None) -> str:

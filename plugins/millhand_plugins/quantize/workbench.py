@@ -21,6 +21,8 @@ from millhand_plugins.quantize.qdq import TENSORRT, Form
 
 ARTIFACT = "model.onnx"
 BACKEND = "onnxruntime"
+BLOCKED_OPSET = 21
+"""DequantizeLinear by blocks, and int4."""
 MOST_NAMED = 5
 
 
@@ -84,17 +86,18 @@ class Workbench:
         return self._finish(made, self._graph, {layer.name: "fp16" for layer in self._graph.layers()})
 
     def _int4(self, *, annealed: bool, dequantized: bool = False) -> Made:
-        chosen = self._chosen(self._graph, convolutions=False)
-        int4 = Int4(self._graph, self._options, positive=dequantized)
+        graph = self._graph.upgraded(BLOCKED_OPSET) if dequantized else self._graph
+        chosen = self._chosen(graph, convolutions=False)
+        int4 = Int4(graph, self._options, positive=dequantized)
         if annealed:
             calibration = self._calibration
             rounded = int4.annealed(chosen, calibration, lambda share, step: self._job.progress(0.9 * share, step))
         else:
             rounded = {layer.name: int4.nearest(layer) for layer in chosen}
-        made = self._graph.copy()
+        made = graph.copy()
         for layer in chosen:
             self._write(made, layer, rounded[layer.name], dequantized)
-        return self._finish(made, self._graph, {layer.name: "int4" for layer in chosen})
+        return self._finish(made, graph, {layer.name: "int4" for layer in chosen})
 
     def _write(self, graph: Graph, layer: Layer, rounded: Rounded, dequantized: bool) -> None:
         if dequantized:

@@ -111,6 +111,15 @@ def test_for_tensorrt_the_block_lies_along_the_inputs(bench):
     assert candidate.loss() < 0.03 and candidate.size < 0.4
 
 
+def test_operators_that_changed_before_opset_21_are_converted(bench_of, new_net):
+    """ReduceMean took its axes as an attribute up to opset 17, Split its number of outputs from their count."""
+    net = new_net((4, 64))
+    flow = net.node("ReduceMean", net.node("MatMul", "x", net.weights(64, 64, fan_in=64)), axes=[1], keepdims=0)
+    candidate = bench_of(net, net.model(net.gemm(flow, 64, 48), (48,))).make("int4-qdq", target="sm80")
+    onnx.checker.check_model(candidate.model, full_check=True)
+    assert candidate.loss() < 0.03 and Counter(candidate.executed())["MatMulNBits"] == 2
+
+
 def test_a_device_needs_torch(bench, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     with pytest.raises(ModelError, match="torch is not installed"):
