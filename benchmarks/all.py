@@ -16,6 +16,7 @@ SCRIPTS: list[tuple[str, list[str]]] = [
     ("hot_path", ["hot_path.py"]),
     ("ensemble", ["ensemble.py"]),
     ("proof", ["proof.py"]),
+    ("quantize", ["quantize.py", "--forms"]),
     ("serving", ["serving.py", "--peers"]),
     ("serving_ablation", ["serving.py", "--ablation"]),
     ("soak_serving", ["soak_serving.py"]),
