@@ -78,6 +78,16 @@ async def test_a_list_that_cannot_be_is_told_with_its_model(root, planned):
     assert (tried.part, tried.works) == ("model 'odd'", False) and "did you mean 'cuda'" in tried.message
 
 
+async def test_a_backend_that_raises_hides_no_other(root, planned):
+    write_model(root, "odd", backend="tried", extra='[options]\nraise = "out of ideas"\n')
+    (root / "odd/1").mkdir()
+    (root / "odd/1/model.json").write_text("{}")
+    identity(write_model(root, "same") / "1/model.onnx")
+    found = {one.backend: one for one in await planned().run()}
+    assert found["tried"].message == "RuntimeError: out of ideas" and not found["tried"].works
+    assert found["onnxruntime"].works
+
+
 async def test_an_interpreter_that_cannot_run_a_worker_is_told_for_each_part(root, planned, tmp_path):
     identity(write_model(root, "same") / "1/model.onnx")
     found = await planned(GPU, interpreter=tmp_path / "no-python").run()

@@ -20,6 +20,7 @@ from millhand.serving.load_request import backend_sources, trial_request
 from millhand.serving.manifest import Manifest
 from millhand.serving.placement import CPU, cpu_host
 from millhand.serving.process import WorkerProcess
+from millhand.serving.protocol import fault_of
 from millhand.serving.repository import Repository
 from millhand.serving.settings import ModelSettings, WorkerDefaults
 
@@ -89,9 +90,8 @@ class SelfTest:
             try:
                 trials: Sequence[Trial] = backend.trials(host.accelerator, _told(source.options, backend.name, model))
                 wanted = [trial_request(one, backend.name, self._registry, self._settings, host) for one in trials]
-            except MillhandError as error:
-                name = f"model '{model.name}'"
-                self.tried.append(Tried(backend.name, name, host.accelerator, False, error.message, error.hint))
+            except Exception as error:  # whatever a plugin does, the others are tried
+                self.tried.append(_untried(backend.name, model.name, host.accelerator, error))
                 continue
             known = self._requests.setdefault(place, [])
             known += [request for request in wanted if request not in known]
@@ -152,6 +152,12 @@ def _bad(request: LoadRequest, error: MillhandError) -> Tried:
 def _tried(request: LoadRequest, works: bool, message: str, hint: str = "") -> Tried:
     part = request.model.partition(" ")[2]
     return Tried(request.backend, part, request.accelerator, works, message, hint)
+
+
+def _untried(backend: str, model: str, accelerator: str, error: Exception) -> Tried:
+    """What a model asks for cannot even be tried."""
+    fault = fault_of(error)
+    return Tried(backend, f"model '{model}'", accelerator, False, fault.message, fault.hint)
 
 
 def _place(request: LoadRequest) -> str:

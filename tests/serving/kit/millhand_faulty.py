@@ -60,6 +60,15 @@ class Backend:
         return session
 
 
+class TriedBackend(Backend):
+    """Says of its trials what the artifact's options tell: {"raise": text}."""
+
+    name = "tried"
+
+    def trials(self, accelerator, options):
+        raise RuntimeError(options["raise"])
+
+
 class VramBackend(Backend):
     """Holds that much memory of the GPU, through the driver's own library: {"hold": MiB}."""
 
@@ -247,4 +256,4 @@ def millhand_makers():
 @hookimpl
 def millhand_backends():
     shown = [Backend(), ThreadedBackend(), VramBackend(), SlowSumBackend(), DeclaredBackend(), ProvingBackend()]
-    return [*shown, CardBackend()]
+    return [*shown, CardBackend(), TriedBackend()]
