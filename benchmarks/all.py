@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -37,9 +38,13 @@ def main() -> int:
     else:
         print("MILLHAND_DATA is not set: the C-MAPSS evaluations are left out", file=sys.stderr)
     if Path("/dev/nvidia0").exists():
-        scripts += [(f"gpu_{name}", [f"gpu/{name}.py"]) for name in ("serving", "engines", "many")]
+        scripts += [(f"gpu_{name}", [f"gpu/{name}.py"]) for name in ("serving", "engines", "many", "transfer")]
     else:
-        print("there is no NVIDIA GPU here: gpu_serving, gpu_engines and gpu_many are left out", file=sys.stderr)
+        print("there is no NVIDIA GPU here: gpu_serving, _engines, _many and _transfer are left out", file=sys.stderr)
+    if find_spec("tensorrt_rtx_bindings"):
+        scripts.append(("tensorrt_build", ["tensorrt_build.py"]))
+    else:
+        print("TensorRT-RTX is not installed: tensorrt_build is left out", file=sys.stderr)
     failed = []
     for name, command in scripts:
         print(f"== {name}", flush=True)

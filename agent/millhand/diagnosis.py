@@ -32,8 +32,8 @@ FREE_BYTES_WARNING = 1 << 30
 CLOCK_FLOOR_S = 1_700_000_000  # any clock before November 2023 was never set
 CONNECT_TIMEOUT_S = 3.0
 WORKER_PACKAGES = ("numpy", "msgspec", "pluggy")
-# Backends whose package is called as they are.
-BACKEND_PACKAGES = frozenset({"onnxruntime", "tensorrt"})
+# Backend -> the package that none of its sessions can do without. Which library an engine needs, only its file tells.
+BACKEND_PACKAGES = {"onnxruntime": "onnxruntime", "tensorrt": "pycuda"}
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,8 @@ def _packages(config: Config, interpreter: str) -> Found:
     from millhand.serving.packages import look_into
 
     backends = {backend for folder, _ in _loaded(config) for backend in folder.manifest.backends}
-    return look_into(interpreter, [*WORKER_PACKAGES, *sorted(backends & BACKEND_PACKAGES)])
+    packages = sorted(BACKEND_PACKAGES[name] for name in backends & BACKEND_PACKAGES.keys())
+    return look_into(interpreter, [*WORKER_PACKAGES, *packages])
 
 
 def _backends(config: Config) -> Iterator[Finding]:

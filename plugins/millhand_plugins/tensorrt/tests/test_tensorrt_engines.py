@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import textwrap
@@ -13,23 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
-from trt_nets import FEATURES, SHIPPED, SM80, convolution, half, matmul, model_name, quantised, save, specs
+from trt_nets import FEATURES, SHIPPED, SM80, SOURCES, convolution, matmul, model_name, quantised, save, specs
 
 from millhand.errors import ModelError
 from millhand.workshop.recipe import Job, Target
+from millhand_plugins.quantize.maker import QuantizeMaker
 from millhand_plugins.tensorrt.backend import TensorrtBackend
 from millhand_plugins.tensorrt.library import RTX, load_library
 from millhand_plugins.tensorrt.maker import TensorrtMaker
 from millhand_plugins.tensorrt.settings import TensorrtSettings
 
 pytestmark = pytest.mark.usefixtures("rtx")
-MagicOf = b"vtrt"
-FORMS: dict[str, Callable[[Path, Path], Path]] = {
-    "fp32": lambda source, path: source,
-    "fp16": half,
-    "int8": lambda source, path: quantised(source, path, 8),
-    "int4": lambda source, path: quantised(source, path, 4),
-}
+MAGIC = b"vtrt"
 
 
 def make(job: Job, precision: str = "fp32", **keys: Any) -> Any:
@@ -45,17 +41,17 @@ def refused(job: Job) -> ModelError:
     return caught.value
 
 
-@pytest.mark.parametrize("precision", FORMS)
+@pytest.mark.parametrize("precision", ["fp32", *SOURCES])
 @pytest.mark.parametrize("source", SHIPPED, ids=model_name)
 def test_every_shipped_model_in_every_precision(
     source: Path, precision: str, tmp_path: Path, make_job: Callable[..., Job]
 ) -> None:
-    model = FORMS[precision](source, tmp_path / f"{precision}.onnx")
+    model = quantised(source, tmp_path / "quantised", precision)
     told: list[tuple[float, str]] = []
     job = make_job(model, specs(source), progress=lambda share, step: told.append((share, step)))
     made = make(job, precision)
     engine = (job.folder / made.artifact).read_bytes()
-    assert engine.startswith(MagicOf)
+    assert engine.startswith(MAGIC)
     assert b"sm80" in engine
     version = load_library(RTX).version
     assert made.backend == "tensorrt"
@@ -71,12 +67,9 @@ def test_every_shipped_model_in_every_precision(
 def test_precisions_come_in_the_profiles_order_and_begin_where_quantize_ends() -> None:
     recipes = TensorrtMaker(TensorrtSettings()).recipes(SM80)
     assert [recipe.name for recipe in recipes] == ["engine-fp16", "engine-int8", "engine-fp32", "engine-int4"]
-    assert {recipe.name: recipe.source for recipe in recipes} == {
-        "engine-fp32": "",
-        "engine-fp16": "fp16",
-        "engine-int8": "int8-qdq",
-        "engine-int4": "int4-qdq",
-    }
+    assert {recipe.precision: recipe.source for recipe in recipes} == {"fp32": "", **SOURCES}
+    made = {recipe.name for recipe in QuantizeMaker().recipes(SM80)}
+    assert made >= set(SOURCES.values())
 
 
 @pytest.mark.parametrize("capability", ["8.7", "9.0", "7.0", ""])
@@ -250,7 +243,8 @@ def test_scratch_memory_that_does_not_suffice_is_named(tmp_path: Path, make_job:
 
 
 def test_a_build_without_memory_says_so(tmp_path: Path) -> None:
-    """In a process of its own, with so little address space that the library's own allocations fail."""
+    """In a process of its own, with so little address space that the library's own allocations fail. At some places it
+    bears that badly and aborts or hangs, which is what the workshop's deadline is for; at most it says so."""
     script = """
         import resource, sys
         from pathlib import Path
@@ -275,13 +269,14 @@ def test_a_build_without_memory_says_so(tmp_path: Path) -> None:
     """
     source = next(path for path in SHIPPED if model_name(path) == "turbofan-rul")
     said = []
-    for spare in (16 << 20, 8 << 20, 4 << 20):
-        command = [sys.executable, "-c", textwrap.dedent(script), str(source), str(tmp_path), str(spare)]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        said.append(run.stdout.strip())
-        if "the memory does not suffice" in said[-1]:
-            assert "free memory" in said[-1]
-            return
+    for spare in (4, 2, 1, 64):
+        command = [sys.executable, "-c", textwrap.dedent(script), str(source), str(tmp_path), str(spare << 20)]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+            said.append(run.stdout.strip() or run.stderr.strip())
+            if "the memory does not suffice" in run.stdout:
+                assert "free memory" in run.stdout
+                return
     pytest.fail(f"no message about memory: {said}")
 
 
