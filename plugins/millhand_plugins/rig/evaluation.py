@@ -23,8 +23,6 @@ CALIBRATION_SEEDS = range(600_000, 600_006)
 HELD_SEEDS = range(700_000, 700_024)
 WINDOWS_OF_A_LIFE = 16
 
-Rows = list[tuple[NDArray[np.float32], int]]
-
 
 class RigEvaluation:
     """Accuracy over windows of simulated lives, as many of each label.
