@@ -108,6 +108,13 @@ async def test_a_build_that_fails_is_tried_again_later_and_not_for_ever(rebuilde
     await until(lambda: builds.built == ["scale"])
 
 
+async def test_a_build_that_cannot_be_started_is_a_failure(rebuilder, builds, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python3")
+    rebuilder.ask(STALE)
+    await until(lambda: rebuilder.states()["failed"])
+    assert "No such file or directory: '/nowhere/python3'" in rebuilder.told("scale", 1, "cpu")
+
+
 async def test_pauses_grow(rebuilder, builds, monkeypatch):
     monkeypatch.setattr(rebuilder_module, "PAUSE_FIRST_S", 30.0)
     builds.go("fail")

@@ -130,8 +130,8 @@ class Rebuilder:
         stale, order.state = order.stale, "builds"
         try:
             await self._build(stale)
-        except MillhandError as error:
-            self._fail(order, error.message)
+        except (MillhandError, OSError) as error:
+            self._fail(order, error.message if isinstance(error, MillhandError) else str(error))
             return
         order.state = "done"
         self.counts[stale.model, "built"] += 1
@@ -151,7 +151,7 @@ class Rebuilder:
         log.error("%s could not be made anew: %s", _name(order.stale), why)
 
     async def _build(self, stale: Stale) -> None:
-        """Raises ModelError with the last word of a build that failed."""
+        """Raises ModelError with the last word of a build that failed, OSError where none can be started."""
         task = Task(
             agent=os.getpid(),
             config=self._config,
