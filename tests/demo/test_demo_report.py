@@ -13,6 +13,7 @@ import pytest
 from page_kit import laid_out_px, needs_chromium
 
 from millhand.cli.demo import summary, text
+from millhand.demo.pace import Load, suitable_pace
 from millhand.demo.report import write_report
 from millhand.demo.session import Outcome
 from millhand.demo.tally import RigLog, RigTime, Tally, count, read_rig_log
@@ -123,6 +124,30 @@ def test_page_is_self_contained_and_tells_the_run(tmp_path: Path) -> None:
     assert not re.findall(r'(?:src|href)\s*=\s*"(?!data:)', page), "nothing is loaded from elsewhere"
     assert page.count("<svg") >= 4
     assert "1BPFO" in page
+
+
+def test_a_run_that_judged_nothing_is_told(tmp_path: Path) -> None:
+    """A machine that is far too busy: no prediction, and still a report."""
+    nothing = outcome(
+        alerts=[], orders=[], waveform=None, windows=0, health=[], velocity=[], latency_ms={"p50": None, "p99": None},
+        load=Load(13.0, 2),
+    )  # fmt: skip
+    write_report(nothing, tmp_path / "demo.html")
+    assert "The machine failed and nobody was warned" in (tmp_path / "demo.html").read_text()
+    said = "\n".join(text(nothing, tmp_path / "demo.html"))
+    assert "reading to prediction  no prediction was made" in said
+    assert "- only 0 % of the running time was watched" in said
+    assert (
+        "The machine was busy (load 13.0 on 2 cores). Try it again when it is idle, or give the rig more time: "
+        "--scale 0.25." in said.replace("\n", " ")
+    )
+    assert "more time" not in "\n".join(text(replace(nothing, scale=0.25), tmp_path / "demo.html"))
+    assert "was busy" not in "\n".join(text(replace(nothing, load=Load(1.0, 2)), tmp_path / "demo.html"))
+
+
+@pytest.mark.parametrize(("processes", "pace"), [(0.0, 1.0), (2.0, 1.0), (3.0, 0.67), (6.9, 0.29), (90.0, 0.25)])
+def test_the_pace_follows_the_load(processes: float, pace: float) -> None:
+    assert suitable_pace(Load(processes, 2)) == pace
 
 
 def test_healthy_page_has_no_alert_and_no_spectrum(tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from millhand.cli.order import order_lines
-from millhand.cli.output import Output, table
+from millhand.cli.output import Output, table, wrapped
 
 if TYPE_CHECKING:
     from millhand.demo.session import Outcome, Watch
@@ -26,22 +27,29 @@ BAR_CHARACTERS = 30
 @click.option(
     "--fault", default="bearing_outer", show_default=True, type=click.Choice(FAULTS), help="How its life ends."
 )
-@click.option("--scale", default=1.0, show_default=True, type=click.FloatRange(0.1, 4), help="Rig seconds a second.")
+@click.option(
+    "--scale", type=click.FloatRange(0.1, 4), help="Rig seconds a second. Default: 1, less on a machine that is busy."
+)
 @click.option("--output", "-o", "target", default=".", type=click.Path(path_type=Path), help="Folder for the report.")
 @click.pass_obj
-def command(output: Output, seed: int, fault: str, scale: float, target: Path) -> None:
+def command(output: Output, seed: int, fault: str, scale: float | None, target: Path) -> None:
     """Watch a simulated skid fail, be predicted, and be reported: broker, hub, rig and agent as real processes.
 
     Writes demo.json and demo.html. Exits 1 if the fault was not foreseen, or anything was lost or doubled.
     """
+    from millhand.demo.pace import machine_load, suitable_pace
     from millhand.demo.report import write_report
     from millhand.demo.session import run
 
+    load = machine_load()
+    pace = scale or suitable_pace(load)
+    if scale is None and pace < 1:
+        click.echo(f"The machine is busy ({load}): the rig lives at {pace:g} of its pace.", err=True)
     folder = _clean_folder(target)
     run_dir = Path(tempfile.mkdtemp(prefix="millhand-"))  # sockets want a short path
     progress = Progress()
     try:
-        outcome = run(folder, run_dir, seed=seed, fault=fault, scale=scale, progress=progress)
+        outcome = run(folder, run_dir, seed=seed, fault=fault, scale=pace, progress=progress)
     finally:
         progress.end()
         shutil.rmtree(run_dir, ignore_errors=True)
@@ -122,6 +130,9 @@ def summary(outcome: Outcome, report: Path) -> dict[str, Any]:
         "latency_ms": outcome.latency_ms,
         "rss_mb": outcome.rss_mb,
         "start_s": round(outcome.start_s, 2),
+        "scale": outcome.scale,
+        "load": outcome.load.processes,
+        "cores": outcome.load.cores,
         "broker": outcome.broker,
         "report": str(report),
     }
@@ -129,6 +140,8 @@ def summary(outcome: Outcome, report: Path) -> dict[str, Any]:
 
 def text(outcome: Outcome, report: Path) -> list[str]:
     """What a person reads."""
+    from millhand.demo.pace import SLOWEST
+
     tally = outcome.tally
     rows = [
         ("fault of the rig", outcome.fault.replace("_", " ")),
@@ -139,7 +152,7 @@ def text(outcome: Outcome, report: Path) -> list[str]:
         ("produced, at the hub", f"{tally.produced}, {tally.stored}"),
         ("lost, doubled", f"{tally.lost}, {tally.duplicates}"),
         ("windows judged", f"{outcome.windows}; {outcome.watched_percent:.0f} % of the running time watched"),
-        ("reading to prediction", f"p50 {outcome.latency_ms['p50']} ms, p99 {outcome.latency_ms['p99']} ms"),
+        ("reading to prediction", _latency_text(outcome.latency_ms)),
         ("memory", ", ".join(f"{name} {value:.0f} MB" for name, value in outcome.rss_mb.items())),
         ("agent ready after", f"{outcome.start_s:.1f} s"),
         ("profile", outcome.profile),
@@ -150,7 +163,16 @@ def text(outcome: Outcome, report: Path) -> list[str]:
     verdict = ["The main job is done."]
     if not outcome.good:
         verdict = ["The main job was NOT done:", *(f"- {reason}" for reason in outcome.shortcomings)]
+        if outcome.load.busy:
+            slower = "" if outcome.scale <= SLOWEST else f", or give the rig more time: --scale {SLOWEST}"
+            verdict += wrapped(f"The machine was busy ({outcome.load}). Try it again when it is idle{slower}.")
     return [*lines, "", *verdict, f"Report: {report}"]
+
+
+def _latency_text(latency_ms: Mapping[str, float | None]) -> str:
+    if latency_ms["p99"] is None:
+        return "no prediction was made"
+    return f"p50 {latency_ms['p50']} ms, p99 {latency_ms['p99']} ms"
 
 
 def _alert_text(alert: dict[str, Any]) -> str:

@@ -80,6 +80,7 @@ def _facts(outcome: Outcome) -> list[dict[str, str]]:
     tally = outcome.tally
     lead = outcome.true_alerts[0]["lead_time_s"] if outcome.true_alerts else None
     foreseen = None if outcome.fault == "none" else lead is not None
+    p99_ms = outcome.latency_ms["p99"]
     cells: list[tuple[str, str, bool | None]] = [
         ("lead time", "none" if lead is None else f"{lead:.1f} s", foreseen),
         ("false alerts", str(outcome.false_alerts), outcome.false_alerts == 0),
@@ -87,8 +88,8 @@ def _facts(outcome: Outcome) -> list[dict[str, str]]:
         ("answers doubled", str(tally.duplicates), tally.duplicates == 0),
         (
             "reading to prediction, p99 (limit 20 ms)",
-            f"{outcome.latency_ms['p99']:.1f} ms",
-            outcome.latency_ms["p99"] <= 20,
+            "none" if p99_ms is None else f"{p99_ms:.1f} ms",
+            p99_ms is not None and p99_ms <= 20,
         ),
         ("memory of the daemon (limit 80 MB)", f"{outcome.rss_mb['daemon']:.0f} MB", outcome.rss_mb["daemon"] <= 80),
     ]

@@ -17,6 +17,7 @@ import psutil
 
 from millhand.control import ControlClient
 from millhand.demo.hubside import ASSET, NODE, HubSide
+from millhand.demo.pace import Load, machine_load
 from millhand.demo.stack import DemoError, Part, Stack, python_module
 from millhand.demo.tally import RigTime, Tally, count, read_rig_log
 from millhand.errors import ControlError
@@ -77,7 +78,8 @@ class Outcome:
     tally: Tally
     acked: int
     windows: int
-    latency_ms: dict[str, float]
+    latency_ms: dict[str, float | None]
+    """None where no prediction was made."""
     rss_mb: dict[str, float]
     start_s: float
     broker: str
@@ -86,6 +88,10 @@ class Outcome:
     velocity: list[tuple[float, float]] = field(default_factory=list)
     signals: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     waveform: dict[str, Any] | None = None
+    scale: float = 1.0
+    """Rig seconds a second."""
+    load: Load = field(default_factory=Load)
+    """The highest that was seen of the machine, at the beginning and at the end."""
 
     @property
     def true_alerts(self) -> list[dict[str, Any]]:
@@ -157,17 +163,18 @@ Progress = Callable[[str, float, Watch], None]
 
 def run(folder: Path, run_dir: Path, *, seed: int, fault: str, scale: float, progress: Progress) -> Outcome:
     """Run the demo in `folder`. Raises DemoError naming the part that failed; every process is ended either way."""
-    watch = Watch()
+    watch, load = Watch(), machine_load()
     with Stack(folder) as stack:
         progress("starting broker and hub", 0.0, watch)
         hub = HubSide.start(stack, folder)
         rig_log = folder / "rig.jsonl"
         command = python_module("millhand_plugins.rig", "--port", "0", "--seed", str(seed), "--fault", fault)
-        command += ["--scale", str(scale), "--log", str(rig_log), "--exit-at-end"]
+        command += ["--scale", str(scale), "--log", str(rig_log), "--wait", "--exit-at-end"]
         progress("starting agent", 0.0, watch)
         rig, ready = stack.start("rig", command, ready_line=True)
         config = _write_config(folder, run_dir, hub.broker_port, ready["port"])
         agent, client, start_s = _start_agent(stack, config, run_dir)
+        stack.wait(lambda: '"served"' in rig_log.read_text(), "the first reading of the rig")
         _watch_life(stack, rig, client, scale, progress, watch)
         progress("waiting until the hub has everything", 1.0, watch)
         stack.wait(lambda: _drained(client), "the hub's acknowledgement of every row", DRAIN_DEADLINE_S)
@@ -208,6 +215,8 @@ def run(folder: Path, run_dir: Path, *, seed: int, fault: str, scale: float, pro
             for name, points in arrived.signals.items()
         },
         waveform=watch.waveform,
+        scale=scale,
+        load=max(load, machine_load(), key=lambda seen: seen.processes),
     )
 
 

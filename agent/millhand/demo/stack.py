@@ -16,7 +16,8 @@ from typing import IO, Any
 
 from millhand.errors import MillhandError
 
-START_DEADLINE_S = 20.0
+START_DEADLINE_S = 60.0
+"""A busy machine takes its time."""
 STOP_DEADLINE_S = 15.0
 
 

@@ -34,15 +34,26 @@ async def _run(options: argparse.Namespace) -> int:
     simulator = Simulator(options.seed, options.fault)
     rig_log = RigLog(options.log, simulator.truth() | {"scale": options.scale})
     clock = RigClock(options.scale)
-    server = RigServer(simulator, clock, rig_log)
+    asked = asyncio.Event()
+    server = RigServer(simulator, clock, rig_log, on_request=asked.set)
     port = await server.start(options.host, options.port)
     sys.stdout.write(json.dumps({"ready": True, "host": options.host, "port": port, "pid": os.getpid()}) + "\n")
     sys.stdout.flush()
+    if options.wait:
+        await _first_of(stop, asked)
+    clock.start()
     reason = await _wait(stop, END_MS / 1000 / options.scale if options.exit_at_end else None)
     await server.close()
     rig_log.write({"kind": "end", "time_ms": clock(), "sequence": server.sequence, "reason": reason})
     rig_log.close()
     return 0
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    waiting = [asyncio.create_task(event.wait()) for event in events]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
 
 
 async def _wait(stop: asyncio.Event, limit_s: float | None) -> str:
@@ -61,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fault", choices=FAULTS, default="bearing_outer", help="how its life ends")
     parser.add_argument("--scale", type=_positive, default=1.0, help="rig seconds a second (default 1: a life in 35 s)")
     parser.add_argument("--log", type=Path, help="write JSON lines of all that was served to this file")
+    parser.add_argument("--wait", action="store_true", help="let the life begin with the first request")
     parser.add_argument("--exit-at-end", action="store_true", help="end two rig seconds after the end of life")
     return parser
 

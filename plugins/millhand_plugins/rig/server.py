@@ -62,10 +62,18 @@ class RigLog:
 class RigServer:
     """Serves one simulator. `clock_ms` gives the rig's time; every request is answered as of one moment of it."""
 
-    def __init__(self, simulator: Simulator, clock_ms: Callable[[], int], rig_log: RigLog) -> None:
+    def __init__(
+        self,
+        simulator: Simulator,
+        clock_ms: Callable[[], int],
+        rig_log: RigLog,
+        on_request: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`on_request` is called before each request is answered."""
         self._simulator = simulator
         self._clock_ms = clock_ms
         self._log = rig_log
+        self._on_request = on_request
         self._server: asyncio.Server | None = None
         self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self.sequence = 0
@@ -103,6 +111,7 @@ class RigServer:
 
     def answer(self, unit: int, request: bytes) -> bytes:
         """Answer one request (function code and data) with the same or an exception, never with a change."""
+        self._on_request()
         function = request[0]
         refusal = _refusal(unit, request)
         if refusal is not None:
@@ -162,11 +171,18 @@ def _refusal(unit: int, request: bytes) -> int | None:
 
 
 class RigClock:
-    """Rig milliseconds since it was made, `scale` of them a wall millisecond, standing still at the end of life."""
+    """Rig milliseconds since its start, `scale` of them a wall millisecond, standing still before and at the end of
+    life."""
 
     def __init__(self, scale: float) -> None:
         self._scale = scale
+        self._start: float | None = None
+
+    def start(self) -> None:
+        """Let the life begin."""
         self._start = time.monotonic()
 
     def __call__(self) -> int:
+        if self._start is None:
+            return 0
         return min(int((time.monotonic() - self._start) * 1000 * self._scale), END_MS)

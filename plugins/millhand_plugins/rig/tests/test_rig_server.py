@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable, Iterator
 from importlib.resources import files
@@ -94,6 +95,20 @@ def test_values_are_those_of_the_simulator(start_rig):
         field.name: expected[field.name] & 0xFFFF for field in PROCESS
     }
     assert registers[11] == expected["state"]
+
+
+def test_the_life_waits_for_the_first_request(start_rig):
+    rig = start_rig("--scale", "4", "--wait")
+    client, begun = rig.client(), time.monotonic()  # a connection alone is none
+
+    def time_ms():
+        registers = words(client, 0, 4)
+        return registers[2] << 16 | registers[3]
+
+    wait_until(lambda: time.monotonic() - begun > 0.2, "800 ms of the rig's time, had it begun")
+    assert time_ms() == 0
+    wait_until(lambda: time_ms() > 0, "the life's beginning")
+    assert rig.log("served")[0]["time_ms"] == 0
 
 
 def test_a_snapshot_is_read_in_parts_and_is_whole(start_rig):
