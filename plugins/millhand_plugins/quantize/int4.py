@@ -18,6 +18,7 @@ from millhand_plugins.quantize.options import Options
 from millhand_plugins.quantize.rounding import Annealing, Moments, anneal
 
 BITS = 4
+SMALLEST_BLOCK = 16
 PROGRESS_STEPS = 50
 Progress = Callable[[float, str], None]
 
@@ -114,6 +115,9 @@ class Int4:
 
     def _grid(self, matrix: Any, xp: Any, shrink: float) -> Grid:
         block = self._options.block
+        if self._positive:  # TensorRT wants two blocks at least
+            while block >= matrix.shape[1] and block > SMALLEST_BLOCK:
+                block //= 2
         if self._options.zero_point and not self._positive:
             return asymmetric(matrix, BITS, block, shrink=shrink, xp=xp)
         return symmetric(matrix, BITS, block, shrink=shrink, positive=self._positive, xp=xp)

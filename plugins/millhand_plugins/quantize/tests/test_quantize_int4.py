@@ -111,6 +111,12 @@ def test_for_tensorrt_the_block_lies_along_the_inputs(bench):
     assert candidate.loss() < 0.03 and candidate.size < 0.4
 
 
+def test_for_tensorrt_there_are_two_blocks_at_least(bench):
+    model = bench("mlp").make("int4-qdq", target="sm80", block=128).model
+    scales = [constant(model, node.input[1]) for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    assert [len(values) for values in scales] == [2, 2, 2]  # 64, 96 and 80 inputs in blocks of 32 and 64
+
+
 def test_operators_that_changed_before_opset_21_are_converted(bench_of, new_net):
     """ReduceMean took its axes as an attribute up to opset 17, Split its number of outputs from their count."""
     net = new_net((4, 64))
