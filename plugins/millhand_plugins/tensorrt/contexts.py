@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from millhand.errors import ModelError
@@ -32,7 +31,7 @@ class Contexts:
         if path and not traits.timing_cache:
             gpu = this_gpu()
             writer = {"library": engine.library.title, "gpu": gpu.name}
-            self._file = CacheFile(Path(path), writer)
+            self._file = CacheFile(engine.path.parent / path, writer)
 
     @property
     def own_graphs(self) -> bool:

@@ -6,8 +6,8 @@ thread only inside `Device.current`; all other calls belong into such a block.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,13 @@ class Device:
                 hint="look at nvidia-smi; CUDA_VISIBLE_DEVICES must name a GPU of this node",
             ) from error
 
-    @contextmanager
+    @property
+    def error(self) -> type[Exception]:
+        """What pycuda raises where CUDA fails."""
+        kind: type[Exception] = self._cuda.Error
+        return kind
+
+    @contextlib.contextmanager
     def current(self) -> Iterator[None]:
         """Make the context this thread's own for the block."""
         self._context.push()
@@ -139,6 +145,11 @@ class Buffers:
         """Wait until all that was begun is done; other threads run meanwhile."""
         self.stream.synchronize()
 
+    def settle(self) -> None:
+        """As `wait`, also where the GPU fails: then nothing of it runs any more."""
+        with contextlib.suppress(self._device.error):
+            self.stream.synchronize()
+
     def taken(self, name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
         """A copy of what was fetched."""
         size = int(np.dtype(dtype).itemsize * np.prod(shape, dtype=np.int64))
@@ -153,7 +164,7 @@ class Buffers:
         """Free all of it, once the stream is done. May be called twice."""
         if self.stream is None:
             return
-        self.stream.synchronize()
+        self.settle()
         self._host = {}
         while self._owned:
             self._owned.pop().free()

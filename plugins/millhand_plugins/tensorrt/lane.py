@@ -100,7 +100,7 @@ class Lane:
     def close(self) -> None:
         """Free graphs, then contexts, then the memory that they use. May be called twice."""
         if self._graphs is not None:
-            self._buffers.wait()
+            self._buffers.settle()
             self._graphs.close()
         self._contexts = []
         self._buffers.close()

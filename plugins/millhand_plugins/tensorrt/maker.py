@@ -138,7 +138,8 @@ def _options(library: Library, job: Job) -> dict[str, Any]:
     """What the backend needs to know of this engine."""
     options: dict[str, Any] = {"library": library.name}
     if not library.traits.timing_cache:
-        options["runtime_cache"] = os.fspath(job.cache / RUNTIME_CACHE)
+        # As it lies from the candidate's folder, so that a shelf can be moved to another node.
+        options["runtime_cache"] = os.path.relpath(job.cache / RUNTIME_CACHE, job.folder)
     return options
 
 

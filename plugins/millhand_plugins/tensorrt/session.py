@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from millhand.errors import InputError, ModelError
+from millhand.errors import AcceleratorError, InputError, MillhandError, ModelError
 from millhand.serving.tensors import Specs, Tensors
 from millhand_plugins.tensorrt.contexts import Contexts
 from millhand_plugins.tensorrt.device import Device
@@ -106,21 +106,17 @@ class TensorrtSession:
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run one batch, one with more rows than the engine takes in parts. Any thread may, several at once.
 
-        Raises ModelError before `prove` and where the GPU fails, InputError for a size that the engine was not built
-        for.
+        Raises ModelError before `prove`, InputError for a size that the engine was not built for, AcceleratorError
+        where the GPU fails with every input.
         """
         if not self.proof:
             raise ModelError(
                 f"'{self._name}' has not proved that it runs on the GPU", hint="call prove() once after load()"
             )
-        rows, cap = len(next(iter(inputs.values()))), rows_cap(self._engine)
-        if rows <= cap:
-            return self._run(inputs)
-        parts = [
-            self._run({name: array[start : start + cap] for name, array in inputs.items()})
-            for start in range(0, rows, cap)
-        ]
-        return {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
+        try:
+            return self._run_parts(inputs)
+        except ModelError as error:
+            raise self._failure(error) from error
 
     def close(self) -> None:
         """Free streams, buffers, contexts, engine and the device's context, in this order. May be called twice."""
@@ -133,6 +129,28 @@ class TensorrtSession:
         self._contexts.close()
         self._engine.close()
         self._device.close()
+
+    def _run_parts(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        rows, cap = len(next(iter(inputs.values()))), rows_cap(self._engine)
+        if rows <= cap:
+            return self._run(inputs)
+        parts = [
+            self._run({name: array[start : start + cap] for name, array in inputs.items()})
+            for start in range(0, rows, cap)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
+
+    def _failure(self, error: ModelError) -> MillhandError:
+        """Tells a batch that fails from a GPU that does: the row of the proof is run again. An error of CUDA stays with
+        the process, and each inference after it fails, too."""
+        try:
+            self._run(self._example())
+        except ModelError as again:
+            return AcceleratorError(
+                f"'{self._name}': the GPU fails with every input since: {again.message}",
+                hint="the worker is started again; look at nvidia-smi and the kernel's log for the GPU",
+            )
+        return error
 
     def _run(self, inputs: Tensors, prefill: bool = False) -> dict[str, NDArray[Any]]:
         try:

@@ -36,7 +36,8 @@ class TensorrtSettings(StrictTable):
     cuda_graphs: bool = True
     """Start all kernels of a batch with one call. TensorRT needs the package cuda-python for it."""
     runtime_cache: str = ""
-    """TensorRT-RTX: the file that keeps what the first inference has compiled. Builds set it for their engines."""
+    """TensorRT-RTX: the file that keeps what the first inference has compiled, from the engine's folder. Builds set it
+    for their engines."""
 
     @model_validator(mode="after")
     def _ordered(self) -> TensorrtSettings:

@@ -15,7 +15,7 @@ from cuda_double import Gpu, RuntimeDouble
 from trt_double import TrtDouble
 from trt_nets import ORIN, SM80, convolution, matmul
 
-from millhand.errors import InputError, ModelError
+from millhand.errors import AcceleratorError, InputError, ModelError
 from millhand.hookspecs import ProvingSession
 from millhand.serving.tensors import Specs
 from millhand.workshop.recipe import Job
@@ -243,6 +243,31 @@ def test_memory_that_does_not_suffice_is_said_and_nothing_is_left(build: Any, gp
     with pytest.raises(ModelError, match=r"the GPU or the host has no 0\.0 MiB left") as caught:
         session.prove(INPUTS, 64)
     assert "streams = 1" in caught.value.hint
+    session.close()
+    assert_nothing_left(gpu, double)
+
+
+def test_a_batch_that_fails_is_told_from_a_gpu_that_fails(build: Any, gpu: Gpu) -> None:
+    double, path, options = build("tensorrt 10.3.0")
+    session = open_session(path, options)
+    gpu.faults = 1
+    with pytest.raises(ModelError, match=r"'model\.engine' failed on the GPU: .* illegal memory access"):
+        session.run(rows(2))
+    inputs = rows(2)
+    assert np.array_equal(session.run(inputs)["y"], expected(inputs))
+    gpu.faults = -1
+    with pytest.raises(AcceleratorError, match="the GPU fails with every input since"):
+        session.run(rows(2))
+    session.close()
+    assert_nothing_left(gpu, double)
+
+
+def test_a_gpu_that_fails_in_the_proof_is_said_and_nothing_is_left(build: Any, gpu: Gpu) -> None:
+    double, path, options = build("tensorrt 10.3.0")
+    session = open_session(path, options, prove=False)
+    gpu.faults = -1
+    with pytest.raises(ModelError, match="illegal memory access"):
+        session.prove(INPUTS, 64)
     session.close()
     assert_nothing_left(gpu, double)
 

@@ -34,6 +34,8 @@ class Gpu:
         self.pinned = 0
         self.streams: dict[int, Stream] = {}
         self.launches = 0
+        self.faults = 0
+        """How many waits fail from now on; -1: all of them."""
         self._next = 0x7000_0000
         self._stacks = threading.local()
 
@@ -84,6 +86,9 @@ class Stream:
         if self.captured is not None:
             raise CudaError("cuStreamSynchronize failed: operation not permitted when stream is capturing")
         pending, self.pending = self.pending, []
+        if self._gpu.faults:
+            self._gpu.faults -= 1 if self._gpu.faults > 0 else 0
+            raise CudaError("cuStreamSynchronize failed: an illegal memory access was encountered")
         for work in pending:
             work()
         return self
