@@ -170,6 +170,16 @@ def test_the_page_goes_where_it_is_asked_to(plant: Plant) -> None:
     assert done.code == EXIT_CODES["error"] and "cannot be written: No such file" in done.error
 
 
+def test_what_serves_is_shown_where_the_models_own_artifact_has_no_proof(plant: Plant) -> None:
+    for name in ("int4", "int8"):
+        plant.candidate(name)
+    source = plant.own("press", 2).digest()
+    plant.shelf.choose("press", 2, "cpu", Choice(candidate="int8", source_sha256=source, why="", date=""))
+    assert "int8 of press, version 2, for cpu" in plant("model", "proof", "press").out
+    prove(plant.own("press", 2), plant.data)
+    assert plant("model", "proof", "press", "--json").data["candidate"] == ""
+
+
 def test_what_cannot_be_shown_is_named(plant: Plant) -> None:
     plant.candidate("int8")
     plant.candidate("int8", "sm80", executed=False, reasons=("Built for sm80, which is not here.",))

@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 
 version_option = click.option("--version", type=click.IntRange(1), help="Default: the newest that the policy serves.")
 candidate_option = click.option("--candidate", help="This candidate. Default: the model's own artifact.")
+shown_option = click.option(
+    "--candidate", help="This candidate. Default: the model's own artifact, or what serves in its place."
+)
 target_option = click.option("--target", help="The candidate's target, where several have one of that name.")
 
 
 @click.command("proof", short_help="Show what was measured of a model.")
 @click.argument("name")
 @version_option
-@candidate_option
+@shown_option
 @target_option
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write the page for people to this file.")
 @json_option
@@ -47,6 +50,8 @@ def proof(
     repository = output.repository()
     subject = _subject(output, repository, name, version, candidate, target)
     verdict = verify(subject, repository.keyring)
+    if verdict.proof is None and (serving := _serving(output, subject)) is not None:
+        subject, verdict = serving, verify(serving, repository.keyring)
     if verdict.proof is None:
         raise ModelError(f"{subject}: {verdict.reason}", hint=_with_candidates(output, verdict, subject))
     lines = describe(verdict.proof, verdict, subject.folder)
@@ -166,6 +171,15 @@ def _subject(
         f"model '{name}' version {number} has no candidate '{candidate}'{where}",
         hint=f"there are: {there}; millhand model build {name} makes them",
     )
+
+
+def _serving(output: Output, own: Subject) -> Subject | None:
+    """The candidate that was chosen in the place of a model's own artifact; None where several targets have one."""
+    if own.candidate:
+        return None
+    folder = output.repository().find(own.model)
+    chosen = [subject for subject, serves in _candidates(folder, own.version, _shelf(output)) if serves]
+    return chosen[0] if len(chosen) == 1 else None
 
 
 def _subjects(folder: ModelFolder, shelf: Shelf) -> Iterator[tuple[Subject, bool]]:
