@@ -34,6 +34,7 @@ SIZES = (4 * KIB, 64 * KIB, MIB, 16 * MIB, 64 * MIB, 256 * MIB)
 JUDGED = 64 * MIB
 """Where the bandwidth counts and no longer the start of each copy."""
 LEFT_MIB = 1
+RUNS_MIN = 3
 NAME = "x"
 
 
@@ -120,10 +121,10 @@ def rate(work: Callable[[], None], size: int, seconds: float) -> float:
     """GB/s (10^9 bytes), each run waited for."""
     work()
     runs, began = 0, time.perf_counter()
-    while (now := time.perf_counter()) - began < seconds or runs < 3:
+    while (now := time.perf_counter()) - began < seconds or runs < RUNS_MIN:
         work()
         runs += 1
-    return size * runs / (now - began) / 1e9 if runs else 0.0
+    return size * runs / (now - began) / 1e9
 
 
 def measure(device: Device, size: int, rounds: int, seconds: float) -> tuple[dict[str, float], dict[str, float], int]:
@@ -175,9 +176,8 @@ def main() -> int:
     figures: list[Figure] = []
     wrong = 0
     with device.current():
-        first = Session(device, np.zeros(MIB, np.uint8))  # what CUDA itself takes at its start is not the path's
-        first.to_gpu()
-        first.close()
+        for size in SIZES:  # what CUDA itself takes the first time is not the path's
+            measure(device, size, 1, 0.0)
         before = card.used_mib() or 0.0
         for size in SIZES:
             rates, ratios, bad = measure(device, size, options.rounds, options.seconds)

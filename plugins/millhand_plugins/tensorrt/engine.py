@@ -24,6 +24,11 @@ DRIVER_HINT = "install or update the NVIDIA driver; look at nvidia-smi"
 # What the library says -> what is wrong, and what to do.
 REFUSALS = (
     (
+        re.compile(r"does not support this compute capability|cannot be rebuilt", re.I),
+        "was built for another GPU",
+        "the library has no code for this GPU: build with TensorRT, or serve the model with the backend onnxruntime",
+    ),
+    (
         re.compile(r"compute capability|incompatible device|UNSUPPORTED_CC|different (?:GPU|device)", re.I),
         "was built for another GPU",
         BUILD_HINT,
@@ -151,12 +156,13 @@ class Engine:
         said = [*(text for _, text in self._recorder.errors), *self._logger.said]
         told = [text for text in said if not NOISE.search(text)] or said
         diagnosis = self._diagnosis(data)
-        # In the order of REFUSALS: without a driver everything fails, but a damaged file is to be named first.
-        everything = [*told, diagnosis]
-        for pattern, what, hint in REFUSALS:
-            text = next((text for text in everything if pattern.search(text)), None)
-            if text is not None:
-                return ModelError(f"engine '{self.path.name}' {what} ({self.library.title}: {brief(text)})", hint=hint)
+        # Its words first: a file that is cut off has the flags of its head alone.
+        for texts in (told, [diagnosis]):
+            for pattern, what, hint in REFUSALS:
+                text = next((text for text in texts if pattern.search(text)), None)
+                if text is not None:
+                    message = f"engine '{self.path.name}' {what} ({self.library.title}: {brief(text)})"
+                    return ModelError(message, hint=hint)
         reason = brief(told[0]) if told else diagnosis or "no reason was given"
         return ModelError(f"engine '{self.path.name}' was refused by {self.library.title}: {reason}", hint=BUILD_HINT)
 

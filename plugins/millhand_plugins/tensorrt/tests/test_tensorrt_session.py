@@ -281,6 +281,20 @@ def test_an_engine_of_another_version_is_refused(build: Any, trt: Callable[[str]
     assert gpu.retained == 0
 
 
+def test_what_the_library_says_goes_before_its_flags(build: Any) -> None:
+    """As on an H100: the head of an engine that is cut off still says for which GPU it is."""
+    double, path, options = build("tensorrt-rtx 1.7.1.116")
+    double.flags = 2  # UNSUPPORTED_CC
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    with pytest.raises(ModelError, match=r"is damaged or cut off .*blobSize"):
+        open_session(path, options)
+    path.write_bytes(whole.replace(b"1.7.1.116", b"1.7.1.115"))
+    double.silent = True
+    with pytest.raises(ModelError, match=r"was built for another GPU .*UNSUPPORTED_CC"):
+        open_session(path, options)
+
+
 def test_the_owner_decides_whether_engines_may_bring_code(build: Any) -> None:
     double, path, options = build("tensorrt 10.3.0")
     open_session(path, options).close()

@@ -40,6 +40,10 @@ class TrtDouble(ModuleType):
         self.poison: set[str] = set()
         """Outputs that no kernel writes."""
         self.written_by = number
+        self.flags = 0
+        """EngineInvalidityDiagnostics of every engine."""
+        self.silent = False
+        """Whether an engine is refused without a word."""
         for name, members in self.surface.items():
             if isinstance(members, dict):
                 setattr(self, name, enum.IntEnum(name, members))
@@ -302,6 +306,8 @@ class Runtime(Thing):
         magic = MAGIC[self._double.library]
         if not serialized_engine.startswith(magic):
             return self._refuse("Serialization assertion header.magicTag == kEXPECTED_MAGIC_TAG failed.")
+        if not serialized_engine.endswith(b"}"):
+            return self._refuse("Serialization assertion plan.header.size == blobSize failed. In parsePlan")
         told = json.loads(serialized_engine[len(magic) :])
         if told["version"] != self._double.__version__:
             return self._refuse(
@@ -311,10 +317,11 @@ class Runtime(Thing):
         return self._double.ICudaEngine(told)
 
     def get_engine_validity(self, buffer: bytes) -> Any:
-        return self._double.EngineValidity.INVALID, 0
+        return self._double.EngineValidity.INVALID, self._double.flags
 
     def _refuse(self, text: str) -> None:
-        self.error_recorder.report_error(self._double.ErrorCodeTRT.INTERNAL_ERROR, text)
+        if not self._double.silent:
+            self.error_recorder.report_error(self._double.ErrorCodeTRT.INTERNAL_ERROR, text)
 
 
 class ICudaEngine(Thing):
