@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import pluggy
 
@@ -70,6 +70,17 @@ class AdapterKind(Protocol):
         """Make an adapter for one asset. Must not connect yet."""
 
 
+class Health(NamedTuple):
+    """How it stands with what a session depends on."""
+
+    facts: Sequence[tuple[str, str]]
+    """(label, words), a line each of `model show`: `upstream`, `http://…: circuit open`."""
+    trouble: str = ""
+    """Why the session cannot answer now; empty where it can."""
+    hint: str = ""
+    """What to do about it."""
+
+
 class Session(Protocol):
     """A loaded model inside a worker."""
 
@@ -105,6 +116,14 @@ class CountingSession(Protocol):
 
     counts: Mapping[str, int]
     """What happened -> how often since the load. The same mapping for life, with all its keys from the beginning."""
+
+
+@runtime_checkable
+class DependentSession(Protocol):
+    """A session that depends on something outside the worker, such as another server."""
+
+    def health(self) -> Health:
+        """How it stands with that now. Called every few seconds, by any thread; must not wait."""
 
 
 @runtime_checkable

@@ -125,7 +125,8 @@ def test_a_batch_is_counted_by_request_and_by_batch():
 
 def entry(version, loaded_ns, success, rows=None):
     stats = LaneStats(loaded_ns=loaded_ns, success=success, batch_rows=Counts(rows or {}), session={"tries": success})
-    return {"model": "m", "version": version, "waiting": 0, **msgspec.structs.asdict(stats)}
+    health = {"facts": [["upstream", "http://node: circuit closed"]], "trouble": "", "hint": ""}
+    return {"model": "m", "version": version, "waiting": 0, "health": health, **msgspec.structs.asdict(stats)}
 
 
 def test_totals_outlive_loads_and_are_counted_once():

@@ -92,7 +92,7 @@ async def test_a_models_own_limit_finds_its_hang(root, make_pool):
     with pytest.raises(WorkerError):
         await pool.infer("faulty", action(5), deadline_ms=10_000)
     await until(lambda: not psutil.pid_exists(pid))
-    assert "model 'faulty' version 1 runs for more than 150 ms" in pool._workers["shared"].last_death
+    await until(lambda: "model 'faulty' version 1 runs for more than 150 ms" in pool._workers["shared"].last_death)
     assert [version for _, version in pool._served["faulty"].deaths] == [1]
 
 

@@ -98,8 +98,8 @@ def load(ctx: click.Context, name: str, version: int | None) -> None:
     output: Output = ctx.obj
     entry = output.daemon(LOAD_TIMEOUT_S).call("model.load", model=name, version=version, by=BY)
     lines = [f"{name} serves version {_numbers(entry['versions'])}."]
-    for stray in entry["strays"]:
-        lines += wrapped(f"Warning: {stray['reason']}", rest="  ")
+    for warning in [_with_hint(missed["reason"], missed["hint"]) for missed in entry["missed"]] + _strays(entry):
+        lines += wrapped(f"Warning: {warning}", rest="  ")
     output.emit(entry, lines)
 
 
@@ -152,6 +152,7 @@ def _describe(model: dict[str, Any], running: bool) -> list[str]:
         ("worker", model["worker"]),
         ("gpu", "; ".join(_evidence(*item) for item in model.get("accelerator", {}).items())),
         ("threads", "; ".join(_threads(*item) for item in model.get("threads", {}).items())),
+        *((label, text) for facts in model["depends"].values() for label, text in facts),
         ("needs", ", ".join(model["needs"])),
         ("rules", ", ".join(model["rules"])),
         ("licence", model["licence"]),
@@ -186,7 +187,12 @@ def _reason(model: dict[str, Any]) -> str:
     """Why a model does not serve as it should, or which folders of it are passed over."""
     if model["reason"]:
         return _with_hint(model["reason"], model["hint"])
-    return "; ".join(stray["reason"] for stray in model.get("strays", ()))
+    return "; ".join(_strays(model))
+
+
+def _strays(model: dict[str, Any]) -> list[str]:
+    """The folders of a model that are passed over, and why."""
+    return [stray["reason"] for stray in model.get("strays", ())]
 
 
 def _with_hint(reason: str, hint: str) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from millhand.errors import AcceleratorError, DeadlineError, MillhandError, ModelError, WorkerError
-from millhand.hookspecs import CountingSession, DeadlineSession
+from millhand.hookspecs import CountingSession, DeadlineSession, DependentSession
 from millhand.serving.batcher import Lane, Request
 from millhand.serving.device_memory import trim_memory, used_bytes
 from millhand.serving.ensemble import EnsembleSession, open_session
@@ -276,6 +276,20 @@ class LoadedModel:
             else:
                 self.stats.add_batch(inference.requests, inference.started_ns, inference.ended_ns)
 
+    def counted(self) -> dict[str, Any]:
+        """The LaneStats, how many requests wait and run, and how it stands with what the session depends on."""
+        return {
+            "model": self.name,
+            "version": self.version,
+            "waiting": len(self.lane.queue),
+            "running": self.lane.running,
+            "health": self._health(),
+            **msgspec.structs.asdict(self.stats),
+        }
+
+    def _health(self) -> dict[str, Any]:
+        return self.session.health()._asdict() if isinstance(self.session, DependentSession) else {}
+
     def close(self) -> None:
         """Free the model's memory and give it back to the system."""
         self._sessions.close(self.session)
@@ -293,6 +307,8 @@ class LoadedModel:
             "memory_bytes": self.memory_bytes,
             "threads": self._sessions.choice(self.session),
             "proof": getattr(self.session, "proof", {}),
+            "loaded_ns": self.stats.loaded_ns,
+            "health": self._health(),
         }
 
     def _warm_up(self, count: int) -> None:

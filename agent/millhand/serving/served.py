@@ -121,6 +121,16 @@ class Served:
         names = (part.candidate if part.model == self.name else f"{part.model}: {part.candidate}" for part in parts)
         return list(dict.fromkeys(names))
 
+    def health(self) -> dict[int, dict[str, Any]]:
+        """Ready version -> how it stands with what its session depends on (hookspecs.Health), as of the last heartbeat;
+        of several workers the first."""
+        found = {}
+        for version, loaded in self.loads().items():
+            stats = self.holders(version)[0].ledger.running.get((self.name, version))
+            fresh = stats is not None and stats["loaded_ns"] == loaded["loaded_ns"]
+            found[version] = stats["health"] if stats and fresh else loaded["health"]
+        return {version: health for version, health in found.items() if health}
+
     def memory_bytes(self, version: int, host: WorkerDefaults | None = None) -> int:
         """What a version takes of its memory in all workers, or in those on one host; 0 where it is not loaded."""
         key = (self.name, version)
@@ -182,7 +192,7 @@ def entry(
     folder: ModelFolder, served: Served | None, repository: Repository, standings: Sequence[Standing]
 ) -> dict[str, Any]:
     """A model's entry of the index. It reads artifacts to compare them with their proofs."""
-    missed = list(_missed(standings))
+    missed = [*_troubles(served), *_missed(standings)]
     return {
         "name": folder.name,
         "description": folder.manifest.description,
@@ -214,6 +224,13 @@ def _version(number: int, served: Served | None, folder: ModelFolder) -> dict[st
         "memory_bytes": served.memory_bytes(number) if served else 0,
         "candidates": served.candidates(number) if served else [],
     }
+
+
+def _troubles(served: Served | None) -> Iterator[dict[str, str]]:
+    """Why versions that are ready do not answer, and what to do."""
+    for version, health in (served.health() if served else {}).items():
+        if health["trouble"]:
+            yield {"reason": f"version {version} does not answer: {health['trouble']}", "hint": health["hint"]}
 
 
 def _missed(standings: Sequence[Standing]) -> Iterator[dict[str, str]]:
@@ -271,6 +288,7 @@ def metadata(
         "metadata": manifest.metadata,
         "accelerator": _evidence(served),
         "threads": _threads(served),
+        "depends": {str(version): found["facts"] for version, found in (served.health() if served else {}).items()},
         "steps": _steps(folder, served),
         **_on_disk(folder, repository),
         "choices": [asdict(standing) for standing in standings],

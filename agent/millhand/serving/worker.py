@@ -267,8 +267,8 @@ class Worker:
         return {"pid": os.getpid(), "uptime_s": time.monotonic() - self._started}
 
     def _stats(self) -> list[dict[str, Any]]:
-        """One entry a loaded version; see `_counted`."""
-        return [_counted(model) for versions in list(self._models.values()) for model in list(versions.values())]
+        """One entry a loaded version; see `LoadedModel.counted`."""
+        return [model.counted() for versions in list(self._models.values()) for model in list(versions.values())]
 
     def _metadata(self, model: str, version: int = 0) -> dict[str, Any]:
         return self._model(model, version).metadata()
@@ -290,8 +290,9 @@ class Worker:
             self._batcher.remove(replaced.lane)
             if replaced.session is model.session:
                 model.memory_bytes += replaced.memory_bytes
+            counted = replaced.counted()
             replaced.close()
-            return {**model.metadata(), "replaced": _counted(replaced)}
+            return {**model.metadata(), "replaced": counted}
 
     def _unload(self, model: str, version: int) -> dict[str, Any]:
         with self._load_lock:
@@ -364,17 +365,6 @@ class Worker:
         self._blackbox.end(record)
         for inference in inferences:
             model.count_inference(inference)
-
-
-def _counted(model: LoadedModel) -> dict[str, Any]:
-    """The LaneStats, and how many requests wait and run."""
-    return {
-        "model": model.name,
-        "version": model.version,
-        "waiting": len(model.lane.queue),
-        "running": model.lane.running,
-        **msgspec.structs.asdict(model.stats),
-    }
 
 
 def _moved(message: str) -> ModelError:

@@ -109,6 +109,8 @@ def _sum(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Add counts, lists of counts and counts by key; what is no count is the other's, which is the later one."""
     total = dict(other)
     for key, value in other.items():
+        if key == "health":
+            continue
         if isinstance(value, list):
             total[key] = [first + second for first, second in zip(one[key], value, strict=True)]
         elif isinstance(value, dict):

@@ -11,8 +11,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from millhand.errors import DeadlineError, InputError, MillhandError, ModelError, WorkerError
+from millhand.hookspecs import Health
 from millhand.serving.tensors import Specs, Tensors, check_inputs
-from millhand_plugins.remote.breaker import OPEN
+from millhand_plugins.remote.breaker import CLOSED, OPEN
 from millhand_plugins.remote.channel import UpstreamError
 from millhand_plugins.remote.local import LocalModel
 from millhand_plugins.remote.options import Policy, UpstreamFile, check_hosts, read_policy, read_upstream_file
@@ -89,7 +90,8 @@ class RemoteBackend:
 
 
 class RemoteSession:
-    """`Session`, `DeadlineSession` and `CountingSession` over upstreams, in order of preference, and a fallback."""
+    """`Session`, `DeadlineSession`, `CountingSession` and `DependentSession`: upstreams in order of preference, and a
+    fallback."""
 
     concurrent = True
     """Several batches may run at once, each in a thread of its own."""
@@ -136,6 +138,22 @@ class RemoteSession:
                 self._count("upstream")
                 return outputs
         return self._without_upstream(inputs, deadline_ns, failures)
+
+    def health(self) -> Health:
+        """Each upstream's circuit and last error, the fallback, and who has answered."""
+        counts, local = self.counts, self._local
+        by = {"upstreams": counts["upstream"], "the fallback": counts["local"], "none": counts["unanswered"]}
+        facts = [
+            *(("upstream", upstream.health()) for upstream in self._upstreams),
+            ("fallback", "none" if local is None else local.name),
+            ("batches", ", ".join(f"{count} answered by {who}" for who, count in by.items())),
+        ]
+        failures = [upstream.failure for upstream in self._upstreams if upstream.breaker.state != CLOSED]
+        if local is not None or len(failures) < len(self._upstreams):
+            return Health(facts)
+        known = [failure for failure in failures if failure is not None]
+        text = "; ".join(failure.message for failure in known)
+        return Health(facts, f"{text}, and there is no fallback", known[0].hint if known else "")
 
     def close(self) -> None:
         _close(self._upstreams)

@@ -30,6 +30,7 @@ class LocalModel:
         self, fallback: Fallback, folder: Path, accelerator: str, threads: int, declared: tuple[Specs, Specs]
     ) -> None:
         self._artifact = folder / fallback.artifact
+        self.name = self._artifact.name
         self._inputs, self._outputs = declared
         self._request = LoadRequest(
             model=self._artifact.name,

@@ -112,7 +112,7 @@ def check_hosts(urls: tuple[str, ...], hosts: tuple[str, ...]) -> None:
         if not {netloc, parts.hostname} & {host.lower().replace("[", "").replace("]", "") for host in hosts}:
             raise ModelError(
                 f"tensors may not be sent to '{url}': '{netloc}' is not among [plugins.remote] hosts = {list(hosts)}",
-                hint=f"if they may leave this node, add '{netloc}' to hosts",
+                hint=f"if they may leave this node, add '{netloc}' to hosts and restart the agent",
             )
 
 

@@ -95,7 +95,8 @@ class Upstream:
         """Whether it has said what it is since the circuit last opened."""
         self._binary = False
         self._headers: Mapping[str, str] = {}
-        self._reason = ""
+        self.failure: UpstreamError | None = None
+        """The last that opened the circuit, or might have."""
 
     def declare(self, inputs: Specs, outputs: Specs) -> None:
         """Say what the model must take and give."""
@@ -148,15 +149,24 @@ class Upstream:
         except UpstreamError as error:
             waited_ns = time.monotonic_ns() - started_ns
             if error.counted and not (isinstance(error, UpstreamLate) and waited_ns < self._policy.patience_ms * 1e6):
-                ok, self._reason = False, error.message
+                ok, self.failure = False, error
             raise
         finally:
             self._settle(ticket, ok)
 
     def give_up(self, error: UpstreamError) -> None:
         """Open the circuit after a failed `check`."""
-        self._reason = error.message
+        self.failure = error
         self.breaker.trip()
+
+    def health(self) -> str:
+        """The circuit and the last error, in words."""
+        state, retry_s = self.breaker.state, self.breaker.retry_in_ns / 1e9
+        when = ""
+        if state == OPEN:
+            when = f", tried again in {retry_s:.1f} s" if retry_s else ", tried by the next request"
+        last = f"; last error: {self.failure.message}" if self.failure else ""
+        return f"{self.url}: circuit {state}{when}{last}"
 
     def close(self) -> None:
         self._channel.close()
@@ -168,7 +178,7 @@ class Upstream:
         if changed == OPEN:
             self._known = False
             retry_s = self.breaker.retry_in_ns / 1e9
-            log.warning("upstream '%s' is left alone for %.1f s: %s", self.url, retry_s, self._reason)
+            log.warning("upstream '%s' is left alone for %.1f s: %s", self.url, retry_s, self.failure)
         elif changed == CLOSED:
             log.warning("upstream '%s' answers again", self.url)
 
@@ -245,7 +255,7 @@ class Upstream:
         state, left_s = self.breaker.state, self.breaker.retry_in_ns / 1e9
         when = f"it is tried again in {left_s:.1f} s" if state == OPEN else "one request is trying it now"
         return LeftAlone(
-            f"upstream '{self.url}' is left alone (circuit {state}), {when}; last: {self._reason}",
+            f"upstream '{self.url}' is left alone (circuit {state}), {when}; last: {self.failure}",
             hint="send the request again later, or declare a fallback",
         )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -132,6 +134,40 @@ def test_a_node_without_its_upstream_says_503_and_comes_good(node: Callable[...,
     wait_until(lambda: front.infer([1, 2]).status_code == 200, "an answer of the upstream")
     assert front.y([1, 2.5]) == [2, 5]
     assert front.counts()["circuit_closed"] == 1
+
+
+def test_a_model_that_cannot_answer_says_so_at_its_load_and_later(node: Callable[..., Node], upstream: Node) -> None:
+    """The upstream answers, but has no such model; then it has one."""
+    upstream.agent.write_config(f"[http]\nport = {upstream.port}\n")
+    upstream.agent.start()
+    front = node(fallback=False)
+
+    def says(*words: str) -> str:
+        command = [sys.executable, "-m", "millhand", "-c", str(front.agent.config_path), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode in (0, 3, 4), done.stderr
+        return " ".join((done.stdout + done.stderr).split())
+
+    gone = f"upstream '{upstream.url}' answered 404"
+    loaded = says("model", "load", "press")
+    assert loaded.startswith(f"press serves version 1. Warning: version 1 does not answer: {gone}")
+    assert "and there is no fallback (does the model stand there" in loaded
+    for words in (("list",), ("show", "press")):
+        assert f"does not answer: {gone}" in says("model", *words)
+    assert f"WARN model press: version 1 does not answer: {gone}" in says("check")
+    shown = says("model", "show", "press")
+    assert f"upstream {upstream.url}: circuit open, tried" in shown and f"; last error: {gone}" in shown
+    assert "fallback none" in shown and "0 answered by upstreams, 0 answered by the fallback, " in shown
+
+    upstream.agent.stop()
+    upstream.agent.write_config(
+        f'[models]\npaths = ["{upstream.agent.folder.parent}/upstream"]\n[http]\nport = {upstream.port}\n'
+    )
+    upstream.start()
+    wait_until(lambda: front.infer([1, 2]).status_code == 200, "an answer of the upstream")
+    wait_until(lambda: f"upstream {upstream.url}: circuit closed" in says("model", "show", "press"), "the heartbeat")
+    assert "does not answer" not in says("model", "list")
+    assert says("model", "load", "press") == "press serves version 1."
 
 
 def test_a_replaced_fallback_is_loaded_where_only_its_own_file_changed(

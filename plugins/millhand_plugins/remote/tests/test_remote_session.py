@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import socket
 import ssl
 import threading
@@ -531,6 +532,37 @@ def test_all_urls_away_names_each(server: Any, second_server: Any, load: Load) -
     assert second_server.url in caught.value.message
 
 
+def test_it_tells_how_its_upstreams_stand(server: Any, second_server: Any, load: Load) -> None:
+    session = load(server.url, second_server.url, failures=1, retry_ms=60_000)
+    first, second = f"{server.url}: circuit ", f"{second_server.url}: circuit "
+    session.run(X)
+    assert session.health() == (
+        [
+            ("upstream", f"{first}closed"),
+            ("upstream", f"{second}closed"),
+            ("fallback", "none"),
+            ("batches", "1 answered by upstreams, 0 answered by the fallback, 0 answered by none"),
+        ],
+        "",
+        "",
+    )
+    server.infer = lambda *_: server.http(status="503 X")
+    session.run(X)
+    health = session.health()
+    assert re.fullmatch(
+        rf"{first}open, tried again in \d\d\.\d s; last error: upstream '{server.url}' answered 503", health.facts[0][1]
+    )
+    assert (health.facts[1][1], health.trouble) == (f"{second}closed", "")
+    second_server.infer = server.infer
+    with pytest.raises(WorkerError):
+        session.run(X)
+    health = session.health()
+    said = [f"upstream '{one.url}' answered 503" for one in (server, second_server)]
+    assert health.trouble == f"{'; '.join(said)}, and there is no fallback"
+    assert health.hint == "it is overloaded, or the model is not ready there"
+    assert load(server.url, fallback=True).health().facts[-2] == ("fallback", "model.onnx")
+
+
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 MISMATCHES: dict[str, tuple[dict[str, Any], str]] = {
@@ -683,7 +715,7 @@ def test_what_json_cannot_carry_is_answered_locally(server: Any, load: Load) -> 
 def test_tensors_go_nowhere_that_the_owner_has_not_listed(server: Any, load: Load, hosts: tuple[str, ...]) -> None:
     with pytest.raises(ModelError, match=rf"may not be sent to '{server.url}'") as caught:
         load(server.url, hosts=hosts)
-    assert f"add '127.0.0.1:{server.port}' to hosts" in caught.value.hint
+    assert f"add '127.0.0.1:{server.port}' to hosts and restart the agent" in caught.value.hint
     assert not server.got
     assert server.connections == 0
 
