@@ -18,10 +18,10 @@ class TensorrtBackend:
     suffixes: tuple[str, ...] = (".engine",)
 
     def prepare(self) -> None:
-        """Import the library that `load` will most likely use."""
-        name = next((name for name in LIBRARIES if installed(name)), None)
-        if name is not None:
-            load_library(name)
+        """Import the library, where there is only one: the two export the same symbols, and the engine decides."""
+        found = [name for name in LIBRARIES if installed(name)]
+        if len(found) == 1:
+            load_library(found[0])
 
     def load(self, artifact: Path, accelerator: str, options: Mapping[str, Any]) -> TensorrtSession:
         """Load one engine. `options`: the keys of `[plugins.tensorrt]`. The session must `prove` itself next.

@@ -147,7 +147,7 @@ class _Build:
         if self._monitor.ended is not None:
             raise self._monitor.ended
         if plan is None:
-            raise build_fault(self._file, self._library, self._recorder.errors, list(self._logger.said))
+            raise build_fault(self._file, self._library, list(self._recorder.errors), list(self._logger.said))
         if cache is not None and kept is not None:
             cache.write(bytes(kept.serialize()))
         return bytes(plan)

@@ -16,7 +16,11 @@ from millhand_plugins.tensorrt.library import Library
 SHOWN_CHARACTERS = 400
 NOISE = re.compile(r"catchCudaError")
 """A second line that follows any error where there is no driver; it says nothing of the first."""
-TRAILER = re.compile(r"\s*In \w+ at /\S+(?::\d+)?\)?$|^\[\d+\] |^\w+::\w+: Error Code \d+: |^\[\S+\] (?=Error Code)")
+PLACE = re.compile(r"\s*In \w+ at /\S+?(?=[\s)]|$)")
+"""A place in TensorRT's own source."""
+WRAPPED = re.compile(r"^.*?Error Code \d+: (?:[\w /]+\((?P<inner>.*)\)$|(?P<plain>.+))")
+HEADING = re.compile(r"^(?:Invalid Node|In node -?\d+)")
+"""A line that says no more than that something follows."""
 MEMORY = re.compile(
     r"bad_alloc|out of memory|FAILED_ALLOCATION|MEM_ALLOC_FAILED|cannot allocate|insufficient memory|"
     r"Resource temporarily unavailable|Requested amount of GPU memory",
@@ -51,6 +55,10 @@ REMEDIES = (
         re.compile(r"whole blocks|ScaleMode", re.I),
         "quantise in blocks that divide the rows of the weights, at least two of them; the recipe int4-qdq does",
     ),
+    (
+        re.compile(r"must match|dimensions? (?:of|mismatch)", re.I),
+        "the shapes in the file do not fit together: look at it with onnx.checker, and export it again",
+    ),
     (re.compile(r"could not find any implementation", re.I), "raise workspace_bytes_cap or optimization_level"),
     (re.compile(r"optimization profile", re.I), "set [plugins.tensorrt.ranges] for the free dimensions"),
 )
@@ -59,17 +67,13 @@ GENERAL_HINT = "serve the model with the backend onnxruntime, or export it witho
 
 def brief(text: str) -> str:
     """The first line that says something, without the places in TensorRT's own source."""
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip() and not NOISE.search(line)]
-    shown = ""
-    for line in lines:
-        shown = line
-        while (shorter := TRAILER.sub("", shown).strip()) != shown:
-            shown = shorter
-        if not shown.startswith(("Invalid Node", "In node -1")) or len(lines) == 1:
-            break
-    if shown.count("(") != shown.count(")"):
-        shown = shown.replace("API Usage Error (", "", 1) if "API Usage Error (" in shown else shown
-    return shown[:SHOWN_CHARACTERS]
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not NOISE.search(line)]
+    telling = [line for line in lines if not HEADING.match(line)] or lines or [""]
+    shown = PLACE.sub("", telling[0])
+    found = WRAPPED.match(shown)
+    if found:
+        shown = found["inner"] or found["plain"]
+    return shown.strip()[:SHOWN_CHARACTERS]
 
 
 def parse_fault(file: str, library: Library, errors: Sequence[Any], said: Sequence[str]) -> ModelError:

@@ -34,6 +34,8 @@ class Traits:
     """The package that holds the native libraries for `bindings`."""
     natives: tuple[str, ...] = ()
     """Their names in it, in the order in which they must be loaded."""
+    oldest: tuple[int, int] = (0, 0)
+    """The oldest version whose calls are those that are made here."""
     install: str = ""
     """What to do where it is missing."""
     magic: bytes = b""
@@ -59,6 +61,7 @@ LIBRARIES = {
     FULL: Traits(
         title="TensorRT",
         module="tensorrt",
+        oldest=(10, 3),
         install="install TensorRT for the workers' interpreter: JetPack and NVIDIA's containers bring it, or "
         "`pip install tensorrt`",
         timing_cache=True,
@@ -136,18 +139,16 @@ def load_library(name: str) -> Library:
     if not installed(name):
         raise ModelError(f"{traits.title} is not installed", hint=traits.install)
     try:
-        if _importable(traits.module):
-            return Library(name, traits, importlib.import_module(traits.module))
-        version = _preload(traits)
-        trt = importlib.import_module(traits.bindings)
+        library = Library(name, traits, _import(traits))
     except (ImportError, OSError) as error:
         raise ModelError(f"{traits.title} does not load: {error}", hint=traits.install) from error
-    if not str(trt.__version__).startswith(version):
+    if library.release < traits.oldest:
+        oldest = ".".join(map(str, traits.oldest))
         raise ModelError(
-            f"{traits.title}: '{traits.carrier}' holds {version}, '{traits.bindings}' is for {trt.__version__}",
-            hint=f"install versions that belong together: {traits.install}",
+            f"{library.title} is too old: {oldest} is the oldest that is known here",
+            hint=f"take {traits.title} {oldest} or later (JetPack 6.1), or the backend onnxruntime",
         )
-    return Library(name, traits, trt)
+    return library
 
 
 def _importable(module: str) -> bool:
@@ -157,6 +158,20 @@ def _importable(module: str) -> bool:
     except (ImportError, ValueError):
         return False
     return spec is not None and spec.origin is not None
+
+
+def _import(traits: Traits) -> Any:
+    """Its own package, else the bindings with the native libraries of another. Raises ImportError or OSError."""
+    if _importable(traits.module):
+        return importlib.import_module(traits.module)
+    version = _preload(traits)
+    trt = importlib.import_module(traits.bindings)
+    if not str(trt.__version__).startswith(version):
+        raise ImportError(
+            f"'{traits.carrier}' holds {version}, '{traits.bindings}' is for {trt.__version__}: "
+            "install versions that belong together"
+        )
+    return trt
 
 
 def _preload(traits: Traits) -> str:

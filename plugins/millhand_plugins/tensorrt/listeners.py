@@ -28,7 +28,7 @@ def make_logger(library: Library) -> Any:
 
 
 def make_recorder(library: Library) -> Any:
-    """An `IErrorRecorder` with an attribute `errors`: names of codes, and texts."""
+    """An `IErrorRecorder` with an attribute `errors`: names of codes, and texts, the newest of them."""
     return _recorder_class(library)()
 
 
@@ -98,15 +98,16 @@ def _recorder_class(library: Library) -> Any:
     class Recorder(base):  # type: ignore[misc]
         def __init__(self) -> None:
             base.__init__(self)
-            self.errors: list[tuple[str, str]] = []
-            self._codes: list[Any] = []
+            self.errors: deque[tuple[str, str]] = deque(maxlen=KEPT)
+            self._codes: deque[Any] = deque(maxlen=KEPT)
+            self._reported = 0
             self._lock = threading.Lock()
 
         def report_error(self, code: Any, text: str) -> bool:
             with self._lock:
-                if len(self.errors) < KEPT:
-                    self._codes.append(code)
-                    self.errors.append((str(getattr(code, "name", code)), text))
+                self._reported += 1
+                self._codes.append(code)
+                self.errors.append((str(getattr(code, "name", code)), text))
             return False
 
         def num_errors(self) -> int:
@@ -119,12 +120,13 @@ def _recorder_class(library: Library) -> Any:
             return self.errors[number][1]
 
         def has_overflowed(self) -> bool:
-            return len(self.errors) >= KEPT
+            return self._reported > KEPT
 
         def clear(self) -> None:
             with self._lock:
                 self.errors.clear()
                 self._codes.clear()
+                self._reported = 0
 
     return Recorder
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from millhand.errors import ModelError
@@ -61,13 +60,15 @@ class TensorrtMaker:
         return sorted(RECIPES, key=lambda recipe: order.get(recipe.precision, len(order)))
 
     def key(self, target: Target) -> Mapping[str, str]:
-        """Versions of the libraries that are installed, and where the target is in this machine its GPU and driver."""
+        """Version of the library that would build now, and where the target is in this machine its GPU and driver.
+
+        Only that one is imported: the two export the same symbols.
+        """
         found = {}
-        for name in LIBRARIES:
-            if installed(name):
-                library = load_library(name)
-                found[name] = library.version
-                found[_major(name)] = str(library.release[0])
+        name = self._choose(target)
+        if name is not None and installed(name):
+            library = load_library(name)
+            found = {name: library.version, _major(name): str(library.release[0])}
         if target.runs_here:
             gpu = this_gpu()
             found |= {"gpu": gpu.name, "driver": gpu.driver}
@@ -82,13 +83,11 @@ class TensorrtMaker:
         if name is None:
             raise ModelError(
                 f"no library builds engines for compute capability {job.target.compute_capability} here",
-                hint="build on the target itself with TensorRT, or for one of "
-                f"{', '.join(sorted(LIBRARIES[RTX].ahead))} with TensorRT-RTX",
+                hint=f"build on the target itself with TensorRT, or for {_ahead(RTX)} with TensorRT-RTX",
             )
         library = load_library(name)
         job.progress(0.0, "reading the model")
-        with self._timing_cache(library, job) as cache:
-            plan, notes = build_plan(library, job, cache)
+        plan, notes = build_plan(library, job, _timing_cache(library, job))
         (job.folder / ARTIFACT).write_bytes(plan)
         job.progress(1.0, "engine written")
         return Made(
@@ -112,15 +111,13 @@ class TensorrtMaker:
         fitting = [name for name in LIBRARIES if not _cannot(name, target)]
         return next((name for name in fitting if installed(name)), fitting[0] if fitting else None)
 
-    @contextmanager
-    def _timing_cache(self, library: Library, job: Job) -> Iterator[CacheFile | None]:
-        """The cache of kernels' times, for a library that has one."""
-        if not library.traits.timing_cache:
-            yield None
-            return
-        gpu = this_gpu()
-        writer = {"library": library.title, "driver": gpu.driver, "gpu": gpu.name}
-        yield CacheFile(job.cache / TIMING_CACHE, writer)
+
+def _timing_cache(library: Library, job: Job) -> CacheFile | None:
+    """The cache of kernels' times, for a library that has one."""
+    if not library.traits.timing_cache:
+        return None
+    gpu = this_gpu()
+    return CacheFile(job.cache / TIMING_CACHE, {"library": library.title, "driver": gpu.driver, "gpu": gpu.name})
 
 
 def _cannot(name: str, target: Target) -> str:
@@ -129,9 +126,13 @@ def _cannot(name: str, target: Target) -> str:
     if tuple(int(part) for part in capability.split(".")) < CAPABILITY_MIN:
         return f"{traits.title} holds no code for compute capability {capability}"
     if traits.ahead:
-        known = ", ".join(sorted(traits.ahead, key=float))
-        return "" if capability in traits.ahead else f"{traits.title} builds for compute capability {known} only"
+        return "" if capability in traits.ahead else f"{traits.title} builds for compute capability {_ahead(name)} only"
     return "" if target.runs_here else f"{traits.title} builds only for a GPU of the machine that it runs on"
+
+
+def _ahead(name: str) -> str:
+    """The compute capabilities that a library builds for without the GPU."""
+    return ", ".join(sorted(LIBRARIES[name].ahead, key=float))
 
 
 def _options(library: Library, job: Job) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from millhand.errors import AcceleratorError, InputError, MillhandError, ModelError
+from millhand.errors import AcceleratorError, InputError, ModelError
 from millhand.serving.tensors import Specs, Tensors
 from millhand_plugins.tensorrt.contexts import Contexts
 from millhand_plugins.tensorrt.device import Device
@@ -116,7 +116,10 @@ class TensorrtSession:
         try:
             return self._run_parts(inputs)
         except ModelError as error:
-            raise self._failure(error) from error
+            lost = self._lost_accelerator()
+            if lost is None:
+                raise
+            raise lost from error
 
     def close(self) -> None:
         """Free streams, buffers, contexts, engine and the device's context, in this order. May be called twice."""
@@ -140,9 +143,9 @@ class TensorrtSession:
         ]
         return {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
 
-    def _failure(self, error: ModelError) -> MillhandError:
-        """Tells a batch that fails from a GPU that does: the row of the proof is run again. An error of CUDA stays with
-        the process, and each inference after it fails, too."""
+    def _lost_accelerator(self) -> AcceleratorError | None:
+        """Tells a batch that fails (None) from a GPU that does: the row of the proof is run again. An error of CUDA
+        stays with the process, and each inference after it fails, too."""
         try:
             self._run(self._example())
         except ModelError as again:
@@ -150,7 +153,7 @@ class TensorrtSession:
                 f"'{self._name}': the GPU fails with every input since: {again.message}",
                 hint="the worker is started again; look at nvidia-smi and the kernel's log for the GPU",
             )
-        return error
+        return None
 
     def _run(self, inputs: Tensors, prefill: bool = False) -> dict[str, NDArray[Any]]:
         try:

@@ -340,6 +340,33 @@ def test_an_empty_folder_of_its_name_is_no_library(monkeypatch: pytest.MonkeyPat
     assert not installed(FULL)
 
 
+def test_a_library_that_is_too_old_is_refused(trt: Put) -> None:
+    trt("tensorrt 10.3.0").__version__ = "8.6.1"
+    with pytest.raises(ModelError, match=r"TensorRT 8\.6\.1 is too old: 10\.3 is the oldest"):
+        load_library(FULL)
+
+
+def test_of_two_libraries_only_the_one_that_is_needed_is_imported(trt: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They export the same symbols."""
+    import sys
+
+    from millhand_plugins.tensorrt import backend, maker
+
+    rtx = trt(RTX_VERSION)
+    trt("tensorrt 10.3.0")
+    monkeypatch.setitem(sys.modules, rtx.__name__, rtx)
+    imported = []
+    for user in (backend, maker):
+        monkeypatch.setattr(user, "load_library", lambda name: imported.append(name) or load_library(name))
+    TensorrtBackend().prepare()
+    assert not imported
+    key = TensorrtMaker(TensorrtSettings()).key(ORIN)
+    assert (key["tensorrt"], key["gpu"]) == ("10.3.0", "Orin")
+    assert imported == [FULL]
+    assert "tensorrt" not in TensorrtMaker(TensorrtSettings()).key(SM80)
+    assert imported == [FULL, RTX]
+
+
 def test_an_engine_tells_its_library() -> None:
     assert library_of(b"vtrt....") == RTX
     assert library_of(b"ftrt....") == FULL

@@ -84,6 +84,8 @@ def test_messages_are_brief() -> None:
         "product: last dimension of input0 = 45 and second to last dimension of input1 = 44 but must match."
     )
     assert "driver" not in remedy(text)
+    assert brief("Error Code 2: wD: ScaleMode is illegal.") == "wD: ScaleMode is illegal."
+    assert brief("Plugin not found") == "Plugin not found"
     assert brief("") == ""
 
 
