@@ -130,17 +130,17 @@ def test_an_output_that_is_not_written_fails_the_proof(build: Any, gpu: Gpu) -> 
 
 
 def test_rows_that_touch_each_other_fail_the_proof(build: Any, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    import trt_double
+    import trt_running
 
-    plain = trt_double.compute
+    plain = trt_running.compute
 
     def mixed(work: Any) -> None:
         plain(work)
-        y = trt_double._array(gpu, work, work.engine._tensor("y"))
+        y = trt_running._array(gpu, work, work.engine._tensor("y"))
         y[:] += len(y)
 
     _, path, options = build("tensorrt 10.3.0")
-    monkeypatch.setattr(trt_double, "compute", mixed)
+    monkeypatch.setattr(trt_running, "compute", mixed)
     session = open_session(path, options, prove=False)
     with pytest.raises(ModelError, match="another answer in a batch of 64 than alone"):
         session.prove(INPUTS, 64)
