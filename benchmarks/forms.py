@@ -44,8 +44,9 @@ def form(**choices: Any) -> Writer:
     return write
 
 
-def in_two_dimensions(model: Path, out: Path, rows: Rows) -> None:
-    """Every Conv over time gets a height of one."""
+def raised(model: Path, out: Path, rows: Rows) -> None:
+    """The float net with convolutions over two dimensions, one of them a height of one: ONNX Runtime has blocked
+    kernels for these alone."""
     net = onnx.load(str(model))
     graph = net.graph
     weights = {item.name: item for item in graph.initializer}
@@ -64,9 +65,13 @@ def in_two_dimensions(model: Path, out: Path, rows: Rows) -> None:
     graph.node[0].input[0] = "raised"
     graph.node.insert(0, helper.make_node("Unsqueeze", [first, "height"], ["raised"], "raise"))
     del graph.value_info[:]
-    raised = out.with_suffix(".float.onnx")
-    onnx.save(net, str(raised))
-    FORMS["7 bits by channel"](raised, out, rows)
+    onnx.save(net, str(out))
+
+
+def raised_int8(model: Path, out: Path, rows: Rows) -> None:
+    whole = out.with_suffix(".float.onnx")
+    raised(model, whole, rows)
+    form(per_channel=True, reduce_range=True)(whole, out, rows)
 
 
 FORMS: dict[str, Writer] = {
@@ -76,5 +81,6 @@ FORMS: dict[str, Writer] = {
     "uint8 weights by tensor": form(weight_type=U8),
     "int8 activations by channel": form(activation_type=S8, per_channel=True),
     "QOperator by channel": form(per_channel=True, quant_format=QuantFormat.QOperator),
-    "7 bits by channel, in two dimensions": in_two_dimensions,
+    "7 bits by channel, in two dimensions": raised_int8,
+    "float32, in two dimensions": raised,
 }

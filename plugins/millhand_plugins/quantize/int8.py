@@ -34,7 +34,7 @@ class Int8:
             if smoothed:
                 self.notes.append(f"a Mul levels out the columns of {', '.join(smoothed)} before they are rounded")
         self.layers = [layer for layer in graph.layers() if layer.name in names]
-        self._by_channel = self._choose_channels(calibration, options.channels)
+        self._by_channel = self._choose_channels(calibration, options.channels if form.chained else "each")
         self._ranges = calibrated(graph, calibration, options)
 
     def candidate(self, names: Iterable[str]) -> Graph:
@@ -50,6 +50,7 @@ class Int8:
         """The layers with a scale for each output channel.
 
         Convolutions take them at no cost; for a linear layer ONNX Runtime sets them up at each call, which is felt.
+        TensorRT sets them up once.
         """
         if wish == "all":
             return set()

@@ -95,7 +95,7 @@ def test_layers_say_what_they_lost(bench):
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "sequence"])
 def test_for_tensorrt_everything_is_symmetric(bench, name):
-    candidate = bench(name).make("int8-qdq", target="sm80", channels="each")
+    candidate = bench(name).make("int8-qdq", target="sm80")
     model, values = candidate.model, None
     values = constants(model)
     layers = [
