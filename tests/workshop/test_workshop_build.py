@@ -70,6 +70,20 @@ def test_a_deliberately_damaged_quantisation_is_refused_and_the_original_keeps_s
     assert "worse" in verdict.reason
 
 
+def test_what_is_chosen_serves_at_once_where_a_daemon_runs(node: Node) -> None:
+    node.start("run")
+    control = ControlClient(node.run_dir / "control.sock")
+    wait_until(lambda: _serves(control), "the model", 30)
+    before = _ask(control)
+    done = node.millhand("model", "build", "pump", "--data", node.rows())
+    assert done.code == 0, done.err
+    assert "The daemon has loaded pump again and serves folded." in done.out
+    assert control.call("model.show", model="pump")["details"][0]["candidates"] == ["folded"]
+    after = _ask(control)
+    assert not (after == before).all()  # rounded otherwise: it is another net
+    assert np.allclose(after, before, rtol=1e-3, atol=1e-2)
+
+
 def _serves(control: ControlClient) -> bool:
     try:
         return bool(control.call("model.show", model="pump")["versions"])
@@ -379,7 +393,7 @@ def test_a_second_build_of_the_same_model_is_refused(node: Node) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_kill_9_at_any_moment_leaves_old_or_new(node: Node, seed: int) -> None:
     """Killed at seeded moments: a first build (even seeds), and one that replaces what serves (odd seeds)."""
     node.configure("folded", "slow", "half", seed=0)
@@ -445,7 +459,7 @@ def test_one_screen_says_which_won_and_why(node: Node) -> None:
     lines = compared.out.splitlines()
     assert len(lines) < 24
     header = next(line for line in lines if line.startswith("CANDIDATE"))
-    assert header.split() == ["CANDIDATE", "TYPE", "SIZE", "METRIC", "DROP", "P50", "P99", "MEMORY", "VERDICT"]
+    assert header.split() == ["CANDIDATE", "TYPE", "SIZE", "METRIC", "DROP", "SPEED", "P50", "P99", "MEM", "VERDICT"]
     verdicts = {line.split()[0]: line.split()[-1] for line in lines[lines.index(header) :][:4]}
     assert verdicts == {
         "CANDIDATE": "VERDICT",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from millhand.errors import InputError
-from millhand.workshop.judge import Library
+from millhand.workshop.judge import PluginRef
 from millhand.workshop.plan import Offer, Plan, make_plan
 from millhand.workshop.recipe import Recipe, Target
 
@@ -16,7 +16,7 @@ GPU = Target(name="sm80", accelerator="", precisions=("fp16", "int8", "bf16", "f
 
 def offer(name: str, precision: str, source: str = "", minutes: float = 1.0, maker: str = "m") -> Offer:
     recipe = Recipe(name=name, precision=precision, description="", source=source, minutes=minutes)
-    return Offer(recipe, maker, Library(module="m"))
+    return Offer(recipe, maker, PluginRef(module="m"))
 
 
 OFFERS = [

@@ -19,8 +19,8 @@ from millhand_workbench import write
 from millhand.errors import MillhandError, ModelError
 from millhand.testing import wait_until
 from millhand.workshop.jobs import MakeJob, RecipesAnswer, RecipesJob
-from millhand.workshop.judge import Library
-from millhand.workshop.process import Bench
+from millhand.workshop.judge import PluginRef
+from millhand.workshop.process import JobRunner
 from millhand.workshop.recipe import Made, Recipe, Target
 
 KIT = Path(__file__).parent / "kit"
@@ -28,10 +28,10 @@ MIB = 1 << 20
 CALLER = """
 import sys, msgspec
 from millhand.workshop.jobs import AnyJob
-from millhand.workshop.process import Bench
+from millhand.workshop.process import JobRunner
 from millhand.workshop.recipe import Made
 job = msgspec.json.decode(sys.argv[1], type=AnyJob)
-Bench(None, "cpu", 1, 100).run(job, Made, on_line=lambda line: print(line, flush=True))
+JobRunner(None, "cpu", 1, 100).run(job, Made, on_line=lambda line: print(line, flush=True))
 """
 
 
@@ -47,7 +47,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def job(folder: Path, recipe: str) -> MakeJob:
     return MakeJob(
-        plugin=Library(
+        plugin=PluginRef(
             module="millhand_workbench", options={"recipes": [recipe], "log": str(folder / "made.log"), "key": ""}
         ),
         maker="workbench",
@@ -65,7 +65,7 @@ def job(folder: Path, recipe: str) -> MakeJob:
 
 
 def run(folder: Path, recipe: str, deadline_s: float = 60, **limits: Any) -> Made:
-    return Bench(None, "cpu", 1, deadline_s, **limits).run(job(folder, recipe), Made)
+    return JobRunner(None, "cpu", 1, deadline_s, **limits).run(job(folder, recipe), Made)
 
 
 def gone(pid: int) -> bool:
@@ -74,7 +74,7 @@ def gone(pid: int) -> bool:
 
 def test_progress_comes_and_the_answer(folder: Path) -> None:
     lines: list[dict[str, Any]] = []
-    made = Bench(None, "cpu", 1, 60).run(job(folder, "folded"), Made, on_line=lines.append)
+    made = JobRunner(None, "cpu", 1, 60).run(job(folder, "folded"), Made, on_line=lines.append)
     assert made == Made(artifact="model.onnx", backend="onnxruntime")
     assert (folder / "a/b/c/job/model.onnx").exists()
     assert [(line["share"], line["step"]) for line in lines if "share" in line] == [(0.1, "reading"), (1.0, "written")]
@@ -121,19 +121,21 @@ def test_memory_beyond_the_cap_ends_it(folder: Path) -> None:
 
 
 def test_a_table_that_is_wrong_for_the_target_is_told(folder: Path) -> None:
-    plugin = Library(module="millhand_workbench", options={"recipes": ["refuses"]})
+    plugin = PluginRef(module="millhand_workbench", options={"recipes": ["refuses"]})
     with pytest.raises(MillhandError, match="names no library"):
-        Bench(None, "cpu", 1, 60).run(RecipesJob(plugin=plugin, target=Target()), RecipesAnswer)
+        JobRunner(None, "cpu", 1, 60).run(RecipesJob(plugin=plugin, target=Target()), RecipesAnswer)
 
 
 def test_a_plugin_that_cannot_be_imported_is_told(folder: Path) -> None:
     with pytest.raises(MillhandError, match=r"plugin 'not_there' failed in millhand_makers: ModuleNotFoundError"):
-        Bench(None, "cpu", 1, 60).run(RecipesJob(plugin=Library(module="not_there"), target=Target()), RecipesAnswer)
+        JobRunner(None, "cpu", 1, 60).run(
+            RecipesJob(plugin=PluginRef(module="not_there"), target=Target()), RecipesAnswer
+        )
 
 
 def test_an_interpreter_that_is_not_there_is_told(folder: Path) -> None:
     with pytest.raises(ModelError, match="cannot be started with '/no/python'") as error:
-        Bench(Path("/no/python"), "cpu", 1, 60).run(job(folder, "folded"), Made)
+        JobRunner(Path("/no/python"), "cpu", 1, 60).run(job(folder, "folded"), Made)
     assert "interpreter" in error.value.hint
 
 
@@ -160,7 +162,7 @@ def test_when_the_caller_goes_all_go(folder: Path, number: signal.Signals) -> No
 def test_what_jobs_import_is_python_3_10() -> None:
     """Each file that a job loads before its maker parses as 3.10 and imports nothing that a lean worker lacks."""
     script = (
-        "import sys, json, millhand.workshop.guard, millhand.workshop.jobs;"
+        "import sys, json, millhand.workshop.supervisor, millhand.workshop.jobs;"
         "print(json.dumps([[n, getattr(m, '__file__', None)] for n, m in sys.modules.items()]))"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
@@ -176,7 +178,7 @@ def test_what_jobs_import_is_python_3_10() -> None:
         [
             sys.executable,
             "-c",
-            "import sys, millhand.workshop.guard; print('numpy' in sys.modules, 'msgspec' in sys.modules)",
+            "import sys, millhand.workshop.supervisor; print('numpy' in sys.modules, 'msgspec' in sys.modules)",
         ],
         capture_output=True,
         check=True,

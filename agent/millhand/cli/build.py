@@ -128,7 +128,9 @@ def _serve(output: Output, name: str) -> None:
         said = f"{name} is not loaded: millhand model load {name} serves it."
         if serving:
             daemon.call("model.load", model=name)
-            said = f"The daemon has loaded {name} again."
+            details = daemon.call("model.show", model=name)["details"]
+            candidates = ", ".join(candidate for detail in details for candidate in detail["candidates"])
+            said = f"The daemon has loaded {name} again and serves {candidates or 'the original'}."
     if not output.as_json:
         for line in wrapped(said):
             click.echo(line)
@@ -170,8 +172,7 @@ class _Lines(_Silent):
 
     def outcome(self, outcome: Outcome) -> None:
         taken = f"{outcome.minutes * 60:.0f} s" if outcome.made else "from the shelf"
-        if outcome.state == "not tried":
-            taken = "not tried"
+        taken = "" if outcome.state == "not tried" else taken
         text = f"{outcome.name:<{NAME_CHARACTERS}} {outcome.state:<9} {taken:<14} "
         click.echo(text + shorten(outcome.why, LINE_CHARACTERS - len(text)))
 

@@ -10,13 +10,14 @@ from millhand.cli.output import LINE_CHARACTERS, Output, json_option, table, wra
 
 if TYPE_CHECKING:
     from millhand.proof.document import Proof
-    from millhand.workshop.report import BuildReport
+    from millhand.workshop.report import BuildReport, Outcome
     from millhand.workshop.shelf import Shelf
 
 KIB, MIB = 1 << 10, 1 << 20
 NOTHING = "-"
-HEADERS = ("candidate", "type", "size", "metric", "drop", "p50", "p99", "memory", "verdict")
-NAME_CHARACTERS = 15
+TOLD = ("refused", "failed", "not tried")
+HEADERS = ("candidate", "type", "size", "metric", "drop", "speed", "p50", "p99", "mem", "verdict")
+NAME_CHARACTERS = 13
 
 
 @click.command("compare", short_help="Show what was made of a model, which candidate won, and why.")
@@ -62,18 +63,29 @@ def _lines(report: BuildReport, proofs: dict[str, Proof]) -> list[str]:
     states = {outcome.name: outcome for outcome in report.outcomes}
     rows = [_original(report, proofs)]
     rows += [_row(report, proof, states[name].state if name in states else "") for name, proof in proofs.items()]
+    rows += [_bare_row(outcome) for name, outcome in states.items() if name not in proofs and outcome.precision]
     lines = wrapped(f"{report.model} version {report.version} for {report.target}, {_measured(report, proofs)}")
     lines += ["", *table(HEADERS, rows, LINE_CHARACTERS)]
-    told = [outcome for outcome in report.outcomes if outcome.state in ("refused", "failed", "not tried")]
-    if told:
-        lines.append("")
-    for outcome in told:
-        lines += wrapped(f"{outcome.name} {outcome.state}: {outcome.why}", rest="  ")
+    told = _told(report)
+    lines += ["", *told] if told else []
     why = report.why or (
         f"Built for {report.target}, which is not in this machine: nothing was run, and nothing was chosen. On a node "
         f"with that chip 'millhand model build {report.model}' proves what lies on its shelf."
     )
     return [*lines, "", *wrapped(why)]
+
+
+def _told(report: BuildReport) -> list[str]:
+    """Why candidates do not serve, those of one reason together."""
+    names: dict[tuple[str, str, str], list[str]] = {}
+    for outcome in report.outcomes:
+        if outcome.state in TOLD:
+            names.setdefault((outcome.state, outcome.why, outcome.hint), []).append(outcome.name)
+    lines = []
+    for (state, why, hint), which in names.items():
+        lines += wrapped(f"{', '.join(which)} {state}: {why}", rest="  ")
+        lines += wrapped(f"Try: {hint}", "  ", "  ") if hint else []
+    return lines
 
 
 def _measured(report: BuildReport, proofs: dict[str, Proof]) -> str:
@@ -82,7 +94,10 @@ def _measured(report: BuildReport, proofs: dict[str, Proof]) -> str:
     if score is None:
         return "not run"
     data = score.data.partition("; sha256")[0]
-    return f"{score.metric} on {score.rows} rows ({data}), times in ms at batches of {report.typical_batch}, one thread"
+    return (
+        f"{score.metric} on {score.rows} rows ({data}); speed beside the original, p50 and p99 in ms, at batches of "
+        f"{report.typical_batch}, one thread"
+    )
 
 
 def _original(report: BuildReport, proofs: dict[str, Proof]) -> tuple[str, ...]:
@@ -92,16 +107,16 @@ def _original(report: BuildReport, proofs: dict[str, Proof]) -> tuple[str, ...]:
     beside = proofs.get(report.chosen) or next((proof for proof in proofs.values() if proof.score), None)
     score = beside.score if beside else None
     latency = timed(beside, report.typical_batch) if beside else None
-    memory = beside.original_memory_bytes if beside else report.original_memory_bytes
     return (
         "(original)",
         "",
         _size(report.source_bytes),
         f"{score.original:.4g}" if score else NOTHING,
         NOTHING,
-        f"{latency.original_p50_ms:.3g}" if latency else NOTHING,
-        f"{latency.original_p99_ms:.3g}" if latency else NOTHING,
-        _size(memory),
+        "",
+        _ms(latency.original_p50_ms) if latency else NOTHING,
+        _ms(latency.original_p99_ms) if latency else NOTHING,
+        _size(beside.original_memory_bytes if beside else None),
         "serves" if report.executed and not report.chosen else "",
     )
 
@@ -114,16 +129,32 @@ def _row(report: BuildReport, proof: Proof, state: str) -> tuple[str, ...]:
     if state == "failed":
         verdict = "failed"
     return (
-        proof.candidate if len(proof.candidate) <= NAME_CHARACTERS else f"{proof.candidate[: NAME_CHARACTERS - 1]}…",
+        _short(proof.candidate),
         proof.precision,
         _size(proof.bytes),
         f"{score.candidate:.4g}" if score else NOTHING,
-        f"{score.drop_percent:.2g}%" if score else NOTHING,
-        f"{latency.p50_ms:.3g}" if latency else NOTHING,
-        f"{latency.p99_ms:.3g}" if latency else NOTHING,
+        f"{round(score.drop_percent, 2) + 0.0:.2f}%" if score else NOTHING,
+        f"{latency.original_p50_ms / latency.p50_ms:.2f}x" if latency else NOTHING,
+        _ms(latency.p50_ms) if latency else NOTHING,
+        _ms(latency.p99_ms) if latency else NOTHING,
         _size(proof.memory_bytes),
         "serves" if proof.candidate == report.chosen else verdict,
     )
+
+
+def _bare_row(outcome: Outcome) -> tuple[str, ...]:
+    """A candidate without a proof."""
+    verdict = outcome.state if outcome.state == "failed" else NOTHING
+    return (_short(outcome.name), outcome.precision, *[NOTHING] * 7, verdict)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= NAME_CHARACTERS else f"{name[: NAME_CHARACTERS - 1]}…"
+
+
+def _ms(time_ms: float) -> str:
+    """Five characters up to ten seconds."""
+    return f"{time_ms:.{max(0, 4 - len(str(int(time_ms))))}f}"
 
 
 def _size(size_bytes: int | None) -> str:

@@ -62,6 +62,16 @@ def build(site: Site, order: Order, listener: Listener) -> BuildReport:
     Raises MillhandError where nothing can be built at all: the model or the target, no maker, no rows, or another
     build of the model under way.
     """
+    try:
+        return _carry_out(site, order, listener)
+    except OSError as error:
+        raise ModelError(
+            f"the shelf '{site.shelf.root}' cannot be written: {error}",
+            hint="run as the user that runs the agent, make room, or set [models] built_dir to another folder",
+        ) from error
+
+
+def _carry_out(site: Site, order: Order, listener: Listener) -> BuildReport:
     ends_s = None if order.budget_minutes is None else time.monotonic() + 60 * order.budget_minutes
     work = open_work(site, order.model, order.version, order.target, order.typical_batch)
     with site.shelf.claimed(work.name), site.shelf.scratch(work.name, work.version, work.target.name) as scratch:
@@ -89,15 +99,15 @@ class _Build:
 
     def run(self) -> BuildReport:
         plan = self._plan()
-        lying = self._lying(plan)
-        self.listener.planned([*(offer.name for offer in plan.offers), *(candidate.name for candidate in lying)])
+        brought = self._brought(plan)
+        self.listener.planned([*(offer.name for offer in plan.offers), *(candidate.name for candidate in brought)])
         for name, why in self.offers.failures.items():
             self._tell(Outcome(name=name, precision="", state="failed", why=why))
         for left in plan.left_out:
             self._tell(Outcome(name=left.name, precision=left.precision, state="not tried", why=left.why))
         for offer in plan.offers:
             self._try(offer)
-        for candidate in lying:
+        for candidate in brought:
             self._prove(candidate)
         return self._finish()
 
@@ -109,11 +119,11 @@ class _Build:
             order.target,
             only=order.only,
             budget_minutes=order.budget_minutes,
-            ready={offer.name for offer in offers if self.crafter.lying(offer)},
+            ready={offer.name for offer in offers if self.crafter.on_shelf(offer)},
             barred={offer.name: why for offer in offers if offer.recipe.calibrated} if self.missing_rows else {},
         )
 
-    def _lying(self, plan: Plan) -> list[Candidate]:
+    def _brought(self, plan: Plan) -> list[Candidate]:
         """What was brought onto the shelf and no maker here has a recipe for: it can be proved all the same."""
         if self.order.only or not self.order.target.runs_here:
             return []
@@ -181,7 +191,6 @@ class _Build:
             executed=work.target.runs_here,
             source_sha256=work.source_sha256,
             source_bytes=work.source_bytes,
-            original_memory_bytes=prover.original_memory_bytes,
             typical_batch=work.typical_batch,
             data=prover.rows.source if prover.rows else "",
             outcomes=tuple(self.outcomes.values()),
@@ -217,7 +226,7 @@ def _rows(work: Work, order: Order, offers: Offers, scratch: Path, listener: Lis
     except InputError as error:
         if here or order.data is not None:
             raise
-        return None, error.message
+        return None, f"{error.message}; {error.hint}"
 
 
 def _check_offers(work: Work, offers: Offers, crafter: Crafter) -> None:
@@ -232,8 +241,14 @@ def _check_offers(work: Work, offers: Offers, crafter: Crafter) -> None:
 
 
 def _failed(name: str, precision: str, error: Exception, started_s: float) -> Outcome:
-    why = error.message if isinstance(error, MillhandError) else f"the shelf cannot be written: {error}"
-    return Outcome(name=name, precision=precision, state="failed", why=why, made=True, minutes=_minutes(started_s))
+    why, hint = (
+        (error.message, error.hint)
+        if isinstance(error, MillhandError)
+        else (f"the shelf cannot be written: {error}", "make room, or mend its permissions")
+    )
+    return Outcome(
+        name=name, precision=precision, state="failed", why=why, hint=hint, made=True, minutes=_minutes(started_s)
+    )
 
 
 def _minutes(started_s: float) -> float:

@@ -42,7 +42,7 @@ class Crafter:
         found = self._shelf.candidates(*self._where)
         return [candidate for candidate in found if candidate.record.source_sha256 == self._work.source_sha256]
 
-    def lying(self, offer: Offer) -> Candidate | None:
+    def on_shelf(self, offer: Offer) -> Candidate | None:
         """The candidate that making this would give again, whole and tied to nothing that has changed; else None."""
         found = {candidate.name: candidate for candidate in self.candidates()}
         candidate, source = found.get(offer.name), found.get(offer.recipe.source)
@@ -62,14 +62,14 @@ class Crafter:
         cannot always be told, and then it is not."""
         site, record, target = self._work.site, candidate.record, self._work.target
         try:
-            keys = Keys(site.registry, site.bench(target, 1, 0).interpreter)
+            keys = Keys(site.registry, site.runner(target, 1, 0).interpreter)
             return bool(asyncio.run(keys.differences(record.maker, record.made, target)))
         except MillhandError:
             return target.runs_here
 
     def craft(self, offer: Offer) -> tuple[Proof, bool]:
         """Returns (proof, whether it was made now). Raises MillhandError or OSError where it fails."""
-        candidate = self.lying(offer)
+        candidate = self.on_shelf(offer)
         if candidate is not None:
             return self.prove(candidate), False
         candidate, proof = self._make(offer)

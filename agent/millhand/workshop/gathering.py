@@ -9,8 +9,8 @@ from millhand.errors import InputError
 from millhand.pipeline.recorded import recorded_path
 from millhand.serving.manifest import Manifest
 from millhand.workshop.jobs import ExamplesAnswer, ExamplesJob, load_examples
-from millhand.workshop.judge import Library
-from millhand.workshop.process import Line, own_bench
+from millhand.workshop.judge import PluginRef
+from millhand.workshop.process import Line, own_runner
 from millhand.workshop.rows import Parts, Rows, checked, owner_parts, read_arrays, recorded_parts
 from millhand.workshop.site import Site
 
@@ -44,11 +44,11 @@ def gather(site: Site, manifest: Manifest, data: Path | None, scratch: Path, on_
         ) from error
 
 
-def _evaluation(site: Site, model: str) -> tuple[str, Library] | None:
+def _evaluation(site: Site, model: str) -> tuple[str, PluginRef] | None:
     """The plugin that knows how the model is judged."""
     for plugin, evaluation in site.registry.collect("millhand_evaluations"):
         if evaluation.model == model:
-            return plugin, site.library(plugin)
+            return plugin, site.plugin(plugin)
     return None
 
 
@@ -62,7 +62,7 @@ def _names_inputs(data: Path, manifest: Manifest) -> bool:
 def _evaluated(
     site: Site,
     manifest: Manifest,
-    evaluation: tuple[str, Library],
+    evaluation: tuple[str, PluginRef],
     data: Path | None,
     scratch: Path,
     on_line: Callable[[Line], None],
@@ -71,7 +71,7 @@ def _evaluated(
     name, plugin = evaluation
     path = scratch / "examples.npz"
     job = ExamplesJob(plugin=plugin, model=manifest.name, data=None if data is None else str(data), rows=str(path))
-    answer = own_bench(site.config.workshop.deadline_s).run(job, ExamplesAnswer, on_line=on_line)
+    answer = own_runner(site.config.workshop.deadline_s).run(job, ExamplesAnswer, on_line=on_line)
     calibration, held, truth = load_examples(path)
     path.unlink()
     parts = Parts(f"plugin '{name}'", calibration, held, truth, answer.source)

@@ -1,4 +1,4 @@
-"""What the workshop's processes do, one job each (see guard.py): list recipes, give rows, make, judge, weigh.
+"""What the workshop's processes do, one job each (see supervisor.py): list recipes, give rows, make, judge, weigh.
 
 A job is one JSON argument; its lines on standard output are JSON too: `{"share": 0.4, "step": "calibrating"}` as it
 goes on, and as the last one `{"done": ...}` or `{"error": {code, message, hint}}`. Arrays lie as .npz in the job's
@@ -32,7 +32,7 @@ from millhand.errors import MillhandError, ModelError, PluginError
 from millhand.proof.document import Latency
 from millhand.serving.lanes import LoadRequest
 from millhand.serving.tensors import Tensors
-from millhand.workshop.judge import ENERGY_S, Library, answers, candidate_request, latency, opened, run_for
+from millhand.workshop.judge import ENERGY_S, PluginRef, answers, candidate_request, latency, opened, run_for
 from millhand.workshop.metric import Measured, Metric, measure
 from millhand.workshop.recipe import Job, Judgement, Made, Recipe, Target
 
@@ -47,7 +47,7 @@ MAKING_NICENESS = 10
 class RecipesJob(msgspec.Struct, frozen=True, kw_only=True, tag="recipes"):
     """Answers RecipesAnswer."""
 
-    plugin: Library
+    plugin: PluginRef
     target: Target
 
 
@@ -61,7 +61,7 @@ class RecipesAnswer(msgspec.Struct, frozen=True, kw_only=True):
 class ExamplesJob(msgspec.Struct, frozen=True, kw_only=True, tag="examples"):
     """Writes `rows` and answers ExamplesAnswer. Runs in the agent's own interpreter, as the plugin does."""
 
-    plugin: Library
+    plugin: PluginRef
     model: str
     data: str | None
     rows: str
@@ -76,7 +76,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     """What a candidate is measured by."""
 
     original: LoadRequest
-    libraries: dict[str, Library]
+    backends: dict[str, PluginRef]
     """Backend -> what brings it."""
     metric: Metric
     rows: str
@@ -87,7 +87,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 class MakeJob(msgspec.Struct, frozen=True, kw_only=True, tag="make"):
     """Answers Made."""
 
-    plugin: Library
+    plugin: PluginRef
     maker: str
     recipe: Recipe
     model: str
@@ -206,7 +206,7 @@ def _make(job: MakeJob, say: Say) -> Made:
 
 def _judge(job: JudgeJob, say: Say) -> JudgeAnswer:
     trial = job.trial
-    request = candidate_request(trial.original, job.artifact, job.backend, job.options, trial.libraries)
+    request = candidate_request(trial.original, job.artifact, job.backend, job.options, trial.backends)
     rows, truth = load_rows(trial.rows)
     batch = trial.original.max_batch
     with opened(trial.original) as original, opened(request) as candidate:
@@ -259,7 +259,7 @@ class _Judge:
                 self._before = answers(original, self._rows, batch, _silent)
         checked_made(made, self._folder)
         artifact = str(self._folder / made.artifact)
-        request = candidate_request(trial.original, artifact, made.backend, made.options, trial.libraries)
+        request = candidate_request(trial.original, artifact, made.backend, made.options, trial.backends)
         with opened(request) as candidate:
             after = answers(candidate, self._rows, batch, _silent)
         measured = measure(trial.metric, self._before, after, self._truth)
@@ -327,7 +327,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _items(plugin: Library, hook_name: str) -> Iterator[Any]:
+def _items(plugin: PluginRef, hook_name: str) -> Iterator[Any]:
     """What a plugin's hook returns. Raises PluginError, whatever the plugin does."""
     try:
         hook = getattr(importlib.import_module(plugin.module), hook_name)
@@ -343,7 +343,7 @@ def _items(plugin: Library, hook_name: str) -> Iterator[Any]:
         ) from error
 
 
-def _named(plugin: Library, hook: str, attribute: str, name: str) -> Any:
+def _named(plugin: PluginRef, hook: str, attribute: str, name: str) -> Any:
     for item in _items(plugin, hook):
         if getattr(item, attribute) == name:
             return item

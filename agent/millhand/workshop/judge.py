@@ -31,7 +31,7 @@ ENERGY_S = 2.0
 """Long beside the 20 to 100 ms after which boards refresh their power readings."""
 
 
-class Library(msgspec.Struct, frozen=True, kw_only=True):
+class PluginRef(msgspec.Struct, frozen=True, kw_only=True):
     """What brings a backend: the plugin to import, and its validated table."""
 
     module: str
@@ -39,24 +39,24 @@ class Library(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def candidate_request(
-    original: LoadRequest, artifact: str, backend: str, options: Mapping[str, Any], libraries: Mapping[str, Library]
+    original: LoadRequest, artifact: str, backend: str, options: Mapping[str, Any], backends: Mapping[str, PluginRef]
 ) -> LoadRequest:
     """The load of a candidate in the original's place: model.toml's options hold where its backend stays.
 
     Raises ModelError for a backend that no plugin brings.
     """
-    library = libraries.get(backend)
-    if library is None:
+    plugin = backends.get(backend)
+    if plugin is None:
         raise ModelError(
             f"no loaded plugin brings the backend '{backend}', which the candidate needs",
-            hint=f"loaded plugins bring: {', '.join(libraries) or 'none'}; name its plugin under [plugins]",
+            hint=f"loaded plugins bring: {', '.join(backends) or 'none'}; name its plugin under [plugins]",
         )
     return msgspec.structs.replace(
         original,
         artifact=artifact,
         backend=backend,
-        module=library.module,
-        plugin_options={**library.options, "threads": 1},
+        module=plugin.module,
+        plugin_options={**plugin.options, "threads": 1},
         options={**(original.options if backend == original.backend else {}), **options},
         fingerprint="",
     )

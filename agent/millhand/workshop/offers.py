@@ -10,7 +10,7 @@ import msgspec
 
 from millhand.errors import MillhandError
 from millhand.workshop.jobs import RecipesAnswer, RecipesJob
-from millhand.workshop.judge import Library
+from millhand.workshop.judge import PluginRef
 from millhand.workshop.plan import Offer
 from millhand.workshop.recipe import Target
 from millhand.workshop.site import Site
@@ -35,11 +35,11 @@ def ask_makers(site: Site, target: Target, engines: bool, say: Callable[[str], N
     offers: list[Offer] = []
     failures: dict[str, str] = {}
     versions: dict[str, str] = {}
-    bench = site.bench(target, 1, DEADLINE_S)
+    runner = site.runner(target, 1, DEADLINE_S)
     for name, plugin in site.plugins("millhand_makers"):
         say(f"asking plugin {name}")
         try:
-            answer = bench.run(RecipesJob(plugin=plugin, target=target), RecipesAnswer)
+            answer = runner.run(RecipesJob(plugin=plugin, target=target), RecipesAnswer)
         except MillhandError as error:
             failures[name] = error.message
             continue
@@ -53,6 +53,6 @@ def ask_makers(site: Site, target: Target, engines: bool, say: Callable[[str], N
     return Offers(tuple(offers), failures, versions)
 
 
-def options_digest(plugin: Library) -> str:
+def options_digest(plugin: PluginRef) -> str:
     """SHA-256 of a plugin's table."""
     return hashlib.sha256(msgspec.json.encode(plugin.options, order="sorted")).hexdigest()

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from millhand.errors import InputError, suggestion
-from millhand.workshop.judge import Library
+from millhand.workshop.judge import PluginRef
 from millhand.workshop.recipe import Recipe, Target
 
 
@@ -16,7 +16,7 @@ class Offer:
 
     recipe: Recipe
     maker: str
-    plugin: Library
+    plugin: PluginRef
     options_sha256: str = ""
 
     @property

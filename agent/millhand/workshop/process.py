@@ -27,11 +27,12 @@ from millhand.workshop.jobs import AnyJob
 
 log = logging.getLogger("millhand.workshop")
 
-MODULE = "millhand.workshop.guard"
+MODULE = "millhand.workshop.supervisor"
 TICK_S = 0.1
 GRACE_S = 2.0
 """Between SIGTERM and SIGKILL, for a maker that wants to leave things in order."""
-LINE_BYTES_CAP = 1 << 20
+LINE_BYTES_CAP = 64 << 20
+"""The answer of a maker describes every layer."""
 STDERR_LINES = 20
 STDERR_LINE_CHARACTERS = 400
 MIB = 1 << 20
@@ -41,7 +42,7 @@ Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Bench:
+class JobRunner:
     """Where jobs run: an interpreter, an accelerator, and limits."""
 
     interpreter: Path | None
@@ -103,22 +104,22 @@ class _Pipe:
 class _Running:
     """A living job."""
 
-    bench: Bench
+    runner: JobRunner
     job: AnyJob
     process: subprocess.Popen[bytes] = field(init=False)
     words: deque[str] = field(default_factory=lambda: deque(maxlen=STDERR_LINES))
     lines: deque[Line] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
-        bench = self.bench
-        command = python_command(bench.interpreter, MODULE, msgspec.json.encode(self.job).decode())
+        runner = self.runner
+        command = python_command(runner.interpreter, MODULE, msgspec.json.encode(self.job).decode())
         try:
             self.process = subprocess.Popen(
                 command,
-                stdin=subprocess.PIPE,  # never written to: its end tells the guard that we are gone
+                stdin=subprocess.PIPE,  # never written to: its end tells the supervisor that we are gone
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env=native_environment(bench.accelerator, bench.threads),
+                env=native_environment(runner.accelerator, runner.threads),
                 start_new_session=True,
             )
         except OSError as error:
@@ -130,7 +131,7 @@ class _Running:
     def listen(self, on_line: Callable[[Line], None], on_tick: Callable[[], None]) -> Line:
         """Pass lines on until the process has ended; returns its last line."""
         last: Line = {}
-        end_s = time.monotonic() + self.bench.deadline_s
+        end_s = time.monotonic() + self.runner.deadline_s
         ended = os.pidfd_open(self.process.pid)
         try:
             with selectors.DefaultSelector() as selector:
@@ -176,12 +177,12 @@ class _Running:
         return ModelError(f"{what}: {self.words[-1]}" if self.words else what, hint=hint)
 
     def _check_limits(self, end_s: float, ended: int) -> None:
-        cap = self.bench.memory_bytes_cap
+        cap = self.runner.memory_bytes_cap
         if time.monotonic() > end_s:
             os.killpg(self.process.pid, signal.SIGTERM)
             select.select([ended], [], [], GRACE_S)
             raise ModelError(
-                f"it was not done within {self.bench.deadline_s:.0f} s",
+                f"it was not done within {self.runner.deadline_s:.0f} s",
                 hint="give it more time: [workshop] deadline_s, or --budget",
             )
         if cap and (held := _group_bytes(self.process.pid)) > cap:
@@ -222,6 +223,6 @@ def _group_bytes(leader: int) -> int:
     return 0
 
 
-def own_bench(deadline_s: float) -> Bench:
+def own_runner(deadline_s: float) -> JobRunner:
     """For what needs the agent's own packages: the plugins' evaluations."""
-    return Bench(Path(sys.executable), "cpu", 1, deadline_s)
+    return JobRunner(Path(sys.executable), "cpu", 1, deadline_s)

@@ -80,7 +80,7 @@ class Prover:
         assert self.rows is not None
         work, made = self.work, candidate.record.made
         trial = work.trial(self.rows, self.scratch, held=True)
-        bench = work.site.bench(work.target, 1, deadline_s)
+        runner = work.site.runner(work.target, 1, deadline_s)
         sampler = Sampler()
         try:
             meter = Meter(sampler, work.target.accelerator)
@@ -99,15 +99,13 @@ class Prover:
                 meter.take(line)
                 report(line)
 
-            answer = bench.run(job, JudgeAnswer, on_line=take, on_tick=meter.tick)
+            answer = runner.run(job, JudgeAnswer, on_line=take, on_tick=meter.tick)
         finally:
             sampler.close()
         progress(JUDGED, "weighing")
         if self.original_memory_bytes is None:
-            self.original_memory_bytes = bench.run(WeighJob(request=trial.original), int)
-        request = candidate_request(
-            trial.original, str(candidate.artifact), made.backend, made.options, trial.libraries
-        )
+            self.original_memory_bytes = runner.run(WeighJob(request=trial.original), int)
+        request = candidate_request(trial.original, str(candidate.artifact), made.backend, made.options, trial.backends)
         measured = answer.measured
         score = Score(
             metric=self.rows.metric.name,
@@ -125,7 +123,7 @@ class Prover:
             executed=True,
             score=score,
             latency=answer.latency,
-            memory_bytes=bench.run(WeighJob(request=request), int),
+            memory_bytes=runner.run(WeighJob(request=request), int),
             original_memory_bytes=self.original_memory_bytes,
             energy_mj=meter.energy_mj,
             passed=passed,

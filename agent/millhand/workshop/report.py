@@ -23,6 +23,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     state: State
     """passed or refused by the gate; built for hardware that is not here; failed to be made or to run; not tried."""
     why: str
+    hint: str = ""
+    """What to do, where something failed."""
     made: bool = False
     """Made in this build, and not taken from the shelf."""
     minutes: float = 0.0
@@ -37,7 +39,6 @@ class BuildReport(msgspec.Struct, frozen=True, kw_only=True):
     executed: bool
     source_sha256: str
     source_bytes: int
-    original_memory_bytes: int | None = None
     typical_batch: int
     data: str = ""
     """Where the rows came from; empty where none were needed."""

@@ -20,8 +20,8 @@ from millhand.serving.lanes import LoadRequest
 from millhand.serving.load_request import backend_sources, load_request
 from millhand.serving.repository import ModelFolder, Repository
 from millhand.serving.settings import WorkerDefaults
-from millhand.workshop.judge import Library
-from millhand.workshop.process import Bench
+from millhand.workshop.judge import PluginRef
+from millhand.workshop.process import JobRunner
 from millhand.workshop.recipe import CPU, Target
 from millhand.workshop.shelf import Shelf, open_shelf
 from millhand.workshop.targets import node_targets
@@ -58,10 +58,10 @@ class Site:
                 return host
         return self.match.worker.model_copy(update={"accelerator": CPU, "cpus": ()})
 
-    def bench(self, target: Target, threads: int, deadline_s: float) -> Bench:
+    def runner(self, target: Target, threads: int, deadline_s: float) -> JobRunner:
         """Where jobs for a target run: with the interpreter of its workers."""
         host = self.worker(target)
-        return Bench(
+        return JobRunner(
             interpreter=self.config.models.interpreter or host.interpreter,
             accelerator=target.accelerator or CPU,
             threads=threads,
@@ -80,22 +80,22 @@ class Site:
             accelerator=target.accelerator or CPU,
         )
 
-    def backends(self) -> dict[str, Library]:
+    def backends(self) -> dict[str, PluginRef]:
         """Backend -> what brings it."""
         found = backend_sources(self.registry)
-        return {name: Library(module=source.module, options=dict(source.options)) for name, source in found.items()}
+        return {name: PluginRef(module=source.module, options=dict(source.options)) for name, source in found.items()}
 
-    def plugins(self, hook: str) -> Iterator[tuple[str, Library]]:
+    def plugins(self, hook: str) -> Iterator[tuple[str, PluginRef]]:
         """The loaded plugins that implement a hook, by name."""
         for plugin in self.registry.plugins.values():
             if hook in plugin.hooks and plugin.state in ("loaded", "degraded"):
-                yield plugin.name, self.library(plugin.name)
+                yield plugin.name, self.plugin(plugin.name)
 
-    def library(self, plugin: str) -> Library:
+    def plugin(self, name: str) -> PluginRef:
         """A loaded plugin as jobs import it."""
-        state = self.registry.plugins[plugin]
+        state = self.registry.plugins[name]
         options = {} if state.config is None else state.config.model_dump(mode="json")
-        return Library(module=state.module.partition(":")[0], options=options)
+        return PluginRef(module=state.module.partition(":")[0], options=options)
 
     def facts(self, target: Target) -> dict[str, Any]:
         """What a proof says of the node that it was made on."""

@@ -58,7 +58,7 @@ class Work:
             save_rows(path, *((rows.held, rows.truth) if held else (rows.trial, rows.trial_truth)))
         return Trial(
             original=self.request,
-            libraries=self.site.backends(),
+            backends=self.site.backends(),
             metric=rows.metric,
             rows=str(path),
             limit_percent=self.site.config.workshop.drop_percent_cap,
@@ -96,8 +96,8 @@ class Work:
             cache=str(self.site.shelf.cache(self.target.name)),
             trial=self.trial(rows, scratch, held=False) if rows and self.target.runs_here else None,
         )
-        bench = self.site.bench(self.target, len(os.sched_getaffinity(0)), deadline_s)
-        made = bench.run(job, Made, on_line=told(progress))
+        runner = self.site.runner(self.target, len(os.sched_getaffinity(0)), deadline_s)
+        made = runner.run(job, Made, on_line=told(progress))
         record = Record(
             recipe=offer.recipe,
             maker=offer.maker,

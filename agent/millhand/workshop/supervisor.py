@@ -1,4 +1,4 @@
-"""The first process of each job: `python -m millhand.workshop.guard '<JSON>'`. Standard library only, Python 3.10.
+"""The first process of each job: `python -m millhand.workshop.supervisor '<JSON>'`. Standard library only, Python 3.10.
 
 It forks before anything heavy is imported; the child does the work, in native libraries that may hang or crash, and the
 parent waits for it beside the caller's pipe. When the caller leaves, be it by kill -9, the pipe closes and the whole
@@ -61,7 +61,7 @@ def _leave(status: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Have the kernel kill this process when the guard dies first."""
+    """Have the kernel kill this process when the supervisor dies first."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
