@@ -76,10 +76,24 @@ def _describe(model: type[BaseModel], item: Any, source: str) -> str:
         return f"{source}: {message}"
     if isinstance(value, dict) and item["type"] == "value_error":
         return f"{source}: table '{key}': {message}"
+    if item["type"] in _EXAMPLES:
+        message = f"{message}; {_EXAMPLES[item['type']]}"
     shown = repr(value) if not isinstance(value, dict | list) else type(value).__name__
     if is_secret(str(parts[-1])):
         shown = SECRET_SHOWN
     return f"{source}: key '{key}' = {shown[:80]}: {message}"
+
+
+_EXAMPLES = {
+    "int_parsing": "give a whole number without a unit, such as 1_000_000",
+    "int_type": "give a whole number without a unit, such as 1_000_000",
+    "int_from_float": "give a whole number, such as 1_000_000",
+    "float_parsing": "give a number without a unit, such as 2.5",
+    "float_type": "give a number without a unit, such as 2.5",
+    "bool_parsing": "give true or false",
+    "bool_type": "give true or false",
+}
+"""pydantic's types of errors that say what is wrong, and not how it would be right."""
 
 
 def _fields(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:

@@ -17,7 +17,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from millhand.serving.inference import encode_response, read_body
+from millhand.serving.answer import encode_response
+from millhand.serving.inference import read_body
 from millhand.serving.routing import Routes
 
 HEADER_LENGTH = "inference-header-content-length"

@@ -111,6 +111,21 @@ def test_a_regression_is_said_with_its_unit(node):
     assert "says" not in node.millhand("predict", "scale", "-f", "csv", stdin=b"1,2\n").out
 
 
+def test_what_is_no_number_passes_as_binary(node, tmp_path):
+    """For models that take gaps; CSV and JSON hold numbers only."""
+    gaps = np.array([[1, np.nan], [-np.inf, 2]], np.float32)
+    done = node.millhand("predict", "scale", "-f", "npy", "-o", tmp_path / "o.npy", "--json", stdin=npy(gaps))
+    assert done.data["outputs"][0]["data"] == [None, None, None, None], "the model mixes its columns"
+    done = node.millhand("predict", "fault", "-f", "npz", "-o", tmp_path / "o.npz", stdin=npz(x=[[0, np.nan, 9]]))
+    assert done.code == 0 and "holds numbers that are not finite" in done.out
+    np.testing.assert_array_equal(np.load(tmp_path / "o.npz")["y"], [[0, np.nan, 9]])
+    for cell, hint in (("nan", "; fill gaps, or send them as NaN in .npy or .npz"), ("1e39", ""), ("inf", "")):
+        done = node.millhand("predict", "scale", "-f", "csv", stdin=f"1,{cell}\n".encode())
+        assert done.error.endswith(f"Try: input 'x' takes FP32{hint}\n")
+    done = node.millhand("predict", "pair", "-f", "csv", stdin=b"speed,counts[0],counts[1],counts[2]\n1,2.5,3,4\n")
+    assert done.error.endswith("Try: input 'counts' takes INT16\n")
+
+
 # ---- ways out -------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +188,7 @@ def test_an_output_comes_back_as_an_input(node, tmp_path):
         ("pair", "npz", npz(speed=np.zeros((1, 1)), counts=np.full((1, 3), 0.5)), "0.5 at [0, 0] is no whole number"),
         ("scale", "npy", npy(np.zeros((1, 3))), "shape [1, 3], expected [-1, 2]"),
         ("scale", "npy", npy(np.zeros((0, 2))), "give all inputs as many rows, at least one"),
-        ("scale", "npy", npy(np.array([[1, np.inf]])), "inf at [0, 1] is no finite number"),
+        ("pair", "npz", npz(speed=np.zeros((1, 1)), counts=np.full((1, 3), np.nan)), "nan at [0, 0] is no finite num"),
         ("scale", "npy", npy(np.array([[1, 1e39]])), "1e+39 at [0, 1] is too large for FP32"),
         ("scale", "npy", npy(np.array(["a", "b"])), "dtype <U1 is no number"),
         ("scale", "npy", npy(np.array([1, 2j])), "dtype complex128 is no number"),
@@ -199,6 +214,8 @@ def test_bad_input_is_named(node, model, kind, data, message):
 def test_bad_words(node, tmp_path):
     done = node.millhand("predict", "scale", "-i", tmp_path / "rows.txt")
     assert "does not tell its format" in done.error and "--format json|csv|npy|npz" in done.error
+    done = node.millhand("predict", "scale", "-f", "csv", "-o", tmp_path / "out.txt", stdin=b"1,2\n")
+    assert "the name of the output" in done.error and "end it in one of .json, .csv, .npy, .npz" in done.error
     assert "cannot be read: No such file" in node.millhand("predict", "scale", "-i", tmp_path / "no.csv").error
     done = node.millhand("predict", "scal", "-f", "csv", stdin=b"1,2\n")
     assert "did you mean 'scale'" in done.error

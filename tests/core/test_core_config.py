@@ -40,6 +40,23 @@ def test_every_fault_is_named_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[models]\nmemory_bytes_cap = '1GB'", "give a whole number without a unit, such as 1_000_000"),
+        ("[models]\nhang_ms = '10s'", "give a number without a unit, such as 2.5"),
+        ("[http]\nport = 80.5", "give a whole number, such as 1_000_000"),
+        ("[http]\nenabled = 'maybe'", "give true or false"),
+        ("[tracing]\nendpoint = 'collector:4318'", "such as http://127.0.0.1:4318/v1/traces"),
+        ("[tracing]\nendpoint = 'http://collector:4318'", "give the whole URL, with its path"),
+    ],
+)
+def test_a_wrong_value_is_told_how_it_would_be_right(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text + "\n"), {})
+    assert says in caught.value.message
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "[node\n",

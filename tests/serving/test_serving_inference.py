@@ -14,15 +14,14 @@ from hypothesis import strategies as st
 
 from millhand.errors import InputError
 from millhand.serving import inference, quick_json
+from millhand.serving.answer import encode_response, write_response
 from millhand.serving.inference import (
     DEADLINE_MS_CAP,
     InferRequest,
     OutputWish,
-    encode_response,
     read_body,
     read_raw,
     read_request,
-    write_response,
 )
 from millhand.serving.tensors import DATATYPES
 
@@ -418,6 +417,65 @@ def test_any_binary_request_is_read_or_refused(data, size, shift, datatype, shap
     assert array.shape == tuple(shape) and (array.dtype == object or array.tobytes() == data)
 
 
+FLOATS_FP32 = f"{np.finfo(np.float32).min.item()} to {np.finfo(np.float32).max.item()}"
+
+
+@pytest.mark.parametrize(
+    ("datatype", "data", "value", "limits"),
+    [
+        ("UINT8", [[1, -1], [2, 3]], "-1 at [0, 1]", "0 to 255"),
+        ("INT8", [1, 2, 3, 128], "128 at [1, 1]", "-128 to 127"),
+        ("UINT64", [0, 1, -7, 2], "-7 at [1, 0]", "0 to 18446744073709551615"),
+        ("INT64", [0, 1, 2, 2**63], f"{2**63} at [1, 1]", f"{-(2**63)} to {2**63 - 1}"),
+        ("FP32", [1, 2, 1e39, 3], "1e+39 at [1, 0]", FLOATS_FP32),
+        ("FP16", [65504.4, -70000, 1, 1], "-70000.0 at [0, 1]", "-65504.0 to 65504.0"),
+    ],
+)
+def test_a_number_beyond_its_datatype_is_named(datatype, data, value, limits):
+    """With its place and the limits, by every way of reading JSON."""
+    plain = {"inputs": [{"name": "x", "shape": [2, 2], "datatype": datatype, "data": data}]}
+    for read in (read_request, lambda request: read_body(json.dumps(request).encode())):
+        with pytest.raises(InputError) as caught:
+            read(plain)
+        assert caught.value.message == f"tensor 'x': {value} does not fit {datatype}, {limits}"
+        assert caught.value.hint == "send values within these limits"
+
+
+def test_plain_data_may_hold_what_json_cannot():
+    """Of the control socket; over HTTP it is binary data alone."""
+    data = [[1.5, float("nan")], [float("-inf"), 2]]
+    tensors = read_request({"inputs": [tensor(data, (2, 2)), tensor(["a", "b"], (2,), "BYTES", "t")]}).tensors
+    np.testing.assert_array_equal(tensors["x"], np.array(data, np.float32))
+    assert tensors["t"].tolist() == [b"a", b"b"]
+    for wrong, says in (
+        ([tensor([1, float("nan")], (1, 2), "INT32")], "data is not INT32"),
+        ([tensor([1, None], (1, 2))], "data is not FP32"),
+        ([tensor([1], (1, 2))], "has 1 elements, its shape"),
+        ([tensor()], "has no data"),
+        ([tensor([1, 2]), tensor([1, 2])], "is given twice"),
+        ([tensor([1, 2], datatype="FP23")], "did you mean"),
+        ("x", "no inference request"),
+        ([1], "no inference request"),
+    ):
+        with pytest.raises(InputError, match=says):
+            read_request({"inputs": wrong})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("deadline_ms", 0, "give milliseconds, a number above 0"),
+        ("timeout", "soon", "give microseconds, a number from 0 on; 0 is none"),
+        ("priority", "high", "give a small whole number; 0 is the default, a higher one goes first"),
+        ("priority", 1.5, "give a small whole number; 0 is the default, a higher one goes first"),
+    ],
+)
+def test_a_wrong_parameter_is_told_what_it_takes(key, value, hint):
+    with pytest.raises(InputError, match=f"parameter '{key}' = ") as caught:
+        read_body(text(tensor([1, 2]), parameters={key: value}))
+    assert caught.value.hint == hint
+
+
 # ---- raw ------------------------------------------------------------------------------------------------------------
 
 
@@ -431,6 +489,16 @@ def test_a_raw_body_is_the_only_input():
     assert read_raw(b"any\xff", [spec([-1, 1], "BYTES")]).tensors["x"].tolist() == [[b"any\xff"]]
     assert read_raw(memoryview(b"any"), [spec([-1], "BYTES")]).tensors["x"].tolist() == [b"any"]
     assert read_raw(b"", [spec([-1, 2])]).tensors["x"].shape == (0, 2)
+
+
+@pytest.mark.parametrize("size", [479, 481, 1, 961])
+def test_a_raw_body_that_is_no_whole_rows_is_told_their_size(size):
+    with pytest.raises(InputError) as caught:
+        read_raw(bytes(size), [spec([-1, 2, 60])])
+    assert caught.value.message == (
+        f"the body of {size} bytes is no multiple of 480, the bytes of a row of input 'x' (FP32, [2, 60])"
+    )
+    assert caught.value.hint == "send whole rows"
 
 
 @pytest.mark.parametrize(

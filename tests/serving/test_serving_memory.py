@@ -71,10 +71,21 @@ async def test_a_model_that_takes_more_than_its_cap_is_refused_and_the_old_serve
     process = psutil.Process(pool._workers["shared"].process.pid)
     before = process.memory_info().rss
     write_faulty(root, "large", extra=f"memory_bytes_cap = {30 * MIB}", versions={2: "hold 40"})
-    with pytest.raises(ModelError, match=r"version 2 takes 4\d\.\d MiB of memory, allowed are 30\.0"):
+    with pytest.raises(ModelError, match=r"version 2 takes 4\d\.\d MiB of memory, allowed are 30\.0 MiB") as caught:
         await pool.load("large")
+    assert caught.value.hint == "raise memory_bytes_cap in model.toml", "nobody else could make room for it"
     assert (await pool.infer("large", action(0)))[1] == 1
     assert process.memory_info().rss < before + 4 * MIB
+
+
+async def test_a_cap_that_is_too_small_is_told_in_full(root, make_pool):
+    hold(root, "large", 40, extra="memory_bytes_cap = 1000")
+    pool = await make_pool()
+    assert "MiB of memory, allowed are 1000 bytes" in state(pool, "large")["reason"]
+    assert state(pool, "large")["hint"] == "raise memory_bytes_cap in model.toml"
+    (root / "large/model.toml").write_text((root / "large/model.toml").read_text().replace("1000", f"{60 * MIB}"))
+    await pool.load("large")
+    assert state(pool, "large")["state"] == "ready"
 
 
 async def test_the_model_that_was_asked_least_recently_makes_room(root, make_pool, tmp_path):
@@ -113,7 +124,7 @@ async def test_what_assets_use_and_the_owner_pinned_stays(root, make_pool):
     await pool.need(["used"], [])
     with pytest.raises(ModelError, match=r"takes 40\.\d MiB of memory or more|allowed are 1\d\.\d") as caught:
         await pool.load("more")
-    assert "memory_bytes_cap" in caught.value.hint
+    assert caught.value.hint == "unload others (millhand model list), or raise [models] memory_bytes_cap"
     assert {name: state(pool, name)["state"] for name in ("used", "pinned", "more")} == {
         "used": "ready",
         "pinned": "ready",

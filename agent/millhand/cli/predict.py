@@ -52,13 +52,20 @@ def command(
 
     --output writes .json, .csv, .npy or .npz, by its name.
     """
-    from millhand.cli.tensor_files import format_of, read_json, read_tensors, specs_of, write_outputs
+    from millhand.cli.tensor_files import (
+        format_of,
+        output_format_of,
+        read_json,
+        read_tensors,
+        specs_of,
+        write_outputs,
+    )
 
     output: Output = ctx.obj
     if source == "-" and sys.stdin.isatty():
         raise click.UsageError("no --input is given, and stdin is a terminal")
     kind = format_of(source, kind)
-    target = None if path is None else format_of(str(path), None)
+    target = None if path is None else output_format_of(path)
     daemon = output.daemon()
     described = daemon.call("model.show", model=model)
 

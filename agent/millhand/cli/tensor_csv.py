@@ -20,6 +20,8 @@ from millhand.errors import InputError, suggestion
 from millhand.serving.tensors import DATATYPES
 
 _INDEXED = re.compile(r"(.+)\[(\d{1,9})\]")
+_GAPS = ("", "nan", "na", "null", "none")
+"""What programs write where a value is missing."""
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -155,11 +157,18 @@ def _tensor(spec: Spec, columns: list[int], rows: list[Row], header: list[str], 
                 values.append(parse(cells[column]))
             except ValueError as error:
                 name = f" ({header[column]})" if header else ""
+                cell = cells[column].strip()
                 raise InputError(
-                    f"'{label}' line {line}, column {column + 1}{name}: '{cells[column].strip()}' {error}",
-                    hint=f"input '{spec.name}' takes {spec.datatype}; fill gaps before you ask the model",
+                    f"'{label}' line {line}, column {column + 1}{name}: '{cell}' {error}",
+                    hint=f"input '{spec.name}' takes {spec.datatype}{_gap_hint(cell, spec.datatype)}",
                 ) from None
     return np.array(values, dtype=DATATYPES[spec.datatype]).reshape(len(rows), *shape)
+
+
+def _gap_hint(cell: str, datatype: str) -> str:
+    if cell.lower() not in _GAPS:
+        return ""
+    return "; fill gaps" + (", or send them as NaN in .npy or .npz" if datatype.startswith("FP") else "")
 
 
 def _row_shape(spec: Spec, width: int, label: str) -> tuple[int, ...]:

@@ -20,13 +20,28 @@ from millhand.serving.tensors import DATATYPE_OF, DATATYPES, fits
 
 
 def format_of(source: str, stated: str | None) -> str:
-    """The format of a file by its name, JSON for standard input, unless it is stated. Raises InputError."""
-    found = stated or ("json" if source == "-" else Path(source).suffix.lower().removeprefix("."))
+    """The format of an input by its name, JSON for standard input, unless it is stated. Raises InputError."""
+    found = stated or ("json" if source == "-" else _suffix(source))
     if found not in TENSOR_FORMATS:
         raise InputError(
             f"the name of '{source}' does not tell its format", hint=f"give --format {'|'.join(TENSOR_FORMATS)}"
         )
     return found
+
+
+def output_format_of(path: Path) -> str:
+    """The format of an output by its name. Raises InputError."""
+    found = _suffix(path.name)
+    if found not in TENSOR_FORMATS:
+        endings = ", ".join(f".{name}" for name in TENSOR_FORMATS)
+        raise InputError(
+            f"the name of the output '{path}' does not tell its format", hint=f"end it in one of {endings}"
+        )
+    return found
+
+
+def _suffix(name: str) -> str:
+    return Path(name).suffix.lower().removeprefix(".")
 
 
 def read_bytes(source: str) -> bytes:
@@ -139,12 +154,12 @@ def converted(array: NDArray[Any], datatype: str, where: str) -> NDArray[Any]:
         return encoded.astype(object)
     if array.dtype.kind not in "biuf":
         raise _unfit(where, f"dtype {array.dtype} is no number", datatype)
-    _check(np.isfinite(array), array, where, "is no finite number", datatype)
     if dtype.kind == "f":
         with np.errstate(over="ignore"):
             rounded = array.astype(dtype)
-        _check(np.isfinite(rounded), array, where, f"is too large for {datatype}", datatype)
+        _check(np.isfinite(rounded) | ~np.isfinite(array), array, where, f"is too large for {datatype}", datatype)
         return rounded
+    _check(np.isfinite(array), array, where, "is no finite number", datatype)
     if dtype.kind == "b":
         _check((array == 0) | (array == 1), array, where, "is neither 0 nor 1", datatype)
         return array.astype(dtype)
@@ -165,7 +180,7 @@ def _check(good: NDArray[Any], array: NDArray[Any], where: str, what: str, datat
 
 
 def _unfit(where: str, what: str, datatype: str) -> InputError:
-    return InputError(f"{where}: {what}", hint=f"the input takes {datatype}; fill gaps before you ask the model")
+    return InputError(f"{where}: {what}", hint=f"the input takes {datatype}")
 
 
 def request_of(tensors: Mapping[str, NDArray[Any]]) -> dict[str, Any]:

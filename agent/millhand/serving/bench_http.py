@@ -73,6 +73,8 @@ def encoded(server: Server, model: str, version: int | None, tensors: Tensors, b
     inputs: list[dict[str, Any]] = []
     data = b""
     for name, array in tensors.items():
+        if not binary and array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise InputError(f"input '{name}' holds NaN or infinity, which JSON has not", hint="send --body binary")
         tensor = {"name": name, "datatype": DATATYPE_OF[array.dtype.name], "shape": list(array.shape)}
         raw = _raw(array) if binary else b""
         inputs.append(

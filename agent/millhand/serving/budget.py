@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+MIB = 1 << 20
+
 
 @dataclass(frozen=True)
 class Holding:
@@ -16,6 +18,17 @@ class Holding:
     """CLOCK_MONOTONIC of its last request, or of its load where none has come since."""
     kept: bool
     """It may not go: an asset needs it, the owner pinned it, or requests are under way."""
+
+
+def shown_bytes(size_bytes: int) -> str:
+    """A size for people: `1000 bytes`, `4.2 MiB`."""
+    return f"{size_bytes} bytes" if size_bytes < MIB // 10 else f"{size_bytes / MIB:.1f} MiB"
+
+
+def room_hint(accelerator: str) -> str:
+    """What to do where models together take too much of a device's memory."""
+    key = "[models] memory_bytes_cap" if accelerator == "cpu" else "what [memory] of the profile allows"
+    return f"unload others (millhand model list), or raise {key}"
 
 
 def room_bytes(bytes_cap: int, holdings: Sequence[Holding]) -> int:

@@ -1,4 +1,4 @@
-"""Inference requests and responses of the Open Inference Protocol v2: JSON, and tensors as binary data.
+"""Inference requests of the Open Inference Protocol v2: JSON, and tensors as binary data (responses: answer.py).
 
 Decided here where the protocol leaves room: `data` is flat or nested in row-major order, only the number of elements
 counts; JSON has no NaN and no infinity, so none can come in, and one that a model gives goes out as null; binary data
@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from millhand.errors import InputError, suggestion
 from millhand.serving.quick_json import read_quickly
-from millhand.serving.tensors import DATATYPE_OF, DATATYPES, dtype_name
+from millhand.serving.tensors import DATATYPES
 
 _LISTS: dict[str, Any] = {
     "BOOL": list[bool],
@@ -37,6 +36,12 @@ DEADLINE_MS_CAP = 1e9
 NUMBER_CAP = 1e20
 """Parameters beyond are mistakes; Triton's `timeout` may be any 64-bit number."""
 
+_NUMBERS = {
+    "deadline_ms": "give milliseconds, a number above 0",
+    "timeout": "give microseconds, a number from 0 on; 0 is none",
+    "priority": "give a small whole number; 0 is the default, a higher one goes first",
+}
+"""What to give for the parameters that are numbers."""
 _FLAT = {name: msgspec.json.Decoder(_LISTS.get(name, list[int])) for name in DATATYPES}
 _DTYPES = {name: np.dtype(dtype) for name, dtype in DATATYPES.items()}
 
@@ -109,6 +114,11 @@ def read_body(body: bytes | memoryview, header_bytes: int | None = None) -> Infe
             )
         request, elements = _decode(body[:header_bytes]), {}
         binary = memoryview(body)[header_bytes:]
+    return _read(request, elements, binary)
+
+
+def _read(request: Body, elements: Mapping[str, Any], binary: memoryview) -> InferRequest:
+    """A request, of which some inputs may have been read already, and some may lie in `binary`."""
     tensors: dict[str, NDArray[Any]] = {}
     position = 0
     for tensor in request.inputs:
@@ -149,62 +159,29 @@ def read_raw(body: bytes | memoryview, specs: Sequence[Mapping[str, Any]]) -> In
     else:
         data, row_bytes = body, math.prod(shape) * _DTYPES[datatype].itemsize
         rows = len(body) // max(row_bytes, 1)
+        if rows * row_bytes != len(body):
+            raise InputError(
+                f"the body of {len(body)} bytes is no multiple of {row_bytes}, the bytes of a row of input '{name}' "
+                f"({datatype}, {shape})",
+                hint="send whole rows",
+            )
     tensor = InputTensor(name, [rows, *shape], datatype)
     return InferRequest({name: _binary(tensor, len(data), memoryview(data), 0)}, binary=True)
 
 
 def read_request(request: Mapping[str, Any]) -> InferRequest:
-    """The same from plain data (the control socket's)."""
-    return read_body(msgspec.json.encode(request))
-
-
-def write_response(
-    model: str,
-    version: int,
-    request: InferRequest,
-    outputs: Mapping[str, NDArray[Any]],
-    labels: Mapping[str, Sequence[str]] = MappingProxyType({}),
-) -> tuple[dict[str, Any], list[Any]]:
-    """The response's JSON as plain data, and the buffers of binary data that follow it.
-
-    `labels` name an output's classes, where it is asked for as a classification. Raises InputError for an output that
-    the model does not give.
-    """
-    wishes = request.outputs or [OutputWish(name) for name in outputs]
-    entries: list[dict[str, Any]] = []
-    buffers: list[Any] = []
-    for wish in wishes:
-        name, parameters = wish.name, wish.parameters
-        array = outputs.get(name)
-        if array is None:
-            raise InputError(
-                f"model '{model}' has no output '{name}'{suggestion(name, outputs)}",
-                hint=f"it gives {', '.join(outputs)}",
-            )
-        if parameters.get("classification"):
-            array = classify(name, array, parameters["classification"], labels.get(name, ()))
-        if parameters.get("binary_data", request.binary):
-            data = raw_bytes(array) if array.dtype == object else _view(array)
-            buffers.append(data)
-            entries.append(_entry(name, array) | {"parameters": {"binary_data_size": len(data)}})
-        else:
-            entries.append(_entry(name, array) | {"data": _values(array)})
-    response: dict[str, Any] = {"model_name": model, "model_version": str(version), "outputs": entries}
-    if request.id:
-        response["id"] = request.id
-    return response, buffers
-
-
-def encode_response(
-    model: str, version: int, request: InferRequest, outputs: Mapping[str, NDArray[Any]]
-) -> dict[str, Any]:
-    """The response as plain data (the control socket's), without binary data."""
-    wishes = [OutputWish(name) for name in request.wanted]
-    plain = InferRequest(request.tensors, request.id, wishes)
-    return write_response(model, version, plain, outputs)[0]
-
-
-# ---- in -------------------------------------------------------------------------------------------------------------
+    """The same from plain data (the control socket's), whose numbers may be NaN or infinite."""
+    inputs = request.get("inputs")
+    if not isinstance(inputs, list) or not all(isinstance(tensor, dict) for tensor in inputs):
+        return read_body(msgspec.json.encode(request))  # it says what is wrong
+    bare = [{key: value for key, value in tensor.items() if key != "data"} for tensor in inputs]
+    body = _decode(msgspec.json.encode({**request, "inputs": bare}))
+    elements = {}
+    for tensor, entry in zip(body.inputs, inputs, strict=True):
+        _check_head(tensor)
+        if "data" in entry:
+            elements[tensor.name] = _flattened(tensor, entry["data"])
+    return _read(body, elements, memoryview(b""))
 
 
 def _read_json(body: bytes | memoryview) -> tuple[Body, dict[str, NDArray[Any]]]:
@@ -246,7 +223,7 @@ def _request(body: Body, tensors: dict[str, NDArray[Any]]) -> InferRequest:
     if not isinstance(binary, bool):
         raise InputError(f"parameter 'binary_data_output' = {binary!r} is not valid", hint="give true or false")
     if priority % 1 or not -(1 << 31) <= priority < 1 << 31:
-        raise InputError(f"parameter 'priority' = {priority:g} is not valid", hint="give a small whole number")
+        raise InputError(f"parameter 'priority' = {priority:g} is not valid", hint=_NUMBERS["priority"])
     return InferRequest(tensors, body.id, body.outputs, deadline_ms, int(priority), binary)
 
 
@@ -302,7 +279,25 @@ def _array(tensor: InputTensor, elements: Any) -> NDArray[Any]:
                 return _shaped(tensor, _narrowed(elements, _DTYPES[datatype]))
             return _shaped(tensor, np.asarray(elements, dtype=_DTYPES[datatype]))
     except (OverflowError, FloatingPointError) as error:
-        raise InputError(f"tensor '{name}' holds a value that is too large for {datatype}", hint="check it") from error
+        raise misfit(name, datatype, tensor.shape, elements) from error
+
+
+def misfit(name: str, datatype: str, shape: Sequence[int], elements: Sequence[Any]) -> InputError:
+    """The error of a tensor that holds a number beyond its datatype: the first, with its place. `elements` are flat."""
+    dtype = _DTYPES[datatype]
+    if dtype.kind == "f":
+        low, high = float(np.finfo(dtype).min), float(np.finfo(dtype).max)
+        wide = np.asarray(elements, np.float64)
+        with np.errstate(over="ignore"):  # what lies a little beyond a limit is rounded to it
+            index = int(np.argmax(np.isinf(wide.astype(dtype)) & np.isfinite(wide)))
+    else:
+        low, high = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
+        index = next(index for index, value in enumerate(elements) if not low <= value <= high)
+    place = [int(part) for part in np.unravel_index(index, tuple(shape))]
+    return InputError(
+        f"tensor '{name}': {elements[index]} at {place} does not fit {datatype}, {low} to {high}",
+        hint="send values within these limits",
+    )
 
 
 def _shaped(tensor: InputTensor, array: NDArray[Any]) -> NDArray[Any]:
@@ -331,14 +326,26 @@ def _elements(tensor: InputTensor) -> list[Any]:
     except (msgspec.MsgspecError, UnicodeDecodeError):
         pass  # nested, or wrong: the flat reading is the quick way of most requests
     try:
-        elements = list(_leaves(msgspec.json.decode(tensor.data)))
-        converted: list[Any] = msgspec.convert(elements, _LISTS.get(tensor.datatype, list[int]))
-        return converted
+        data = msgspec.json.decode(tensor.data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(
-            f"tensor '{tensor.name}': data is not {tensor.datatype}: {error}",
-            hint=f"send {tensor.datatype} values, flat or nested in row-major order",
-        ) from error
+        raise _no_data(tensor, error) from error
+    return _flattened(tensor, data)
+
+
+def _flattened(tensor: InputTensor, data: Any) -> list[Any]:
+    """Nested elements in row-major order. Raises InputError for one that is none of the tensor's datatype."""
+    try:
+        elements: list[Any] = msgspec.convert(list(_leaves(data)), _LISTS.get(tensor.datatype, list[int]))
+        return elements
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise _no_data(tensor, error) from error
+
+
+def _no_data(tensor: InputTensor, error: Exception) -> InputError:
+    return InputError(
+        f"tensor '{tensor.name}': data is not {tensor.datatype}: {error}",
+        hint=f"send {tensor.datatype} values, flat or nested in row-major order",
+    )
 
 
 def _leaves(data: Any) -> Iterator[Any]:
@@ -400,51 +407,5 @@ def _number(parameters: Mapping[str, Any], key: str) -> float | None:
     wrong = isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= NUMBER_CAP
     if wrong or (key == "deadline_ms" and value <= 0) or (key == "timeout" and value < 0):
         text = f"{value!r:.100}"
-        raise InputError(f"parameter '{key}' = {text} is not valid", hint="give a number; a deadline is above 0")
+        raise InputError(f"parameter '{key}' = {text} is not valid", hint=_NUMBERS[key])
     return float(value)
-
-
-# ---- out ------------------------------------------------------------------------------------------------------------
-
-
-def _entry(name: str, array: NDArray[Any]) -> dict[str, Any]:
-    return {"name": name, "datatype": DATATYPE_OF[dtype_name(array.dtype)], "shape": array.shape}
-
-
-def _values(array: NDArray[Any]) -> list[Any]:
-    flat = array.ravel()
-    if array.dtype == object:
-        return [item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item) for item in flat]
-    data: list[Any] = flat.tolist()
-    if array.dtype.kind == "f" and not np.isfinite(flat).all():
-        data = [value if math.isfinite(value) else None for value in data]
-    return data
-
-
-def _view(array: NDArray[Any]) -> memoryview:
-    """Its bytes in row-major order, without a copy where they lie so."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def raw_bytes(array: NDArray[Any]) -> bytes:
-    if array.dtype != object:
-        return array.tobytes()
-    items = [item if isinstance(item, bytes) else str(item).encode() for item in array.ravel()]
-    return b"".join([struct.pack("<I", len(item)) + item for item in items])
-
-
-def classify(name: str, array: NDArray[Any], count: int, labels: Sequence[str]) -> NDArray[Any]:
-    """Triton's classification extension: the `count` largest of each row as BYTES "value:index[:label]"."""
-    if array.dtype.kind not in "iuf":
-        raise InputError(
-            f"output '{name}' of {DATATYPE_OF[dtype_name(array.dtype)]} has no classes", hint="ask for it as it is"
-        )
-    rows = array.reshape(array.shape[0], -1)
-    falling = -rows if array.dtype.kind == "f" else ~rows  # of integers the complement: it cannot overflow
-    count = min(count, rows.shape[1])
-    found = np.empty((len(rows), count), dtype=object)
-    for number, row in enumerate(rows):
-        for place, index in enumerate(np.argsort(falling[number], kind="stable")[:count]):
-            label = f":{labels[index]}" if index < len(labels) else ""
-            found[number, place] = f"{row[index]:f}:{index}{label}".encode()
-    return found

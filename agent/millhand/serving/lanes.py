@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from millhand.errors import AcceleratorError, DeadlineError, MillhandError, ModelError, WorkerError
 from millhand.hookspecs import CountingSession, DeadlineSession, DependentSession
 from millhand.serving.batcher import Lane, Request
+from millhand.serving.budget import room_hint, shown_bytes
 from millhand.serving.device_memory import trim_memory, used_bytes
 from millhand.serving.ensemble import EnsembleSession, open_session
 from millhand.serving.sessions import Sessions
@@ -32,7 +33,6 @@ DURATION_BOUNDS_NS = tuple(
     int(ms * 1e6) for ms in (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000)
 )
 
-MIB = 1 << 20
 Spec = "tuple[str, tuple[int, ...]]"
 
 
@@ -84,6 +84,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Of the artifact's files, so that the daemon sees when they have changed; the worker does not look at it."""
     memory_bytes_cap: int = 0
     """A model that takes more is refused; 0 allows all."""
+    own_bytes_cap: int = 0
+    """The cap of model.toml alone, which no room elsewhere can raise; 0 for none."""
     hang_ms: float = 0.0
     """For the daemon alone: a batch that runs for longer hangs; 0 takes [models] hang_ms."""
 
@@ -196,7 +198,7 @@ class LoadedModel:
             self.memory_bytes = max(0, used_bytes(request.accelerator) - before_bytes)
             """What the load added; what it shares with a model loaded before it counts there."""
             if 0 < request.memory_bytes_cap < self.memory_bytes:
-                raise self._too_large(request.memory_bytes_cap)
+                raise self._too_large(request)
         except BaseException as error:
             sessions.close(self.session)
             if isinstance(error, MillhandError):
@@ -332,11 +334,13 @@ class LoadedModel:
                 )
         return outputs
 
-    def _too_large(self, bytes_cap: int) -> ModelError:
+    def _too_large(self, request: LoadRequest) -> ModelError:
+        bytes_cap = request.memory_bytes_cap
+        own = bytes_cap == request.own_bytes_cap
         return ModelError(
-            f"model '{self.name}' version {self.version} takes {self.memory_bytes / MIB:.1f} MiB of memory, "
-            f"allowed are {bytes_cap / MIB:.1f}",
-            hint="unload others (millhand model list), or raise memory_bytes_cap in [models] or model.toml",
+            f"model '{self.name}' version {self.version} takes {shown_bytes(self.memory_bytes)} of memory, "
+            f"allowed are {shown_bytes(bytes_cap)}",
+            hint="raise memory_bytes_cap in model.toml" if own else room_hint(request.accelerator),
         )
 
     def _failure(self, error: BaseException, what: str) -> ModelError:

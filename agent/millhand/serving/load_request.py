@@ -121,6 +121,7 @@ def load_request(
         fingerprint=folder.fingerprint(version),
         finite=tuple(tensor.name for tensor in manifest.inputs if tensor.finite),
         hang_ms=manifest.hang_ms or 0.0,
+        own_bytes_cap=manifest.memory_bytes_cap,
         steps=steps,
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 from millhand.errors import MillhandError, ModelError
 from millhand.proof.verification import Subject
 from millhand.registry import Registry
-from millhand.serving.budget import Holding, room_bytes, victims
+from millhand.serving.budget import Holding, room_bytes, room_hint, shown_bytes, victims
 from millhand.serving.candidates import Candidates, Pick, loads, uses_candidates
 from millhand.serving.lanes import LoadRequest
 from millhand.serving.load_request import load_request
@@ -21,8 +21,6 @@ from millhand.serving.settings import ModelSettings, WorkerDefaults
 from millhand.serving.supervision import SupervisedWorker
 
 log = logging.getLogger("millhand.serving")
-
-MIB = 1 << 20
 
 
 class Loader:
@@ -212,9 +210,9 @@ class Loader:
         wanted = served.memory_bytes(version, host) or folder.size_bytes(version)
         if wanted > room:
             raise ModelError(
-                f"model '{folder.name}' version {version} takes {wanted / MIB:.1f} MiB of memory or more, "
-                f"{max(room, 0) / MIB:.1f} of {cap / MIB:.1f} can be had",
-                hint="unload others (millhand model list), or raise [models] memory_bytes_cap",
+                f"model '{folder.name}' version {version} takes {shown_bytes(wanted)} of memory or more, "
+                f"{shown_bytes(max(room, 0))} of {shown_bytes(cap)} can be had",
+                hint=room_hint(host.accelerator),
             )
         if evict:
             await self._shed(host, served, version, wanted)

@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from millhand.errors import MillhandError
-from millhand.serving.inference import encode_response, read_request
+from millhand.serving.answer import encode_response
+from millhand.serving.inference import read_request
 
 if TYPE_CHECKING:
     from millhand.control import Handler

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from millhand.validation import StrictTable
 
@@ -105,12 +106,19 @@ class HttpSettings(StrictTable):
 class TracingSettings(StrictTable):
     enabled: bool = False
     """Send a trace of requests to an OpenTelemetry collector; needs the extra `otel`."""
-    endpoint: str = Field(default="http://127.0.0.1:4318/v1/traces", pattern=r"^https?://[^\s/]+(/\S*)?$")
-    """Where the collector takes OTLP over HTTP: the whole URL."""
+    endpoint: str = "http://127.0.0.1:4318/v1/traces"
+    """Where the collector takes OTLP over HTTP: the whole URL, which mostly ends in `/v1/traces`."""
     sample_ratio: float = Field(default=1.0, ge=0, le=1)
     """Share of the requests without a `traceparent` header that are traced; with one, its sampled flag decides."""
     service_name: str = Field(default="millhand", min_length=1)
     """The traces' `service.name`."""
+
+    @field_validator("endpoint")
+    @classmethod
+    def _whole_url(cls, value: str) -> str:
+        if not re.fullmatch(r"https?://[^\s/]+/\S*", value):
+            raise ValueError("give the whole URL, with its path, such as http://127.0.0.1:4318/v1/traces")
+        return value
 
 
 class GrpcSettings(StrictTable):

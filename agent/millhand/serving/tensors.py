@@ -5,7 +5,7 @@ Imported by workers: Python 3.10, no records and no pydantic.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,13 @@ def check_inputs(model: str, specs: Specs, tensors: Tensors, max_batch: int, max
             hint=f"split the request, or raise {max_batch_key}",
         )
     return rows
+
+
+def unknown_output(model: str, name: str, outputs: Collection[str]) -> InputError:
+    """The error of a request that asks for an output which the model does not give."""
+    return InputError(
+        f"model '{model}' has no output '{name}'{suggestion(name, outputs)}", hint=f"it gives {', '.join(outputs)}"
+    )
 
 
 def check_finite(model: str, names: Sequence[str], tensors: Tensors) -> None:

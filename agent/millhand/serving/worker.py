@@ -32,6 +32,7 @@ from millhand.serving.blackbox import LOAD, RUN, RUNNERS_CAP, Blackbox
 from millhand.serving.connection import Connection, Origin, Plan
 from millhand.serving.lanes import LoadedModel, LoadRequest
 from millhand.serving.sessions import Sessions
+from millhand.serving.tensors import unknown_output
 from millhand.serving.turns import Turns
 
 log = logging.getLogger("millhand.worker")
@@ -216,7 +217,7 @@ class Worker:
         inputs = protocol.fetch(infer.tensors, memory)
         for name in infer.outputs:
             if name not in model.outputs:
-                raise InputError(f"model '{infer.model}' has no output '{name}'")
+                raise unknown_output(infer.model, name, model.outputs)
         views = not any(array.flags.owndata or array.dtype == object for array in inputs.values())
         return Plan(
             model=model,

@@ -18,9 +18,10 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from millhand.errors import InputError, suggestion
+from millhand.serving.answer import classify, raw_bytes
 from millhand.serving.grpc import wire
-from millhand.serving.inference import DEADLINE_MS_CAP, classify, raw_bytes, read_strings
-from millhand.serving.tensors import DATATYPE_OF, DATATYPES, dtype_name
+from millhand.serving.inference import DEADLINE_MS_CAP, misfit, read_strings
+from millhand.serving.tensors import DATATYPE_OF, DATATYPES, dtype_name, unknown_output
 
 _DTYPES = {datatype: np.dtype(name) for datatype, name in DATATYPES.items()}
 _CONTENTS = {
@@ -122,10 +123,7 @@ def write_response(
     for name in call.wanted or outputs:
         array = outputs.get(name)
         if array is None:
-            raise InputError(
-                f"model '{call.model}' has no output '{name}'{suggestion(name, outputs)}",
-                hint=f"it gives {', '.join(outputs)}",
-            )
+            raise unknown_output(call.model, name, outputs)
         if name in call.classes:
             array = classify(name, array, call.classes[name], labels.get(name, ()))
         response.outputs.add(name=name, datatype=DATATYPE_OF[dtype_name(array.dtype)], shape=array.shape)
@@ -186,7 +184,7 @@ def _from_contents(
     if array.dtype != dtype:  # integers of 8 and 16 bits travel as 32
         narrow = array.astype(dtype)
         if not np.array_equal(narrow, array):
-            raise InputError(f"tensor '{name}' holds a value that is too large for {datatype}", hint="check it")
+            raise misfit(name, datatype, shape, array.tolist())
         array = narrow
     return array.reshape(shape)
 

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from millhand.errors import InputError, MillhandError, ModelError
 from millhand.serving import protocol
+from millhand.serving.answer import write_response
 from millhand.serving.client import WorkerClient, deadline_ns
 from millhand.serving.http.messages import BINARY, JSON, Inference, Request, Response, error_response
-from millhand.serving.inference import InferRequest, read_body, read_raw, write_response
+from millhand.serving.inference import InferRequest, read_body, read_raw
 from millhand.serving.routing import Routes
 from millhand.serving.tensors import dtype_name
 
