@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from millhand.cli import EXIT_CODES
+from millhand.errors import InputError
 from millhand.serving.bench import Tally, Timing, random_requests, requests_from
 from millhand.serving.bench_http import BINARY, Server, encoded
 from millhand.testing import wait_until
@@ -59,6 +60,9 @@ def test_a_fixed_rate(node):
     found = figures(node.millhand("model", "bench", "scale", "--rate", "50", "--seconds", "1", "--json"))
     assert (found["requests"], found["late"], found["unsent"]) == (50, 0, 0)
     assert found["concurrency"] == 64
+    for words, rest in (((), "the rest is the way"), (("--rate", "50"), "the rest is the way, and waiting for a free")):
+        text = " ".join(node.millhand("model", "bench", "scale", *words, "--seconds", "0.2").out.split())
+        assert rest in text and ("free caller" in text) == bool(words)
 
 
 def test_a_rate_that_is_too_much_counts_from_when_requests_were_due(node, tmp_path):
@@ -150,6 +154,13 @@ def test_binary_bodies_where_the_server_takes_them(node):
         assert figures(node.millhand(*words))["body"] == "binary"
     else:
         assert figures(node.millhand(*words))["body"] == "json"
+
+
+def test_json_cannot_carry_what_is_no_number():
+    tensors = {"x": np.array([[1.0, np.nan]], np.float32)}
+    with pytest.raises(InputError, match="'x' holds NaN or infinity") as caught:
+        encoded(Server.parse("http://h:1"), "m", None, tensors, False)
+    assert caught.value.hint == "send --body binary"
 
 
 def test_a_binary_request_holds_what_the_extension_says():

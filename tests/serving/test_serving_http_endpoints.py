@@ -464,9 +464,10 @@ async def test_what_does_not_serve_is_503_and_what_is_unknown_404(root, served):
     _, client, _ = await served()
     answer = await client.post("/v2/models/broken/infer", json=asking(FINE))
     assert answer.status_code == 503 and "is failed" in answer.json()["error"]
-    assert answer.headers["retry-after"] == "1"
+    assert "retry-after" not in answer.headers, "it does not come by itself"
     for path in ("/v2/models/broken/ready", "/v2/health/ready"):
-        assert (await client.get(path)).headers["retry-after"] == "1"
+        answer = await client.get(path)
+        assert answer.status_code == 503 and "retry-after" not in answer.headers
     for path in ("/v2/models/none/infer", "/v2/models/dies/versions/7/infer"):
         assert (await client.post(path, json=asking(FINE))).status_code == 404
     for content, headers in ((json.dumps(asking([[1.0, 0.0]])).encode(), {}), packed_action(1)):
@@ -474,6 +475,29 @@ async def test_what_does_not_serve_is_503_and_what_is_unknown_404(root, served):
         answer = await client.post("/v2/models/dies/infer", content=content, headers=headers)
         assert answer.status_code == 503 and "send the request again" in answer.json()["error"]
         assert answer.headers["retry-after"] == "1"
+
+
+async def test_what_comes_by_itself_says_when_to_ask_again(root, served):
+    """A model that is being loaded, or whose worker is restarted; an unloaded one does not come."""
+    write_faulty(root, "dies")
+    pool, client, _ = await served(restart_delay_ms=60_000)
+    await until(lambda: _ok(client, "dies"))
+    psutil.Process(pool._workers["shared"].process.pid).kill()
+    paths = ("/v2/models/dies/ready", "/v2/health/ready")
+
+    async def restarting():
+        return (await client.get(paths[0])).status_code == 503
+
+    await until(restarting)
+    for path in paths:
+        assert (await client.get(path)).headers["retry-after"] == "1"
+    await pool.unload("dies")
+
+    async def unloaded():
+        answer = await client.post("/v2/models/dies/infer", json=asking(FINE))
+        return "is unloaded" in answer.json()["error"] and "retry-after" not in answer.headers
+
+    await until(unloaded)
 
 
 def packed_action(number):

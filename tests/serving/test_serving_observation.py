@@ -239,7 +239,10 @@ def test_a_collector_that_is_away_is_counted() -> None:
         endpoint = f"http://127.0.0.1:{gone.getsockname()[1]}/v1/traces"
     tracer = open_tracer(TracingOptions(enabled=True, endpoint=endpoint))
     tracer.record(request())
-    wait_until(lambda: tracer.failed == 1, "the failure")
+    waiting = []
+    wait_until(lambda: waiting.append(tracer.waiting) or tracer.failed == 1, "the failure")
+    assert 1 in waiting, "while it is tried again, it is seen to wait"
+    wait_until(lambda: tracer.waiting == 0, "the end of the try")
     tracer.close()
 
 

@@ -54,7 +54,7 @@ async def test_a_version_that_cannot_come_back_fails_and_a_load_tries_again(root
     await until(lambda: entry(pool)["state"] == "failed", timeout_s=30)
     assert "version 1 took its worker down 3 times" in entry(pool)["reason"]
     assert pool._workers["shared"].process is None
-    with pytest.raises(MillhandError, match="took worker 'shared' down"):
+    with pytest.raises(MillhandError, match="worker 'shared' died of SIGKILL while it loaded model 'faulty' ver"):
         await pool.load("faulty")
     assert entry(pool)["state"] == "failed"
     (folder / "1/model.json").write_text("{}")
@@ -81,6 +81,20 @@ async def test_a_version_that_cannot_be_loaded_after_a_restart_gives_way_to_the_
     await until(lambda: entry(pool)["versions"] == [1])
     assert "version 2 could not be loaded after a restart" in entry(pool)["reason"]
     assert entry(pool)["reason"].endswith("version 1 came back")
+
+
+async def test_a_load_that_takes_too_long_is_told_apart_from_one_that_kills(root, make_pool):
+    write_faulty(root, "long", versions={1: "hang"}, extra='isolation = "own"')
+    write_faulty(root, "fatal", versions={1: "die"}, extra='isolation = "own"')
+    pool = await make_pool(load_timeout_s=1.5)
+    found = {entry["name"]: (entry["reason"], entry["hint"]) for entry in pool.index()}
+    assert found == {
+        "long": ("model 'long' version 1 did not load within 1.5 s", "raise [models] load_timeout_s for a large model"),
+        "fatal": (
+            "worker 'fatal' died of SIGKILL while it loaded model 'fatal' version 1",
+            "look at the log, then load it again",
+        ),
+    }
 
 
 async def test_a_models_own_limit_finds_its_hang(root, make_pool):

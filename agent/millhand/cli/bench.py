@@ -211,8 +211,9 @@ def _lines(figures: Mapping[str, Any], plan: Plan, error: str) -> list[str]:
     lines = [*labelled("Requests", counts), *labelled("Latency", latency)]
     if figures["queue_share"] is not None:
         queue, compute = figures["queue_share"], figures["compute_share"]
+        rest = "the way" if plan.rate is None else "the way, and waiting for a free caller"
         lines += labelled(
-            "Worker", f"queue {_percent(queue)}, compute {_percent(compute)} of the latency; the rest is the way"
+            "Worker", f"queue {_percent(queue)}, compute {_percent(compute)} of the latency; the rest is {rest}"
         )
         lines += labelled("Batches", f"{figures['mean_batch_rows']:g} rows on average")
     late, unsent = figures["late"], figures["unsent"]

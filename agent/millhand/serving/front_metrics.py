@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from millhand.errors import MillhandError
-from millhand.metrics import Counter, Histogram, Registry
+from millhand.metrics import Counter, Gauge, Histogram, Registry
 from millhand.serving.routing import control_call
 
 log = logging.getLogger("millhand.front")
@@ -53,6 +53,9 @@ TRACES = Counter(
     "Sampled requests by what became of their trace: sent, dropped (the queue was full), failed (not taken).",
     ["outcome"],
 )
+
+
+TRACES_WAITING = Gauge(FRONT, "millhand_traces_waiting", "Traces that wait to be sent, or are being sent.")
 
 
 class MetricsReporter:

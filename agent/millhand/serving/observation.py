@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from millhand.serving.access_log import AccessLog
-from millhand.serving.front_metrics import FRONT, TRACES
+from millhand.serving.front_metrics import FRONT, TRACES, TRACES_WAITING
 from millhand.serving.tracing import (
     GRPC_CODES,
     RequestTrace,
@@ -60,6 +60,7 @@ class Observation:
         if self._tracer.enabled:
             for outcome in ("sent", "dropped", "failed"):
                 TRACES.set_total(getattr(self._tracer, outcome), outcome=outcome)
+            TRACES_WAITING.set(self._tracer.waiting)
 
     def close(self) -> None:
         """Send the traces that wait, for a short time."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,18 @@ from millhand.serving.tensors import Tensors
 log = logging.getLogger("millhand.http")
 
 REROUTE_WAIT_S = 1.0
+COMES_BY_ITSELF = ("loading", "restarting")
+"""States of models that will answer without anybody's doing."""
 
 
 class UnknownModel(ModelError):
     """The model or the version does not exist here."""
+
+
+class NotServing(ModelError):
+    """The model is here and does not answer, until somebody loads it."""
+
+    retriable = True
 
 
 async def control_stream(path: Path, call: str, **arguments: Any) -> AsyncIterator[Any]:
@@ -144,6 +152,10 @@ class Routes:
         """Whether every model that should be served answers."""
         return self.known and not self.waiting()
 
+    def comes(self, names: Iterable[str]) -> bool:
+        """Whether one of these models will answer without anybody's doing."""
+        return any(self._models[name]["state"] in COMES_BY_ITSELF for name in names)
+
     def waiting(self) -> list[str]:
         """The models that should be served and do not answer."""
         return sorted(
@@ -202,11 +214,7 @@ class Routes:
         if not model["sockets"]:
             if model["state"] == "restarting":
                 raise WorkerError(f"the worker of model '{name}' is being restarted", hint="send the request again")
-            raise ModelError(
-                f"model '{name}' is {model['state']}: {model['reason'] or 'not loaded'}",
-                hint=model["hint"],
-                retriable=True,
-            )
+            raise not_ready(name, model)
         chosen = version or max(model["sockets"], key=int)
         return await self._least_busy(model["sockets"][chosen]), int(chosen)
 
@@ -251,6 +259,13 @@ class Routes:
                 client.close()
         else:
             task.cancel()
+
+
+def not_ready(name: str, model: Mapping[str, Any]) -> ModelError:
+    """The error of a model without a version that answers; `model` is as the daemon tells of it."""
+    text = f"model '{name}' is {model['state']}: {model['reason'] or 'not loaded'}"
+    comes = model["state"] in COMES_BY_ITSELF
+    return ModelError(text, hint=model["hint"], retriable=True) if comes else NotServing(text, hint=model["hint"])
 
 
 async def _wait_for(changed: asyncio.Event) -> None:

@@ -198,23 +198,33 @@ class SupervisedWorker:
     async def _load(self, request: LoadRequest) -> dict[str, Any]:
         if self.process is None:
             raise WorkerError(f"worker '{self.name}' is being restarted", hint="try again")
-        client = self.process.client
+        process = self.process
         timeout_s = self._settings.load_timeout_s
         try:
-            metadata: dict[str, Any] = await client.call("load", timeout_s, **msgspec.structs.asdict(request))
+            metadata: dict[str, Any] = await process.client.call("load", timeout_s, **msgspec.structs.asdict(request))
         except WorkerError as error:
-            if not client.closed:
-                client.close()  # a load cannot be called off: the worker goes with it
-            raise WorkerError(
-                f"model '{request.model}' version {request.version} took worker '{self.name}' down, "
-                f"or did not load within {timeout_s:g} s: {error.message}",
-                hint="look at the log; raise [models] load_timeout_s for a large model",
-                retriable=False,
-            ) from error
+            failure = await self._load_failure(request, process, error)
+            process.client.close()  # a load cannot be called off: the worker goes with it
+            raise failure from error
         if "replaced" in metadata:
             self.ledger.replace(metadata.pop("replaced"))
         self.ready[request.model, request.version] = metadata
         return metadata
+
+    async def _load_failure(self, request: LoadRequest, process: WorkerProcess, error: WorkerError) -> WorkerError:
+        """What went wrong with a load: the worker died, took too long, or said that it cannot."""
+        version = f"model '{request.model}' version {request.version}"
+        if process.client.closed:
+            end = describe_exit(await process.exit_status(EXIT_WAIT_S))
+            word = f": {process.last_word()}" if process.last_word() else ""
+            text = f"worker '{self.name}' {end} while it loaded {version}{word}"
+            hint = "look at the log, then load it again"
+        elif isinstance(error.__cause__, TimeoutError):
+            text = f"{version} did not load within {self._settings.load_timeout_s:g} s"
+            hint = "raise [models] load_timeout_s for a large model"
+        else:
+            text, hint = f"{version} could not be loaded: {error.message}", error.hint
+        return WorkerError(text, hint=hint, retriable=False)
 
     async def _free(self, key: Key) -> None:
         """Unload a version; new requests go elsewhere before those that wait are waited for."""

@@ -106,6 +106,11 @@ class Tracer:
     enabled = False
     sent = dropped = failed = 0
 
+    @property
+    def waiting(self) -> int:
+        """Traces that are not yet sent, dropped or failed."""
+        return 0
+
     def record(self, trace: RequestTrace) -> str:
         """Take an answered request; returns the trace's id in hexadecimal, empty where there is no trace."""
         return ""
@@ -148,6 +153,7 @@ class OtlpTracer(Tracer):
         """Traces that found the queue full."""
         self.failed = 0
         """Traces that the collector did not take."""
+        self._sending = 0
         self._bound = int(options.sample_ratio * 2**64)
         self._queue: deque[Queued] = deque()
         self._due = threading.Event()
@@ -156,6 +162,10 @@ class OtlpTracer(Tracer):
         self._exporter = _exporter(options.endpoint)
         self._thread = threading.Thread(target=self._send, name="traces", daemon=True)
         self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue) + self._sending
 
     def record(self, trace: RequestTrace) -> str:
         parent = read_traceparent(trace.traceparent) if trace.traceparent else None
@@ -182,10 +192,12 @@ class OtlpTracer(Tracer):
             self._due.clear()
             while self._queue:
                 batch = [self._queue.popleft() for _ in range(min(BATCH_CAP, len(self._queue)))]
+                self._sending = len(batch)
                 if self._sends(batch):
                     self.sent += len(batch)
                 else:
                     self.failed += len(batch)
+                self._sending = 0
 
     def _sends(self, batch: list[Queued]) -> bool:
         from opentelemetry.sdk.trace.export import SpanExportResult

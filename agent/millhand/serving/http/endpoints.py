@@ -17,10 +17,10 @@ from millhand.metrics import CONTENT_TYPE
 from millhand.serving.admin import AdminToken
 from millhand.serving.front_metrics import MetricsReporter
 from millhand.serving.http.infer import InferEndpoint, Reply
-from millhand.serving.http.messages import Request, Response, WrongMethod, error_response, json_response
+from millhand.serving.http.messages import RETRY_AFTER, Request, Response, WrongMethod, error_response, json_response
 from millhand.serving.http.openapi import document
 from millhand.serving.repository_index import index_entries
-from millhand.serving.routing import Routes, UnknownModel, control_call
+from millhand.serving.routing import NotServing, Routes, UnknownModel, control_call, not_ready
 
 log = logging.getLogger("millhand.http")
 
@@ -134,8 +134,10 @@ class Endpoints:
     def _ready(self, request: Request) -> Response:
         if self._routes.ready():
             return json_response({"ready": True})
-        waiting = ", ".join(self._routes.waiting()) or "all of them: the node is starting"
-        return _not_ready({"ready": False}, f"models are not ready: {waiting}", "see 'millhand model list'")
+        waiting = self._routes.waiting()
+        text = f"models are not ready: {', '.join(waiting) or 'all of them: the node is starting'}"
+        comes = not waiting or self._routes.comes(waiting)
+        return _not_ready({"ready": False}, f"{text} (see 'millhand model list')", comes)
 
     def _openapi(self, request: Request) -> Response:
         return json_response(document(self._routes.models))
@@ -161,8 +163,8 @@ class Endpoints:
         model = self._routes.model(name, version)
         if model["sockets"]:
             return json_response({"name": name, "ready": True})
-        text = f"model '{name}' is {model['state']}: {model['reason'] or 'not loaded'}"
-        return _not_ready({"name": name, "ready": False}, text, model["hint"])
+        error = not_ready(name, model)
+        return _not_ready({"name": name, "ready": False}, error.text, not isinstance(error, NotServing))
 
     async def _config(self, request: Request, name: str, version: str) -> Response:
         self._routes.model(name, version)
@@ -248,8 +250,9 @@ def _call_off(task: asyncio.Task[Response]) -> None:
     task.cancel()
 
 
-def _not_ready(data: dict[str, Any], text: str, hint: str) -> Response:
-    return json_response({**data, "error": f"{text} ({hint})"}, 503)
+def _not_ready(data: dict[str, Any], text: str, comes: bool) -> Response:
+    """A 503, which says when to come again where that helps."""
+    return json_response({**data, "error": text}, 503, [RETRY_AFTER] if comes else [])
 
 
 def _remedy(path: str) -> str:

@@ -12,9 +12,11 @@ import msgspec
 from millhand.errors import ControlError, DeadlineError, InputError, MillhandError
 from millhand.serving.admin import PermissionDenied, TokenMissing
 from millhand.serving.http.head import Head, HeadTooLarge
-from millhand.serving.routing import UnknownModel
+from millhand.serving.routing import NotServing, UnknownModel
 
 JSON = b"application/json"
+RETRY_AFTER = (b"retry-after", b"1")
+"""With a 503 that ends by itself."""
 BINARY = b"application/octet-stream"
 CLIENT_LEFT = 499
 COMPRESS_FROM_BYTES = 8192
@@ -23,7 +25,6 @@ COMPRESSION_LEVEL = 1
 
 _REASONS = {status.value: status.phrase for status in HTTPStatus} | {CLIENT_LEFT: "Client Closed Request"}
 _HEADS = {status: f"HTTP/1.1 {status} {reason}\r\ncontent-type: ".encode() for status, reason in _REASONS.items()}
-_HEADS[503] = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-type: "
 
 
 class BodyTooLarge(InputError):
@@ -111,7 +112,10 @@ def error_response(error: Exception) -> Response:
         headers = [(b"allow", error.allowed.encode())]
     elif isinstance(error, TokenMissing):
         headers = [(b"www-authenticate", b"Bearer")]
-    return json_response({"error": error.text}, status_of(error), headers)
+    status = status_of(error)
+    if status == 503 and not isinstance(error, NotServing):
+        headers = [RETRY_AFTER]
+    return json_response({"error": error.text}, status, headers)
 
 
 _STATUSES: list[tuple[type[MillhandError], int]] = [
