@@ -299,8 +299,13 @@ async def test_one_batch_goes_through_all_steps_and_each_request_gets_its_rows(r
     for inputs, (outputs, _) in zip(asked, answers, strict=True):
         np.testing.assert_array_equal(outputs["y"], inputs["x"] * 6)
     assert max(outputs["rows"][0, 0] for outputs, _ in answers) > 1
-    stats = {entry["model"]: entry for entry in (await pool.stats())["models"]}
-    assert stats["chain"]["success"] == 40
+
+    async def counted() -> Any:
+        """Answers go out before they are counted."""
+        stats = {entry["model"]: entry for entry in (await pool.stats())["models"]}
+        return stats if stats["chain"]["success"] == 40 else None
+
+    stats = await until(counted)
     assert stats["chain"]["batches"] < 40
     assert stats["rows"]["success"] == stats["scale"]["success"] == 0, "three steps, one request"
     assert list(stats["chain"]["steps_ns"]) == ["1 (rows)", "2 (scale)"]
