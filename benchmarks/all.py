@@ -18,6 +18,7 @@ SCRIPTS: list[tuple[str, list[str]]] = [
     ("ensemble", ["ensemble.py"]),
     ("proof", ["proof.py"]),
     ("quantize", ["quantize.py", "--forms"]),
+    ("workshop_build", ["workshop_build.py"]),
     ("serving", ["serving.py", "--peers"]),
     ("serving_ablation", ["serving.py", "--ablation"]),
     ("soak_serving", ["soak_serving.py"]),
