@@ -75,6 +75,7 @@ def test_where_none_is_faster_by_the_margin_the_smallest_serves() -> None:
         ((proof("int8", 3.0, 250, passed=False),), "no candidate passed"),
         ((proof("int8", 3.0, 250, executed=False),), "none was run"),
         ((proof("int8", 1.01, 990),), "1 passed, and none is faster by 5 %"),
+        ((proof("old", 3.0, 100, score=score(2.0)),), "no candidate passed"),  # under a cap that was higher then
         ((proof("slow", 0.5, 100),), "takes 200% of the original's time"),
         ((proof("other", 3.0, 100, latency=()),), "1 passed, and none is faster"),
     ],

@@ -12,7 +12,7 @@ from millhand.proof.document import Proof
 from millhand.workshop.keys import Keys
 from millhand.workshop.plan import Offer
 from millhand.workshop.proving import Prover
-from millhand.workshop.shelf import Candidate
+from millhand.workshop.shelf import Candidate, Record
 
 MAKING = 0.7
 """Share of a candidate's progress that is its making; the rest is its proof."""
@@ -36,6 +36,7 @@ class Crafter:
         self._work = self.prover.work
         self._shelf = self._work.site.shelf
         self._where = self._work.name, self._work.version, self._work.target.name
+        self._stale: dict[tuple[str, frozenset[tuple[str, str]]], bool] = {}
 
     def candidates(self) -> list[Candidate]:
         """What lies on the shelf, made from the model's artifact as it is now."""
@@ -60,12 +61,11 @@ class Crafter:
     def is_stale(self, candidate: Candidate) -> bool:
         """Whether it is tied to another library, driver or GPU than this machine's; of hardware that is not here that
         cannot always be told, and then it is not."""
-        site, record, target = self._work.site, candidate.record, self._work.target
-        try:
-            keys = Keys(site.registry, site.runner(target, 1, 0).interpreter)
-            return bool(asyncio.run(keys.differences(record.maker, record.made, target)))
-        except MillhandError:
-            return target.runs_here
+        record = candidate.record
+        tie = record.maker, frozenset(record.made.key.items())
+        if tie not in self._stale:  # makers answer in processes of their own
+            self._stale[tie] = self._differs(record)
+        return self._stale[tie]
 
     def craft(self, offer: Offer) -> tuple[Proof, bool]:
         """Returns (proof, whether it was made now). Raises MillhandError or OSError where it fails."""
@@ -104,6 +104,14 @@ class Crafter:
             self.told(candidate.name, begun + (1 - begun) * share, step)
 
         return self.prover.prove(candidate, self._deadline_s(), progress)
+
+    def _differs(self, record: Record) -> bool:
+        site, target = self._work.site, self._work.target
+        try:
+            keys = Keys(site.registry, site.runner(target, 1, 0).interpreter)
+            return bool(asyncio.run(keys.differences(record.maker, record.made, target)))
+        except MillhandError:
+            return target.runs_here
 
     def _is_whole(self, candidate: Candidate) -> bool:
         try:

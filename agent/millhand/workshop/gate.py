@@ -25,7 +25,7 @@ def choose(proofs: Mapping[str, Proof], original_bytes: int, batch: int, setting
     proofs: by candidate, of those that were run. batch: the one that traffic brings most often. Speeds are compared by
     each candidate's own pair of measurements, so that a load of the machine meanwhile does not decide.
     """
-    passed = {name: proof for name, proof in proofs.items() if proof.executed and proof.passed}
+    passed = {name: proof for name, proof in proofs.items() if _passed(proof, settings.drop_percent_cap)}
     if not passed:
         told = "none was run" if not any(proof.executed for proof in proofs.values()) else "no candidate passed"
         return "", f"The original serves: {told}."
@@ -49,6 +49,11 @@ def choose(proofs: Mapping[str, Proof], original_bytes: int, batch: int, setting
         f"The original serves: {len(passed)} passed, and none is faster by {settings.margin_percent:g} %, or smaller "
         f"without being slower; the fastest, {best}, takes {shares[best]:.0%} of the original's time."
     )
+
+
+def _passed(proof: Proof, cap_percent: float) -> bool:
+    """Whether a proof says so, and would by today's cap."""
+    return proof.executed and proof.passed and proof.score is not None and proof.score.drop_percent <= cap_percent
 
 
 def timed(proof: Proof, batch: int) -> Latency | None:

@@ -31,7 +31,7 @@ def gather(site: Site, manifest: Manifest, data: Path | None, scratch: Path, on_
         except InputError as error:
             if data is not None:
                 raise
-            missing = error
+            missing = InputError(error.message, hint=f"{error.hint}, with --data")
     try:
         return checked(manifest, recorded_parts(recorded_path(site.config.node.data_dir, manifest.name), manifest))
     except FileNotFoundError as error:
