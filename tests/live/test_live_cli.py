@@ -183,7 +183,8 @@ def test_http(agent: Agent) -> None:
     # What this node does not have: a sink, a GPU, sensors of a Jetson, rows that it dropped, sessions that count, gRPC,
     # candidates.
     absent = re.compile(
-        "sink|gpu|accelerator|temperature|power|throttle|memory|dropped|energy|session_counts|grpc|traces|candidate|rebuild"
+        "sink|gpu|accelerator|temperature|power|throttle|memory|dropped|energy|session_counts|grpc|traces|"
+        "candidate|rebuild"
     )
     elsewhere = {name for name in documented if absent.search(name)}
     assert documented - elsewhere <= exposed
