@@ -49,7 +49,7 @@ class RecordingProxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self.sent: list[bytearray] = []
-        self._sockets: list[socket.socket] = [self._listener]
+        self._sockets: list[socket.socket] = []
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
 
@@ -57,9 +57,13 @@ class RecordingProxy:
         while True:
             try:
                 client, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            try:
                 server = socket.create_connection(("127.0.0.1", self._target))
             except OSError:
-                return
+                client.close()
+                continue
             self.sent.append(bytearray())
             self._sockets += [client, server]
             for source, sink, kept in ((client, server, self.sent[-1]), (server, client, None)):
@@ -68,6 +72,9 @@ class RecordingProxy:
                 thread.start()
 
     def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._threads[0].join(5)  # from here on nothing is added
+        self._listener.close()
         for one in self._sockets:
             with contextlib.suppress(OSError):  # the other side was quicker
                 one.shutdown(socket.SHUT_RDWR)
