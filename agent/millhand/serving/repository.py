@@ -255,7 +255,7 @@ class Repository:
 
 
 def _without_manifest(path: Path) -> BadFolder:
-    return BadFolder(path, f"'{path}' has no {MANIFEST}", "write one (docs/models.md), or take the folder away")
+    return BadFolder(path, f"'{path}' has no {MANIFEST}", "write one as docs/models.md shows, or take the folder away")
 
 
 def _speaks_of(root: Path, path: Path) -> bool:
