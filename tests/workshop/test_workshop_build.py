@@ -345,14 +345,14 @@ def test_for_hardware_that_is_not_here_candidates_are_made_and_never_chosen(node
 
 NODE_WITH_THE_CHIP = """
 from pathlib import Path
-from millhand.cli.build import _Silent
+from millhand.workshop.listener import Silence
 from millhand.config import load_config
 from millhand.workshop.build import Order, build
 from millhand.workshop.recipe import Target
 from millhand.workshop.site import open_site
 site = open_site(load_config(Path({config!r})))
 target = Target(name="sm80", accelerator="cpu", compute_capability="8.0", precisions=("fp16", "int8"))
-report = build(site, Order(model="pump", target=target, data=Path({rows!r})), _Silent())
+report = build(site, Order(model="pump", target=target, data=Path({rows!r})), Silence())
 print(*sorted(f"{{o.name}}:{{o.state}}:{{o.made}}" for o in report.outcomes))
 """
 

@@ -12,9 +12,10 @@ import click
 from millhand.cli import compare
 from millhand.cli.output import LINE_CHARACTERS, Output, json_option, shorten, wrapped
 from millhand.errors import ControlError, MillhandError
+from millhand.workshop.listener import Silence
 
 if TYPE_CHECKING:
-    from millhand.workshop.build import Listener
+    from millhand.workshop.listener import Listener
     from millhand.workshop.report import Outcome
 
 BAR_CHARACTERS = 20
@@ -138,24 +139,11 @@ def _serve(output: Output, name: str) -> None:
 
 def _listener(output: Output) -> Listener:
     if output.as_json:
-        return _Silent()
+        return Silence()
     return _Bar() if sys.stdout.isatty() else _Lines()
 
 
-class _Silent:
-    """For programs, which read the report."""
-
-    def planned(self, names: Sequence[str]) -> None:
-        return
-
-    def progress(self, name: str, share: float, step: str) -> None:
-        return
-
-    def outcome(self, outcome: Outcome) -> None:
-        return
-
-
-class _Lines(_Silent):
+class _Lines(Silence):
     """One line for each candidate as it begins, and one for its end."""
 
     def __init__(self) -> None:

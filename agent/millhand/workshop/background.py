@@ -11,13 +11,13 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from millhand.errors import MillhandError, ModelError
-from millhand.workshop.report import BuildReport, Outcome, read_report
+from millhand.workshop.listener import Silence
+from millhand.workshop.report import BuildReport, read_report
 
 NICE_LAST = 19
 PR_SET_PDEATHSIG = 1
@@ -34,19 +34,6 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     target: str
     recipe: str
-
-
-class Silence:
-    """`Listener` that nobody looks at."""
-
-    def planned(self, names: Sequence[str]) -> None:
-        return
-
-    def progress(self, name: str, share: float, step: str) -> None:
-        return
-
-    def outcome(self, outcome: Outcome) -> None:
-        return
 
 
 def carry_out(task: Task) -> BuildReport:

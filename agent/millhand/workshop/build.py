@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from millhand.errors import InputError, MillhandError, ModelError
 from millhand.proof.document import Proof
@@ -14,6 +12,7 @@ from millhand.proof.keys import node_key
 from millhand.workshop.crafting import Crafter
 from millhand.workshop.gate import choose
 from millhand.workshop.gathering import gather
+from millhand.workshop.listener import Listener
 from millhand.workshop.offers import Offers, ask_makers
 from millhand.workshop.plan import Offer, Plan, make_plan
 from millhand.workshop.proving import Prover
@@ -23,19 +22,6 @@ from millhand.workshop.rows import Rows
 from millhand.workshop.shelf import Candidate, Choice
 from millhand.workshop.site import Site
 from millhand.workshop.work import Work, now, open_work, told
-
-
-class Listener(Protocol):
-    """Whoever shows a build as it goes on."""
-
-    def planned(self, names: Sequence[str]) -> None:
-        """What is tried, in order."""
-
-    def progress(self, name: str, share: float, step: str) -> None:
-        """How far one of them is, 0 to 1; before the plan `name` is the model's."""
-
-    def outcome(self, outcome: Outcome) -> None:
-        """What became of one."""
 
 
 @dataclass(frozen=True)
