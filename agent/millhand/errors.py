@@ -94,6 +94,19 @@ class OverloadError(MillhandError):
     retriable = True
 
 
+class LanguageError(MillhandError):
+    """The language model's server is not there, died, or gave no usable answer; the request may be sent again."""
+
+    code = "language"
+    retriable = True
+
+
+class RefusedError(MillhandError):
+    """A guard refused a text; sending it again changes nothing."""
+
+    code = "refused"
+
+
 class StoreError(MillhandError):
     """The store could not be read or written."""
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pydantic import BaseModel
 
+    from millhand.language.guarding import GuardContext, Stage, Verdict
+    from millhand.language.launch import Ability, Command, Launch, ServerFigures
+    from millhand.language.passages import Passage
     from millhand.pipeline.windows import Window
     from millhand.records import Alert, Batch, WorkOrder
     from millhand.workshop.recipe import Job, Made, Recipe, Target
@@ -313,22 +316,107 @@ class Sink(Protocol):
         """Release everything."""
 
 
-class Guard(Protocol):
-    """Looks at what goes into or comes out of a language model. Returns the text, changed or not."""
+class OrderReviser(Protocol):
+    """Makes a better work order of the deterministic writer's draft, with a language model and what was retrieved."""
 
     name: str
 
-    def check(self, direction: str, text: str) -> str:
-        """`direction` is "in" or "out". Raises InputError to refuse."""
+    async def revise(self, draft: WorkOrder, alert: Alert, history: Sequence[Alert], complete: Complete) -> WorkOrder:
+        """Return a new version: the same `id`, `alert_id`, `asset`. The core validates it, field by field, and strikes
+        what stands neither in the evidence nor in a citation. Raises MillhandError where it cannot: the draft stands.
+        """
+
+
+class Complete(Protocol):
+    """Asks the node's language model, behind its guards; what order revisers and conversations are given."""
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the model; 0 where they are not known. Small models choose, large ones write."""
+
+    async def __call__(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        schema: Mapping[str, Any] | None = None,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> str:
+        """The answer's text; JSON by `schema` where one is given. Raises LanguageError, DeadlineError, RefusedError."""
+
+    async def score(self, messages: Sequence[Mapping[str, str]], candidates: Sequence[str]) -> Sequence[float]:
+        """How well each candidate fits as the answer, higher is better; in the candidates' order."""
+
+
+class KnowledgeBase(Protocol):
+    """Manuals, past orders and parts lists, and the way to find what is in them."""
+
+    name: str
+
+    async def open(self, folder: Path, embed: Embed | None) -> None:
+        """Begin with what lies in `folder`. `embed` is None where no embedding model is served: text search alone."""
+
+    async def add(self, path: Path, assets: Sequence[str] = (), kind: str = "manual") -> Mapping[str, Any]:
+        """Take a file or a folder in; what is known already is not read again. Returns counts. Raises InputError."""
+
+    async def remove(self, source: str) -> int:
+        """Forget a source at once; returns how many passages that were."""
+
+    async def sources(self) -> Sequence[Mapping[str, Any]]:
+        """What is known: source, kind, assets, passages, bytes, when."""
+
+    async def search(self, query: str, asset: str = "", limit: int = 5) -> Sequence[Passage]:
+        """The best passages, best first."""
+
+    async def close(self) -> None:
+        """Release everything."""
+
+
+class Embed(Protocol):
+    """Turns texts into vectors with a model of the node's own repository."""
+
+    async def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """(texts, dimensions), rows of length 1."""
+
+
+class Guard(Protocol):
+    """Looks at what goes into or comes out of a language model. Runs in the gateway's process: quick, no waiting."""
+
+    name: str
+    stages: Sequence[Stage]
+    """Where it is asked."""
+
+    def check(self, stage: Stage, text: str, context: GuardContext) -> Verdict:
+        """Judge one text. One that raises counts as a refusal, and is reported."""
+
+
+@runtime_checkable
+class StreamingGuard(Guard, Protocol):
+    """An output guard that can judge an answer while it comes."""
+
+    hold_chars: int
+    """It needs to see so many characters beyond a place before the text up to there may go out."""
 
 
 class LanguageServer(Protocol):
-    """A process that serves a language model with OpenAI's API on loopback."""
+    """A process that serves a language model with OpenAI's API on loopback. The core starts it, proves it by a real
+    completion, watches it, starts it again, and stops it.
+    """
 
     name: str
+    formats: Sequence[str]
+    """What it can serve: `gguf`, `huggingface`, `edgellm`."""
+    abilities: frozenset[Ability]
 
-    def command(self, model: Path, port: int, options: Mapping[str, Any]) -> Sequence[str]:
-        """The argv to start."""
+    def missing(self) -> str:
+        """Why it cannot run on this machine, with the remedy; empty where it can. Must be quick."""
+
+    def command(self, launch: Launch) -> Command:
+        """How to start it. Raises ConfigError or ModelError where the launch cannot be, naming key and remedy."""
+
+    def figures(self, metrics: str) -> ServerFigures:
+        """What its own page `/metrics` says (Prometheus text)."""
 
 
 # ---- hooks ----------------------------------------------------------------------------------------------------------
@@ -370,12 +458,20 @@ class Hooks:
         """Return order writers; config picks one by name."""
 
     @hookspec
+    def millhand_order_revisers(self, config: Any) -> Sequence[OrderReviser]:  # type: ignore[empty-body]
+        """Return order revisers; config picks one by name."""
+
+    @hookspec
+    def millhand_knowledge(self, config: Any) -> KnowledgeBase:  # type: ignore[empty-body]
+        """Return the knowledge base; one plugin's wins."""
+
+    @hookspec
     def millhand_sinks(self, config: Any) -> Sequence[Sink]:  # type: ignore[empty-body]
         """Return sinks. Each keeps its own cursor in the store; the core retries with back-off."""
 
     @hookspec
     def millhand_guards(self, config: Any) -> Sequence[Guard]:  # type: ignore[empty-body]
-        """Return guards for language models."""
+        """Return guards for language models; called in the gateway's processes."""
 
     @hookspec
     def millhand_language_servers(self, config: Any) -> Sequence[LanguageServer]:  # type: ignore[empty-body]

@@ -1,0 +1,37 @@
+"""What guards see of a conversation, and what they say of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Stage = Literal["input", "model", "output"]
+"""The three lines of defence: what comes in, what the model is told and allowed, what goes out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardContext:
+    """What a guard may know beside the text."""
+
+    model: str
+    role: str = ""
+    """The role of the caller's token; empty where none is asked for."""
+    source: Literal["client", "knowledge", "order", "agent"] = "client"
+    """Where the text comes from: a client, a retrieved passage, a work order's field, the agent's own prompts."""
+    secrets: tuple[str, ...] = ()
+    """Texts that must not leave: system prompts."""
+    grounds: tuple[str, ...] = ()
+    """Passages and evidence that an answer may rest on; empty where nothing was retrieved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What one guard says of one text."""
+
+    action: Literal["pass", "change", "refuse"]
+    text: str
+    """The text as it may go on; for `refuse` the same as came in."""
+    rule: str = ""
+    """Which rule spoke, a short stable name for metrics and audit: `injection.override`."""
+    reason: str = ""
+    """Why, in words for the person who is refused; never the secret itself."""

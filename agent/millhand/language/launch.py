@@ -1,0 +1,64 @@
+"""What a language server is asked to serve, and what it tells of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Ability = Literal[
+    "chat", "completions", "embeddings", "json_schema", "tools", "logprobs", "seed", "stop", "usage", "reasoning"
+]
+"""What a server can do of OpenAI's API; what it cannot do the gateway refuses, before the server sees it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One process of a language server. The core has chosen every value: from config, then profile, then the model."""
+
+    name: str
+    """As clients call the model."""
+    model: Path
+    """A GGUF file or a folder of Hugging Face's form."""
+    port: int
+    """To listen on, at 127.0.0.1."""
+    context_tokens: int
+    """Tokens that one conversation may hold, the answer included."""
+    slots: int = 1
+    """Conversations that are answered at once."""
+    threads: int = 0
+    """Threads on the CPU; 0 leaves it to the server."""
+    accelerators: tuple[str, ...] = ()
+    """UUIDs of the GPUs that this process uses, as many as the model is spread over; empty: the CPU."""
+    kv_bits: Literal[4, 8, 16] = 16
+    """Bits of one number in the KV cache."""
+    speculation: Literal["none", "ngram"] = "none"
+    """Whether drafts are made from the text itself; the greedy answer must stay the same."""
+    embeddings: bool = False
+    """Whether the model is one that embeds."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """How to start a process."""
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Added to the daemon's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerFigures:
+    """What a server's own metrics say, under one set of names; None where it does not tell."""
+
+    running: float | None = None
+    """Requests that are being answered."""
+    waiting: float | None = None
+    """Requests that wait in the server."""
+    kv_used: float | None = None
+    """Share of the KV cache that is in use, 0 to 1."""
+    prompt_tokens: float | None = None
+    """Tokens read since the start."""
+    generated_tokens: float | None = None
+    """Tokens written since the start."""
