@@ -393,10 +393,22 @@ class Guard(Protocol):
 
 @runtime_checkable
 class StreamingGuard(Guard, Protocol):
-    """An output guard that can judge an answer while it comes."""
+    """An output guard that can judge an answer while it comes: it is asked at each token, with the end of the answer
+    (what waits, and `hold_chars` of what went out before it). At the answer's end nothing waits any more.
+    """
 
     hold_chars: int
     """It needs to see so many characters beyond a place before the text up to there may go out."""
+
+
+@runtime_checkable
+class SparingGuard(StreamingGuard, Protocol):
+    """A streaming guard that knows which endings need not wait, so that most tokens go out as they come."""
+
+    def held(self, text: str) -> int:
+        """How many characters at the end of `text` wait for what follows, 0 to `hold_chars`. `text` is as in `check`:
+        the end of an answer. Asked at each token: must take microseconds.
+        """
 
 
 class LanguageServer(Protocol):
