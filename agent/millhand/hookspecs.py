@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pydantic import BaseModel
 
-    from millhand.language.guarding import GuardContext, Stage, Verdict
+    from millhand.language.guarding import AnswerStream, GuardContext, Stage, Verdict
     from millhand.language.launch import Ability, Command, Launch, ServerFigures
     from millhand.language.passages import Passage
     from millhand.pipeline.windows import Window
@@ -385,7 +385,8 @@ class Guard(Protocol):
 
     name: str
     stages: Sequence[Stage]
-    """Where it is asked."""
+    """Where it is asked. `input`: each message, passage and field by itself. `model`: once a request, with the system
+    prompt (empty where there is none); `Verdict.text` is the prompt to send. `output`: the answer."""
 
     def check(self, stage: Stage, text: str, context: GuardContext) -> Verdict:
         """Judge one text. One that raises counts as a refusal, and is reported."""
@@ -397,8 +398,22 @@ class StreamingGuard(Guard, Protocol):
     (what waits, and `hold_chars` of what went out before it). At the answer's end nothing waits any more.
     """
 
-    hold_chars: int
-    """It needs to see so many characters beyond a place before the text up to there may go out."""
+    def stream(self, context: GuardContext) -> AnswerStream:
+        """Begin with one answer. What its verdicts let out, put together, is what `check` says of the whole answer; and
+        it refuses if, and only if, `check` would.
+        """
+
+
+@runtime_checkable
+class ConsideringGuard(Guard, Protocol):
+    """A guard that can take a second opinion, of the node's language model."""
+
+    async def consider(self, stage: Stage, text: str, context: GuardContext, complete: Complete) -> Verdict:
+        """Judge one text that `check` has not refused, with the model's help or, where it is not worth it, without.
+
+        Only for texts that nobody waits for character by character: never for a streamed answer. `complete` must not
+        lead through this guard again. Raises nothing of `complete`: without an opinion the text passes.
+        """
 
 
 @runtime_checkable

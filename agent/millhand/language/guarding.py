@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 Stage = Literal["input", "model", "output"]
 """The three lines of defence: what comes in, what the model is told and allowed, what goes out."""
@@ -22,6 +22,10 @@ class GuardContext:
     """Texts that must not leave: system prompts."""
     grounds: tuple[str, ...] = ()
     """Passages and evidence that an answer may rest on; empty where nothing was retrieved."""
+    tools: tuple[str, ...] = ()
+    """Names of the tools that the request offers to the model; asked for in the stage `model`."""
+    guided: bool = False
+    """Whether the request binds the answer to a JSON schema; asked for in the stage `model`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,3 +39,16 @@ class Verdict:
     """Which rule spoke, a short stable name for metrics and audit: `injection.override`."""
     reason: str = ""
     """Why, in words for the person who is refused; never the secret itself."""
+
+
+class AnswerStream(Protocol):
+    """One answer on its way out. A guard holds back only what could still turn out to be part of a finding."""
+
+    def feed(self, text: str) -> Verdict:
+        """Take the next piece. `Verdict.text` is what may go out now, often the piece itself, sometimes nothing.
+
+        After a refusal nothing more goes out, and neither method is called again.
+        """
+
+    def finish(self) -> Verdict:
+        """The answer has ended: judge what was held back."""
