@@ -394,9 +394,7 @@ class Guard(Protocol):
 
 @runtime_checkable
 class StreamingGuard(Guard, Protocol):
-    """An output guard that can judge an answer while it comes: it is asked at each token, with the end of the answer
-    (what waits, and `hold_chars` of what went out before it). At the answer's end nothing waits any more.
-    """
+    """An output guard that can judge an answer while it comes."""
 
     def stream(self, context: GuardContext) -> AnswerStream:
         """Begin with one answer. What its verdicts let out, put together, is what `check` says of the whole answer; and
@@ -413,16 +411,6 @@ class ConsideringGuard(Guard, Protocol):
 
         Only for texts that nobody waits for character by character: never for a streamed answer. `complete` must not
         lead through this guard again. Raises nothing of `complete`: without an opinion the text passes.
-        """
-
-
-@runtime_checkable
-class SparingGuard(StreamingGuard, Protocol):
-    """A streaming guard that knows which endings need not wait, so that most tokens go out as they come."""
-
-    def held(self, text: str) -> int:
-        """How many characters at the end of `text` wait for what follows, 0 to `hold_chars`. `text` is as in `check`:
-        the end of an answer. Asked at each token: must take microseconds.
         """
 
 
