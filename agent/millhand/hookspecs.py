@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pydantic import BaseModel
 
-    from millhand.language.guarding import GuardContext, Stage, Verdict
+    from millhand.language.guarding import AnswerStream, GuardContext, Stage, Verdict
     from millhand.language.launch import Ability, Command, Launch, ServerFigures
     from millhand.language.passages import Passage
     from millhand.pipeline.windows import Window
@@ -396,17 +396,9 @@ class Guard(Protocol):
 class StreamingGuard(Guard, Protocol):
     """An output guard that can judge an answer while it comes."""
 
-    hold_chars: int
-    """It needs to see so many characters beyond a place before the text up to there may go out."""
-
-
-@runtime_checkable
-class SparingGuard(StreamingGuard, Protocol):
-    """A streaming guard that knows which endings need not wait, so that most tokens go out as they come."""
-
-    def held(self, text: str) -> int:
-        """How many characters at the end of `text` wait for what follows, 0 to `hold_chars`. `text` is as in `check`:
-        the end of an answer. Asked at each token: must take microseconds.
+    def stream(self, context: GuardContext) -> AnswerStream:
+        """Begin with one answer. What its verdicts let out, put together, is what `check` says of the whole answer; and
+        it refuses if, and only if, `check` would.
         """
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 Stage = Literal["input", "model", "output"]
 """The three lines of defence: what comes in, what the model is told and allowed, what goes out."""
@@ -39,3 +39,16 @@ class Verdict:
     """Which rule spoke, a short stable name for metrics and audit: `injection.override`."""
     reason: str = ""
     """Why, in words for the person who is refused; never the secret itself."""
+
+
+class AnswerStream(Protocol):
+    """One answer on its way out. A guard holds back only what could still turn out to be part of a finding."""
+
+    def feed(self, text: str) -> Verdict:
+        """Take the next piece. `Verdict.text` is what may go out now, often the piece itself, sometimes nothing.
+
+        After a refusal nothing more goes out, and neither method is called again.
+        """
+
+    def finish(self) -> Verdict:
+        """The answer has ended: judge what was held back."""
