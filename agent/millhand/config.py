@@ -18,6 +18,7 @@ from pydantic import Field, field_validator, model_validator
 
 from millhand.control import SOCKET_NAME_BYTES_CAP, SOCKET_PATH_BYTES_CAP
 from millhand.errors import ConfigError
+from millhand.language.pack import PackSettings
 from millhand.log_settings import LogSettings
 from millhand.pipeline.settings import AssetSettings, OrderSettings, RecordingSettings
 from millhand.serving.settings import GrpcSettings, HttpSettings, ModelSettings, TracingSettings
@@ -89,6 +90,7 @@ class Config(StrictTable):
     orders: OrderSettings = OrderSettings()
     recording: RecordingSettings = RecordingSettings()
     workshop: WorkshopSettings = WorkshopSettings()
+    pack: PackSettings = PackSettings()
     plugins: dict[str, dict[str, Any]] = {}
     """One table a plugin. `enabled = false` leaves it out; `required = true` makes its failure fatal."""
     assets: tuple[AssetSettings, ...] = ()
