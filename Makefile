@@ -6,10 +6,12 @@ SEED ?= 7
 FAULT ?= bearing_outer
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# Most tests wait for processes and brokers, so a few more of them than there are CPUs.
+TEST_JOBS ?= 4
 # Nothing that runs here may phone home.
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: venv demo test lint format bench clean lock providers
+.PHONY: venv demo test test-long lint format bench clean lock providers
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	@echo "Preparing $(VENV) for the demo (once) ..."
@@ -41,7 +43,11 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 test: lint
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -m "not long" --durations 20 $(TEST_ARGS)
+
+# What shows at length what shorter tests show too: more kills, more seeds, a soak, a fuzzer. Before a release.
+test-long: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m long $(TEST_ARGS)
 
 # Plugin libraries of ONNX Runtime for the tests that meet real ones (170 MB, with GPU=1 430 MB). They lie beside the
 # project, since a package of theirs may ask for another onnxruntime; TensorRT-RTX comes under NVIDIA's licence.

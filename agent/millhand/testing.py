@@ -37,7 +37,7 @@ run_dir = "{run}"
 """
 
 
-def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = 20.0, every_s: float = 0.02) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = 60.0, every_s: float = 0.02) -> Any:
     """Return the first truthy value of `condition`; fail the test naming `what` after `deadline_s`."""
     end = time.monotonic() + deadline_s
     while True:
@@ -98,7 +98,7 @@ class Agent:
     def call(self, name: str, /, **arguments: Any) -> Any:
         return self.client.call(name, **arguments)
 
-    def wait(self, condition: Callable[[], Any], what: str, deadline_s: float = 30.0) -> Any:
+    def wait(self, condition: Callable[[], Any], what: str, deadline_s: float = 60.0) -> Any:
         return wait_until(condition, what, deadline_s, every_s=0.05)
 
     def log(self) -> str:

@@ -21,7 +21,7 @@ from millhand.errors import ControlError
 from millhand.records import Alert, Batch, Severity
 from millhand.store import Step, Store
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 ALERT = Alert(
     "abcd1234-0000", "press", "wear", "high", "wear", Severity.WARNING, "The press wears.", 1_700_000_000_000_000_000
 )

@@ -17,6 +17,7 @@ SECONDS = 45
 OPERATIONS = 18
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # the first run makes the environment
 def test_answers_are_as_the_openapi_document_says(node, tmp_path):

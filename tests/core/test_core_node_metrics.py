@@ -19,7 +19,7 @@ from millhand.telemetry.broker import EmbeddedBroker
 from millhand.validation import validate
 
 ROWS = 40
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ async def scrape(daemon: Daemon) -> dict[str, float]:
     url = f"http://127.0.0.1:{daemon._http.port}/metrics"
 
     def read() -> str:
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(url, timeout=30) as answer:
             text: str = answer.read().decode()
             return text
 

@@ -19,7 +19,6 @@ from millhand.testing import Agent
 
 MODEL = "turbofan-rul"
 SHIPPED = Path(turbofan.__file__).parent / "models"
-KILLS = 6
 SEED = 20261125
 
 
@@ -75,12 +74,13 @@ def test_candidates_come_and_go_under_a_running_asset(site: tuple[Agent, Worksho
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_kill_9_in_the_middle_of_a_swap(site: tuple[Agent, Workshop]) -> None:
+@pytest.mark.parametrize("kills", [2, pytest.param(6, marks=pytest.mark.long)])
+def test_kill_9_in_the_middle_of_a_swap(site: tuple[Agent, Workshop], kills: int) -> None:
     """After each kill the agent serves what was chosen, and neither a build folder nor a worker is left."""
     agent, workshop = site
     dice = random.Random(SEED)
     agent.start()
-    for kill in range(KILLS):
+    for kill in range(kills):
         name = f"candidate-{kill}"
         shelving = threading.Thread(
             target=workshop.serve, args=(MODEL, (half_precision, resaved)[kill % 2]), kwargs={"name": name}

@@ -14,7 +14,6 @@ from live_kit import HTTP_OFF, Site, drained, ended, file_asset, rig_asset, stat
 
 from millhand.testing import Agent
 
-KILLS = 10
 SEED = 20240817
 ROWS = 2000
 RIG_STEPS = 741
@@ -38,7 +37,10 @@ def alerts(agent: Agent) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_ten_kills_lose_and_double_nothing(tmp_path: Path, site: Site, millhand_agent: Callable[..., Agent]) -> None:
+@pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.long)])
+def test_kills_lose_and_double_nothing(
+    tmp_path: Path, site: Site, millhand_agent: Callable[..., Agent], kills: int
+) -> None:
     recording = write_engine(tmp_path / "engine.csv", ROWS)
     calm = millhand_agent(config(recording, "", "full", "full"))
     calm.wait(ended(calm, "engine", "skid"), "the end of the undisturbed run", 60)
@@ -51,13 +53,13 @@ def test_ten_kills_lose_and_double_nothing(tmp_path: Path, site: Site, millhand_
     # Paced, so that the replay outlasts the kills: ten times half a second at most of running before each.
     agent = millhand_agent(config(recording, site.telemetry, 2.5, 5.0))
     dice = random.Random(SEED)
-    for kill in range(KILLS):
+    for kill in range(kills):
         # A random moment of a running agent; every third time of a starting one.
         time.sleep(dice.uniform(0.05, 0.7))
         agent.kill()
         agent.start(wait=kill % 3 != 2)
     agent.wait(agent.answers, "the agent after its last start")
-    assert [state_of(agent, asset)["state"] for asset in MODELS] == ["running", "running"], "the kills came too late"
+    assert not [asset for asset in MODELS if state_of(agent, asset)["state"] == "ended"], "the kills came too late"
     agent.wait(ended(agent, "engine", "skid"), "the end of the replay", 60)
     agent.wait(lambda: drained(agent), "the hub's acknowledgement of every row", 60)
 

@@ -36,7 +36,7 @@ class Rig:
     def end(self, number: signal.Signals) -> None:
         if self._process.poll() is None:
             self._process.send_signal(number)
-            self._process.wait(20)
+            self._process.wait(60)
             assert self._process.stdout is not None
             self._process.stdout.close()
 
@@ -73,14 +73,14 @@ class RecordingProxy:
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
-        self._threads[0].join(5)  # from here on nothing is added
+        self._threads[0].join(30)  # from here on nothing is added
         self._listener.close()
         for one in self._sockets:
             with contextlib.suppress(OSError):  # the other side was quicker
                 one.shutdown(socket.SHUT_RDWR)
             one.close()
         for thread in self._threads:
-            thread.join(5)
+            thread.join(30)
 
     def functions(self) -> list[int]:
         """The function code of every request. Fails on a byte that belongs to no Modbus frame."""

@@ -124,7 +124,7 @@ def good_answers(node: Node) -> dict[str, Any]:
     """What good requests give: over HTTP, and over gRPC."""
     tensor = {"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}
     body = json.dumps({"inputs": [tensor]}).encode()
-    with urllib.request.urlopen(f"{node.http}/v2/models/same-fp32/infer", body, timeout=10) as answer:
+    with urllib.request.urlopen(f"{node.http}/v2/models/same-fp32/infer", body, timeout=30) as answer:
         found = {"http": json.loads(answer.read())["outputs"][0]["data"]}
     with grpc.insecure_channel(node.grpc, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
         infer = channel.unary_unary(f"/{grpc_mutations.SERVICE}/ModelInfer")

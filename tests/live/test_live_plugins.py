@@ -130,7 +130,7 @@ def test_a_required_plugin_that_fails_ends_the_start(
     agent = millhand_agent("[plugins.needy]\nrequired = true\n", environment=environment, started=False)
     agent.start(wait=False)
     assert agent.process is not None
-    assert agent.process.wait(30) == 1
+    assert agent.process.wait(60) == 1
     assert "Error: plugin 'needy' is required and could not be loaded" in agent.log()
     assert "Try: install the package" in agent.log()
     assert "Traceback" not in agent.log()

@@ -71,7 +71,7 @@ def agent(millhand_agent: Callable[..., Agent], tmp_path: Path) -> Iterator[Agen
 
 
 def get(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=30) as answer:
         text: str = answer.read().decode()
         return text
 
@@ -99,7 +99,7 @@ def infer(url: str, model: str) -> None:
         json.dumps({"inputs": inputs}).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=10) as answer:
+    with urllib.request.urlopen(request, timeout=30) as answer:
         assert answer.status == 200
 
 
@@ -171,7 +171,7 @@ class Prometheus:
 
     def stop(self) -> None:
         self._process.terminate()
-        self._process.wait(20)
+        self._process.wait(60)
         self._log.close()
 
 
@@ -209,7 +209,7 @@ def test_the_query_over_a_scraped_agent_gives_its_rate(agent: Agent, tmp_path: P
         enough.set()
         for loader in loaders:
             if loader.ident:
-                loader.join(20)
+                loader.join(30)
         prometheus.stop()
     (series,) = result
     assert series["metric"]["job"] == "deepseek"

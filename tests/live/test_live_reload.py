@@ -209,7 +209,7 @@ def test_what_a_killed_daemon_leaves_behind_is_cleared(tmp_path: Path, millhand_
     agent.kill()
     assert any(path.name.startswith("worker-") for path in agent.run_dir.iterdir())
     assert (agent.run_dir / "control.sock").exists()
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=30)
     assert alive == []
     agent.start()
     agent.wait(ended(agent, "engine"), "the end of the recording")

@@ -21,6 +21,7 @@ ZERO = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_kills_and_reloads_under_load_give_no_wrong_answer_and_leave_nothing() -> None:
     options = ["--minutes", "0.5", "--kill-every-s", "5", "--reload-every-s", "7"]

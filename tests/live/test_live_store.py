@@ -187,7 +187,7 @@ def test_a_full_disk_at_start_is_said(tmp_path: Path, small_disk: Path, millhand
     )
     agent.start(wait=False)
     assert agent.process is not None
-    assert agent.process.wait(30) == 1
+    assert agent.process.wait(60) == 1
     assert "Error: the disk under" in agent.log()
     assert "Try: free some space" in agent.log()
     filler.unlink()

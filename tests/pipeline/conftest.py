@@ -88,7 +88,7 @@ def settings(**values: Any) -> AssetSettings:
     return validate(AssetSettings, {**base, **values}, "asset")
 
 
-async def until(condition: Callable[[], Any], what: str, deadline_s: float = 20.0) -> Any:
+async def until(condition: Callable[[], Any], what: str, deadline_s: float = 60.0) -> Any:
     """Wait for the first truthy value of `condition`; fail naming `what` after the deadline."""
     end_s = time.monotonic() + deadline_s
     while not (value := condition()):

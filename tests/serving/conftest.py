@@ -94,7 +94,7 @@ async def served(
             await process.start()
             stack.push_async_callback(process.stop)
             url = f"http://127.0.0.1:{process.port}"
-            client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=20, trust_env=False))
+            client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=60, trust_env=False))
             return pool, client, process
 
         yield start

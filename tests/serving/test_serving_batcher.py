@@ -111,12 +111,12 @@ def test_every_request_has_exactly_one_end_and_its_own_answer(jobs, threads, run
     for thread in waiters + senders:
         thread.start()
     for thread in senders:
-        thread.join(10)
-    lost = sum(not left.acquire(timeout=10) for _ in jobs)
+        thread.join(30)
+    lost = sum(not left.acquire(timeout=30) for _ in jobs)
     for _ in waiters:
         wakes.put(False)
     for thread in waiters:
-        thread.join(10)
+        thread.join(30)
     assert not lost
     assert not broken
     for number, how in ends.items():
@@ -244,7 +244,7 @@ def test_the_queue_is_bounded_and_a_closed_lane_refuses():
     remover = threading.Thread(target=batcher.remove, args=(small,))
     remover.start()
     batcher.finish(batcher.take())  # the removal waits for what waits
-    remover.join(5)
+    remover.join(30)
     assert not remover.is_alive()
     with pytest.raises(ModelError) as caught:
         batcher.submit(small, request())

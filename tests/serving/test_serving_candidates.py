@@ -354,7 +354,7 @@ async def test_a_candidate_that_kills_its_worker_again_and_again_makes_way(make_
 
 async def test_kill_9_in_the_middle_of_an_exchange(make_pool, workshop):
     """Whatever the moment: the old one or the new one serves afterwards, and the other has left nothing."""
-    pool = await make_pool()
+    pool = await make_pool(deaths_cap=100)
 
     async def answered():
         with contextlib.suppress(WorkerError):  # the pool has not seen the kill yet

@@ -46,10 +46,10 @@ def daemon(config, root, tmp_path):
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
     thread.start()
-    assert started.wait(20)
+    assert started.wait(60)
     yield
     loop.call_soon_threadsafe(stop.set)
-    thread.join(20)
+    thread.join(30)
     loop.close()
 
 

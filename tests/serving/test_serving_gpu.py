@@ -413,7 +413,7 @@ def test_a_recording_and_a_run_that_serves_keep_out_of_each_others_way(dense, cp
         waiting.start()
         waiting.join(0.2)
         assert waiting.is_alive()
-    waiting.join(5)
+    waiting.join(30)
     assert not waiting.is_alive()
 
 

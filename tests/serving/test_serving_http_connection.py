@@ -329,8 +329,8 @@ def test_compressed_bodies(server):
     text = b"0123456789" * 1000
     raw = zlib.compressobj(9, zlib.DEFLATED, -15)
     for coding, body, status, found in [
-        ("gzip", gzip.compress(text), 200, text),
-        ("GZIP", gzip.compress(text), 200, text),
+        ("gzip", gzip.compress(text, mtime=0), 200, text),
+        ("GZIP", gzip.compress(text, mtime=0), 200, text),
         ("x-gzip", gzip.compress(text), 200, text),
         ("deflate", zlib.compress(text), 200, text),
         ("identity", text, 200, text),

@@ -386,7 +386,7 @@ async def test_nobody_waits_beyond_a_deadline_that_was_told_after_a_later_one(wo
         asked = [
             asyncio.create_task(client.infer("faulty", action(0), deadline=deadline_ns(ms))) for ms in (20_000, 40, 80)
         ]
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             outcomes = await asyncio.gather(*asked[1:], return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [DeadlineError] * 2 and not asked[0].done()
     finally:

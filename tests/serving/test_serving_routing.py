@@ -44,7 +44,7 @@ async def test_a_request_that_waits_for_a_worker_which_dies_is_told_to_come_agai
     server = await asyncio.start_unix_server(daemon, tmp_path / "control.sock")
     routes = Routes(tmp_path / "control.sock")
     follower = asyncio.create_task(routes.follow())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await asyncio.to_thread(wait_until, lambda: routes.known, "the daemon's word")
         x = {"x": np.zeros((1, 1), np.float32)}
         request = asyncio.create_task(routes.infer("first", "", x, deadline_ms=None, priority=0, wanted=()))

@@ -86,10 +86,10 @@ async def test_a_version_that_cannot_be_loaded_after_a_restart_gives_way_to_the_
 async def test_a_load_that_takes_too_long_is_told_apart_from_one_that_kills(root, make_pool):
     write_faulty(root, "long", versions={1: "hang"}, extra='isolation = "own"')
     write_faulty(root, "fatal", versions={1: "die"}, extra='isolation = "own"')
-    pool = await make_pool(load_timeout_s=1.5)
+    pool = await make_pool(load_timeout_s=5)
     found = {entry["name"]: (entry["reason"], entry["hint"]) for entry in pool.index()}
     assert found == {
-        "long": ("model 'long' version 1 did not load within 1.5 s", "raise [models] load_timeout_s for a large model"),
+        "long": ("model 'long' version 1 did not load within 5 s", "raise [models] load_timeout_s for a large model"),
         "fatal": (
             "worker 'fatal' died of SIGKILL while it loaded model 'fatal' version 1",
             "look at the log, then load it again",
@@ -98,15 +98,15 @@ async def test_a_load_that_takes_too_long_is_told_apart_from_one_that_kills(root
 
 
 async def test_a_models_own_limit_finds_its_hang(root, make_pool):
-    write_faulty(root, "faulty", extra="hang_ms = 150")
+    write_faulty(root, "faulty", extra="hang_ms = 1000")
     write_faulty(root, "slow")
     pool = await make_pool(heartbeat_ms=50)
-    await pool.infer("slow", action(5), deadline_ms=10_000)  # 200 ms: within the node's limit
+    await pool.infer("slow", action(5), deadline_ms=60_000)  # 200 ms: within the node's limit
     pid = await pid_of(pool)
     with pytest.raises(WorkerError):
-        await pool.infer("faulty", action(5), deadline_ms=10_000)
+        await pool.infer("faulty", action(2), deadline_ms=60_000)
     await until(lambda: not psutil.pid_exists(pid))
-    await until(lambda: "model 'faulty' version 1 runs for more than 150 ms" in pool._workers["shared"].last_death)
+    await until(lambda: "model 'faulty' version 1 runs for more than 1000 ms" in pool._workers["shared"].last_death)
     assert [version for _, version in pool._served["faulty"].deaths] == [1]
 
 
@@ -128,7 +128,7 @@ async def test_of_several_that_run_the_one_that_crashes_is_blamed(root, make_poo
 
 
 async def test_a_hang_is_not_blamed_on_another_that_has_run_for_longer(root, make_pool):
-    write_faulty(root, "faulty", extra="hang_ms = 300")
+    write_faulty(root, "faulty", extra="hang_ms = 1000")
     write_faulty(root, "slow")
     pool = await make_pool(runners=2, deaths_cap=1, heartbeat_ms=50)
     slow = asyncio.create_task(pool.infer("slow", action(2), deadline_ms=60_000))
@@ -189,7 +189,7 @@ async def test_one_load_that_hangs_does_not_keep_another_model_from_being_unload
     write_faulty(root, "faulty", versions={1: "hang"})
     loading = asyncio.create_task(pool.load("faulty"))
     await until(lambda: "faulty" in pool._served and entry(pool)["state"] == "loading")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         assert (await pool.unload("apart"))["state"] == "unloaded"
     with pytest.raises(ModelError, match="'faulty' is loading"):
         await pool.infer("faulty", action(0))

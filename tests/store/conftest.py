@@ -70,7 +70,7 @@ def make_waveform(index: int, samples: int = 1024, name: str = "acceleration") -
     return Waveform(name, index.to_bytes(4, "little") * samples, 12_800.0, "g", clock)
 
 
-async def until(condition: Callable[[], Awaitable[bool]], deadline_s: float = 20.0) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], deadline_s: float = 60.0) -> None:
     """Wait until `condition` holds; fail after the deadline."""
     end_s = time.monotonic() + deadline_s
     while not await condition():

@@ -50,7 +50,7 @@ class Agent:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(20)
+        self.process.wait(60)
         assert self.process.returncode == 0
 
 
@@ -88,6 +88,7 @@ def test_what_is_stale_is_made_anew_while_the_original_serves(outdated):
     agent.stop()
 
 
+@pytest.mark.long
 def test_kill_9_of_the_agent_ends_the_build_and_the_next_start_begins_it_again(outdated):
     agent = Agent(outdated)
     builds = wait_until(agent.builds, "the build")
@@ -111,6 +112,7 @@ def test_a_build_that_fails_says_why(outdated):
     agent.stop()
 
 
+@pytest.mark.long
 def test_it_can_be_switched_off(outdated):
     text = outdated.config_path.read_text()
     outdated.config_path.write_text(text.replace("[models]\n", "[models]\nrebuild_stale = false\n"))

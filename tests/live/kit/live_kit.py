@@ -46,7 +46,7 @@ class Site:
     def stop(self) -> None:
         if self._hub is not None:
             self._hub.terminate()
-            self._hub.wait(20)
+            self._hub.wait(60)
             self._hub = None
 
     def readings(self, asset: str, name: str = "sequence") -> list[Any]:

@@ -66,7 +66,7 @@ class Worker:
 
     def stop(self) -> None:
         self.control.close()
-        self.process.wait(5)
+        self.process.wait(60)
         self.blackbox.close()
 
 
@@ -136,7 +136,7 @@ def action(number: float, rows: int = 1) -> dict[str, Any]:
     return {"x": np.full((rows, 2), number, dtype=np.float32)}
 
 
-async def until(condition: Callable[[], Any], timeout_s: float = 15.0) -> Any:
+async def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
     """Wait for a condition with a deadline."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:

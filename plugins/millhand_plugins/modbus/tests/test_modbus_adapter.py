@@ -23,7 +23,7 @@ def adapter(device, **options) -> ModbusAdapter:
 async def collect(reader: ModbusAdapter, count: int = 1) -> list[Batch]:
     """The first `count` batches."""
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await reader.open(None)
             batches = []
             source = reader.batches()
@@ -171,7 +171,7 @@ async def test_a_refused_register_comes_back(device):
     source = reader.batches()
     assert values(await anext(source)) == {"a": 1, "b": None}
     device.refuse.clear()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         async for batch in source:
             if values(batch)["b"] == 2:
                 break
@@ -329,12 +329,12 @@ async def test_an_unchanged_device_is_not_reported_again(device):
     assert values(await anext(source)) == {"a": 7}
     polls = len(device.requests)
     pending = asyncio.ensure_future(anext(source))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while len(device.requests) < polls + 3:
             await asyncio.wait({pending}, timeout=0.01)
     assert not pending.done()
     device.put(2, 8)
-    assert values(await asyncio.wait_for(pending, 5)) == {"a": 8}
+    assert values(await asyncio.wait_for(pending, 30)) == {"a": 8}
     assert reader.counts["repeated"] >= 3
     await source.aclose()
     await reader.close()
@@ -365,7 +365,7 @@ def put_snapshot(device, counter: int, scale: float = 0.5) -> np.ndarray:
 
 
 async def until_waveform(source) -> Batch:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         async for batch in source:
             if batch.waveforms:
                 return batch
@@ -388,12 +388,12 @@ async def test_a_snapshot_is_read_once_per_counter(device):
     assert waveform.clock.synced
     polls = len(device.requests)
     pending = asyncio.ensure_future(until_waveform(source))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while len(device.requests) < polls + 20:
             await asyncio.wait({pending}, timeout=0.01)
     assert not pending.done()
     expected = put_snapshot(device, 2)
-    (waveform,) = (await asyncio.wait_for(pending, 5)).waveforms
+    (waveform,) = (await asyncio.wait_for(pending, 30)).waveforms
     np.testing.assert_array_equal(waveform.array, expected.astype("f4"))
     await source.aclose()
     await reader.close()
@@ -428,12 +428,12 @@ async def test_a_snapshot_that_never_holds_still_is_given_up_for_this_turn(devic
     await reader.open(None)
     source = reader.batches()
     pending = asyncio.ensure_future(anext(source))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while reader.counts.get("torn", 0) < 6:
             await asyncio.wait({pending}, timeout=0.01)
     assert not pending.done()
     calm.set()
-    assert (await asyncio.wait_for(pending, 5)).waveforms
+    assert (await asyncio.wait_for(pending, 30)).waveforms
     await source.aclose()
     await reader.close()
 
@@ -447,7 +447,7 @@ async def test_a_missing_or_meaningless_snapshot_is_bad_and_spoils_no_register(d
     await reader.open(None)
     source = reader.batches()
     seen = []
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         async for batch in source:
             seen += batch.waveforms
             assert not batch.readings or values(batch) == {"a": 3}

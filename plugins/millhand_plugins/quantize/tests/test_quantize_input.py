@@ -180,6 +180,7 @@ def test_progress_only_grows(bench):
         assert shares == sorted(shares) and shares[-1] == 1.0
 
 
+@pytest.mark.long
 def test_large_models_keep_their_tensors_beside_the_file(bench, monkeypatch):
     monkeypatch.setattr(graph_module, "INLINE_BYTES", 1000)
     monkeypatch.setattr("millhand_plugins.quantize.calibration.INLINE_BYTES", 1000)

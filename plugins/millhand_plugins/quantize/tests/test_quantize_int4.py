@@ -86,6 +86,7 @@ def test_learned_rounding_loses_less_on_rows_that_it_never_saw(bench):
     assert all(layer["error"] < 0.05 for layer in learned.made.layers)
 
 
+@pytest.mark.long
 def test_another_draw_of_rows_rounds_otherwise_and_the_same_draw_alike(bench):
     plain = bench("mlp")
     first, again, other = (plain.make("int4-annealed", seed=seed, rows_cap=64) for seed in (1, 1, 2))

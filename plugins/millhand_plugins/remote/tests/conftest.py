@@ -103,7 +103,7 @@ class Server:
         self._listener.close()
         self.drop()
         for thread in self._threads:
-            thread.join(10)
+            thread.join(30)
             assert not thread.is_alive()
 
     def drop(self) -> None:

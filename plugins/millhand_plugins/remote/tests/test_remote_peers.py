@@ -76,7 +76,7 @@ def triton(model: Path, tmp_path: Path) -> Iterator[str]:
     process = start(command, port, tmp_path, {"LD_LIBRARY_PATH": libraries})
     yield f"http://127.0.0.1:{port}"
     process.terminate()
-    process.wait(30)
+    process.wait(60)
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def mlserver(model: Path, tmp_path: Path) -> Iterator[str]:
     process = start(command, ports["http_port"], tmp_path, {"PYTHONPATH": str(SCRIPTS)})
     yield f"http://127.0.0.1:{ports['http_port']}"
     process.terminate()
-    process.wait(30)
+    process.wait(60)
 
 
 def answers(session: RemoteSession) -> None:

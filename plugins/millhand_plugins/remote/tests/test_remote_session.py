@@ -79,7 +79,7 @@ def test_several_requests_run_at_once(server: Any, load: Load) -> None:
     together = threading.Barrier(4)
 
     def infer(_: Any, request: Any) -> bytes:
-        together.wait(10)
+        together.wait(60)
         return server.twice(request)
 
     server.infer = infer
@@ -311,7 +311,7 @@ def test_a_large_request_that_is_refused_unread_is_an_input_error(server: Any, l
         with pytest.raises(InputError, match="413: too large"):
             session.run_until({"x": np.zeros((1_000_000, 2), np.float32)}, in_ms(5000))
         session.close()
-        thread.join(10)
+        thread.join(30)
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------
@@ -489,7 +489,7 @@ def test_one_request_probes_while_the_others_fall_back(server: Any, load: Load) 
 
     def infer(_: Any, request: Any) -> bytes:
         probe.set()
-        go_on.wait(10)
+        go_on.wait(60)
         return server.twice(request)
 
     server.infer = infer
@@ -497,7 +497,7 @@ def test_one_request_probes_while_the_others_fall_back(server: Any, load: Load) 
     answers: list[Any] = []
     thread = threading.Thread(target=lambda: answers.append(session.run_until(X, in_ms(10_000))["y"].tolist()))
     thread.start()
-    assert probe.wait(10)
+    assert probe.wait(60)
     assert [session.run_until(X, in_ms(5000))["y"].tolist() for _ in range(5)] == [THRICE] * 5
     go_on.set()
     thread.join()

@@ -24,7 +24,7 @@ JUDGES = {judge.model: judge for judge in millhand_evaluations(None)}
 (MODELS,) = millhand_models(None)
 
 
-@pytest.fixture(scope="module", params=sorted(JUDGES))
+@pytest.fixture(scope="module", params=["rig-fault", pytest.param("rig-wave", marks=pytest.mark.long)])
 def judged(request) -> tuple[str, Examples]:
     return request.param, JUDGES[request.param].examples(None)
 

@@ -60,7 +60,7 @@ class Rig:
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         self.process.send_signal(number)
-        return self.process.wait(10)
+        return self.process.wait(60)
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def test_exit_at_end_with_a_client_still_there(start_rig):
     rig = start_rig("--scale", "100", "--exit-at-end")
     client = rig.client()
     words(client, 0, 12)
-    assert rig.process.wait(10) == 0
+    assert rig.process.wait(60) == 0
     assert rig.log("end")[0] == {"kind": "end", "time_ms": END_MS, "sequence": 1, "reason": "end of life"}
     assert rig.process.stderr is not None
     assert rig.process.stderr.read() == ""
