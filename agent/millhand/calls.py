@@ -12,8 +12,10 @@ import msgspec
 
 from millhand import __version__
 from millhand.errors import InputError, suggestion
+from millhand.ids import ID_SEARCH_LIMIT, by_prefix
 from millhand.metrics import DAEMON, TRITON
-from millhand.records import Alert, AlertState, WorkOrder
+from millhand.order_calls import OrderCalls
+from millhand.records import Alert, AlertState
 from millhand.serving.front_metrics import FrontMetrics
 from millhand.store.rows import STREAMS, Bulk, Gap, Row
 from millhand.store.store import END_NS
@@ -24,9 +26,6 @@ if TYPE_CHECKING:
     from millhand.hardware import Hardware
     from millhand.pipeline.asset import Latency
 
-ID_SEARCH_LIMIT = 10_000
-ID_CHARACTERS_LEAST = 4
-"""A shorter beginning of an id is refused: it fits too many."""
 TAIL_ROWS = 256
 
 
@@ -47,8 +46,7 @@ class Calls:
             "asset.latencies": self.asset_latencies,
             "alert.list": self.alert_list,
             "alert.ack": self.alert_ack,
-            "order.list": self.order_list,
-            "order.show": self.order_show,
+            **OrderCalls(self._daemon.store).handlers(),
             "prediction.list": self.prediction_list,
             "plugin.list": self.plugin_list,
             "readings.export": self.readings_export,
@@ -122,16 +120,9 @@ class Calls:
         return [_plain(alert) for alert in await self._daemon.store.alerts(state=state, asset=asset, limit=limit)]
 
     async def alert_ack(self, alert_id: str, by: str) -> dict[str, Any]:
-        alert: Alert = _by_prefix(await self._daemon.store.alerts(limit=ID_SEARCH_LIMIT), alert_id, "alert")
+        alert = by_prefix(await self._daemon.store.alerts(limit=ID_SEARCH_LIMIT), alert_id, "alert")
         acked = await self._daemon.store.ack_alert(alert.id, by, time.time_ns())
         return {**_plain(acked), "already_acked": bool(alert.acked_by)}
-
-    async def order_list(self, asset: str | None = None, limit: int = 50) -> list[dict[str, Any]]:
-        return [_plain(order) for order in await self._daemon.store.orders(asset=asset, limit=limit)]
-
-    async def order_show(self, order_id: str) -> dict[str, Any]:
-        order: WorkOrder = _by_prefix(await self._daemon.store.orders(limit=ID_SEARCH_LIMIT), order_id, "work order")
-        return _plain(order)
 
     async def prediction_list(
         self,
@@ -265,23 +256,6 @@ def _hardware_rows(hardware: Hardware) -> list[tuple[str, str]]:
 
 def _span(since_ns: int | None, until_ns: int | None) -> tuple[int, int]:
     return since_ns or 0, END_NS if until_ns is None else until_ns
-
-
-def _by_prefix(records: list[Any], prefix: str, what: str) -> Any:
-    matches = [record for record in records if record.id == prefix]
-    if not matches and len(prefix) < ID_CHARACTERS_LEAST:
-        raise InputError(
-            f"'{prefix}' is too short for the beginning of an id",
-            hint=f"give at least {ID_CHARACTERS_LEAST} characters",
-        )
-    matches = matches or [record for record in records if record.id.startswith(prefix)]
-    if len(matches) != 1:
-        found = "no" if not matches else f"{len(matches)}"
-        raise InputError(
-            f"{found} {what}s have an id that begins with '{prefix}'",
-            hint=f"millhand {what.rsplit(maxsplit=1)[-1]} list",
-        )
-    return matches[0]
 
 
 def _plain(record: Any) -> dict[str, Any]:

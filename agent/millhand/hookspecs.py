@@ -321,9 +321,18 @@ class OrderReviser(Protocol):
 
     name: str
 
-    async def revise(self, draft: WorkOrder, alert: Alert, history: Sequence[Alert], complete: Complete) -> WorkOrder:
-        """Return a new version: the same `id`, `alert_id`, `asset`. The core validates it, field by field, and strikes
-        what stands neither in the evidence nor in a citation. Raises MillhandError where it cannot: the draft stands.
+    async def revise(
+        self,
+        draft: WorkOrder,
+        alert: Alert,
+        history: Sequence[Alert],
+        passages: Sequence[Passage],
+        complete: Complete,
+    ) -> WorkOrder:
+        """Return a new version, in the draft's language; `passages` is what the knowledge base found, best first.
+
+        The core validates it, field by field, and strikes what stands neither in the evidence nor in a cited passage;
+        identity, priority and evidence stay the draft's. Raises MillhandError where it cannot: the draft stands.
         """
 
 

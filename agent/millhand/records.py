@@ -6,6 +6,7 @@ worker protocol, and one JSON form for the CLI, the control socket and the sinks
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum, StrEnum
 from typing import Any
 
@@ -144,8 +145,37 @@ class Alert(msgspec.Struct, frozen=True):
     evidence: dict[str, Any] = {}
 
 
+TECHNICIAN = "technician"
+"""How the `writer` of a version begins that a person wrote."""
+
+
+class Citation(msgspec.Struct, frozen=True):
+    """A passage that an order rests on: its id in the knowledge base, and its place for people."""
+
+    id: str
+    place: str
+
+
+class Struck(msgspec.Struct, frozen=True):
+    """Something that validation took out of an order.
+
+    field: where it stood: `symptom`, `action[2]` (from 0, as the reviser wrote them). text: what stood there.
+    """
+
+    field: str
+    text: str
+    why: str
+
+
 class WorkOrder(msgspec.Struct, frozen=True):
-    """What a technician is asked to do. `priority` 1 (now) to 4 (next planned stop)."""
+    """What a technician is asked to do. `priority` 1 (now) to 4 (next planned stop).
+
+    An order has versions with the same `id`; `revision` counts them from 1, the deterministic writer's draft.
+    minutes: how long the work takes, 0 where that is not known. skill: the trade it needs. evidence_ids: the facts that
+    it rests on, by their ids (see `evidence_facts`). struck: what validation took out of this version. language: `en`
+    or `zh`. revised_ns: when this version was written, Unix nanoseconds; 0 for a draft. writer: who wrote it: a
+    writer's or reviser's name, or `technician <name>`.
+    """
 
     id: str
     alert_id: str
@@ -158,3 +188,26 @@ class WorkOrder(msgspec.Struct, frozen=True):
     evidence: dict[str, Any] = {}
     writer: str = ""
     state: str = "open"
+    parts: tuple[str, ...] = ()
+    tools: tuple[str, ...] = ()
+    skill: str = ""
+    minutes: int = 0
+    evidence_ids: tuple[str, ...] = ()
+    citations: tuple[Citation, ...] = ()
+    struck: tuple[Struck, ...] = ()
+    language: str = "en"
+    revision: int = 1
+    revised_ns: int = 0
+
+
+def evidence_facts(evidence: Mapping[str, Any]) -> dict[str, Any]:
+    """Fact id -> value. A fact's id is its path: `measured`, `facts.velocity_rms_mm_s`; it says what the fact is, and
+    is the same in every version of an order.
+    """
+    facts: dict[str, Any] = {}
+    for name, value in evidence.items():
+        if isinstance(value, Mapping):
+            facts |= {f"{name}.{inner}": found for inner, found in evidence_facts(value).items()}
+        else:
+            facts[str(name)] = value
+    return facts

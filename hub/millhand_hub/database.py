@@ -178,7 +178,7 @@ class Database:
         )
 
     def _store_alerts(self, node_id: int, delivery: Delivery) -> None:
-        """An alert is as it was changed last, in whatever order its rows come."""
+        """An alert is as it was changed last, an order as its newest version, in whatever order their rows come."""
         if delivery.alert is not None:
             alert = delivery.alert
             self._connection.execute(
@@ -190,8 +190,10 @@ class Database:
         if delivery.order is not None:
             order = delivery.order
             self._connection.execute(
-                "INSERT INTO orders VALUES (?, ?, ?, ?, ?, ?)"
-                " ON CONFLICT (id, node_id) DO UPDATE SET record = excluded.record",
+                "INSERT INTO orders (id, node_id, asset, priority, created_ns, revision, record)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id, node_id) DO UPDATE SET"
+                " priority = excluded.priority, revision = excluded.revision, record = excluded.record"
+                " WHERE excluded.revision >= revision",
                 (order.id, node_id, *order.columns, order.text),
             )
 
@@ -260,6 +262,8 @@ def _connected(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         connection.executescript((files("millhand_hub") / "schema.sql").read_text(encoding="utf-8"))
+        if not connection.execute("SELECT 1 FROM pragma_table_info('orders') WHERE name = 'revision'").fetchone():
+            connection.execute("ALTER TABLE orders ADD COLUMN revision INTEGER NOT NULL DEFAULT 0")  # of an older hub
     except sqlite3.Error:
         connection.close()
         raise

@@ -238,7 +238,7 @@ def _sort_in(delivery: Delivery, name: _Name, metric: Metric) -> None:
     elif name.name == ALERT:
         delivery.alert = _record(metric.value, ("asset", "kind", "severity", "state"), ("raised_ns", "changed_ns"))
     elif name.name == ORDER:
-        delivery.order = _record(metric.value, ("asset",), ("priority", "created_ns"))
+        delivery.order = _record(metric.value, ("asset",), ("priority", "created_ns", "revision"))
     elif name.name == GAP:
         delivery.gap = _gap(metric.value)
     else:

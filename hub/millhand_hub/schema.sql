@@ -79,6 +79,8 @@ CREATE TABLE IF NOT EXISTS orders (
   priority INTEGER NOT NULL,
   created_ns INTEGER NOT NULL,
   record TEXT NOT NULL,
+  -- Of the version that is shown, the newest; 0 where the node does not tell.
+  revision INTEGER NOT NULL DEFAULT 0,
   PRIMARY KEY (id, node_id)
 ) WITHOUT ROWID;
 

@@ -80,10 +80,11 @@ def alert(seq: int, number: int = 1, **changes: Any) -> Row:
     return Row("alert", seq, "pump", "alert", START_NS, msgspec.msgpack.encode(record), EPOCH)
 
 
-def order(seq: int, number: int = 1) -> Row:
+def order(seq: int, number: int = 1, **changes: object) -> Row:
     record = WorkOrder(
         f"order-{number}", "alert-1", "pump", "it hums", "bearing", ("replace it",), 2, START_NS + number
     )
+    record = msgspec.structs.replace(record, **changes)
     return Row("alert", seq, "pump", "order", START_NS, msgspec.msgpack.encode(record), EPOCH)
 
 

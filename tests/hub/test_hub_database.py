@@ -77,6 +77,33 @@ def test_an_alert_is_as_it_was_changed_last(kit, database, tmp_path):
     assert rows(tmp_path, "SELECT id, priority FROM orders") == [("order-1", 2)]
 
 
+def test_an_order_is_its_newest_version(kit, database, tmp_path):
+    """Versions that come again, or in another order, do not bring an old one back."""
+    pair = kit.Pair()
+    third = kit.order(3, revision=3, likely_cause="a dry bearing", priority=1)
+    database.commit(pair.birth())
+    database.commit(pair.say(kit.order(1), third, kit.order(2, revision=2), third))
+    assert rows(tmp_path, "SELECT revision, priority FROM orders") == [(3, 1)]
+    with queries.opened(tmp_path / "hub.db") as found:
+        (order,) = queries.orders(found)
+    assert (order["revision"], order["likely_cause"]) == (3, "a dry bearing")
+
+
+def test_a_hub_of_before_keeps_its_orders(kit, tmp_path):
+    """Its table has no revisions; an order of before gives way to any version."""
+    with closing(sqlite3.connect(tmp_path / "hub.db", isolation_level=None)) as old:
+        old.execute(
+            "CREATE TABLE orders (id TEXT NOT NULL, node_id INTEGER NOT NULL, asset TEXT NOT NULL, priority INTEGER"
+            " NOT NULL, created_ns INTEGER NOT NULL, record TEXT NOT NULL, PRIMARY KEY (id, node_id)) WITHOUT ROWID"
+        )
+        old.execute("INSERT INTO orders VALUES ('order-1', 1, 'pump', 2, 1, '{}'), ('order-2', 1, 'pump', 3, 1, '{}')")
+    for _ in range(2):
+        database, pair = Database(tmp_path / "hub.db"), kit.Pair()
+        database.commit([*pair.birth(), *pair.say(kit.order(1, revision=2))])
+        database.close()
+    assert rows(tmp_path, "SELECT id, priority, revision FROM orders") == [("order-1", 2, 2), ("order-2", 3, 0)]
+
+
 def test_two_nodes_may_have_the_same_ids(kit, database, tmp_path):
     one, two = kit.Pair(node="a"), kit.Pair(node="b")
     database.commit([*one.birth(), *two.birth(), *one.say(kit.alert(1)), *two.say(kit.alert(1))])

@@ -98,6 +98,35 @@ def test_alerts_and_orders(agent: Agent) -> None:
     assert cli_json(agent, "order", "show", order["id"][:8]) == (0, order)
 
 
+def test_a_technicians_edit(tmp_path: Path, agent: Agent) -> None:
+    _, (order, *_) = cli_json(agent, "order", "list")
+    edit = ("order", "edit", order["id"][:8], "--by", "rosa", "--minutes", "95")
+    code, edited = cli_json(agent, *edit, "--step", "Stop the skid.", "--step", "Look at the seal.")
+    assert code == 0
+    assert edited["action"] == ["Stop the skid.", "Look at the seal."]
+    assert (edited["minutes"], edited["writer"], edited["revision"]) == (95, "technician rosa", order["revision"] + 1)
+    assert cli_json(agent, "order", "show", order["id"][:8]) == (0, edited)
+    assert cli_json(agent, "order", "show", "--versions", order["id"][:8]) == (0, [order, edited])
+    shown = cli(agent, "order", "show", "--versions", order["id"][:8]).stdout
+    assert "Time       95 minutes" in shown and f"Version    {edited['revision']}, of 2" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    pairs = tmp_path / "pairs.jsonl"
+    assert cli_json(agent, "order", "export-pairs", str(pairs))[1]["pairs"] == 1
+    assert [json.loads(line) for line in pairs.read_text().splitlines()] == [
+        {"place": 1, "before": order, "after": edited}
+    ]
+    for words, problem in (
+        (("export-pairs", str(pairs)), "exists already"),
+        (("edit", order["id"][:8], "--minutes", "-1"), "the edit does not fit"),
+        (("edit", order["id"][:8], "--cause", "x" * 601), "the edit does not fit"),
+        (("edit", order["id"][:8], "--step", " "), "blank"),
+        (("edit", "zzzz", "--minutes", "1"), "no work orders have an id"),
+    ):
+        wrong = cli(agent, "order", *words)
+        assert (wrong.returncode, problem in wrong.stderr, "Try: " in wrong.stderr) == (1, True, True), wrong.stderr
+    assert cli_json(agent, "order", "show", order["id"][:8]) == (0, edited)
+
+
 def test_readings(tmp_path: Path, agent: Agent) -> None:
     rows = list(csv.DictReader(io.StringIO(cli(agent, "readings", "engine", "--name", "sequence").stdout)))
     assert [float(row["value"]) for row in rows] == list(range(ROWS))

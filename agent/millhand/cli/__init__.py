@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "key": ("key", "Show, export and make the keys that sign proofs."),
     "predict": ("predict", "Ask a served model."),
     "alert": ("alert", "List and acknowledge alerts."),
-    "order": ("order", "List and show work orders."),
+    "order": ("order", "List, show and edit work orders."),
     "readings": ("readings", "Export stored readings as CSV."),
     "telemetry": ("telemetry", "Show and follow what goes to the hub."),
     "hub": ("hub", "Run and query the central hub."),

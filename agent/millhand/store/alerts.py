@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import msgspec
 
 from millhand.errors import StoreError
-from millhand.records import Alert, AlertState, WorkOrder
+from millhand.records import TECHNICIAN, Alert, AlertState, WorkOrder
 from millhand.store.catalog import Catalog
 from millhand.store.database import Database
 from millhand.store.outbox import Outbox
 from millhand.store.rows import KINDS
 
+PAIRS_CAP = 10_000
+"""The newest training pairs that are kept, about 40 MB."""
 _RANK = {AlertState.OPEN: 0, AlertState.ACKED: 1, AlertState.CLEARED: 2}
 
 
@@ -51,7 +53,7 @@ class AlertBook:
         return alert
 
     def add_order(self, order: WorkOrder) -> None:
-        """Insert an order and its stream row; a known id changes nothing."""
+        """Insert an order's first version and its stream row; a known id changes nothing."""
         body, stored_s = msgspec.msgpack.encode(order), self._database.clock.now_s()
         asset_id = self._catalog.asset_id(order.asset)
         cursor = self._database.connection.execute(
@@ -60,9 +62,55 @@ class AlertBook:
             (order.id, order.alert_id, asset_id, order.created_ns, stored_s, body),
         )
         if cursor.rowcount:
+            self._add_version(order, body)
             self._outbox.append_alert(asset_id, "order", stored_s, body)
 
+    def _add_version(self, order: WorkOrder, body: bytes) -> None:
+        self._database.connection.execute(
+            "INSERT INTO order_version (order_id, revision, body) VALUES (?, ?, ?)", (order.id, order.revision, body)
+        )
+
     # ---- whole calls ------------------------------------------------------------------------------------------------
+
+    def revise(self, order: WorkOrder, by_person: bool) -> WorkOrder | None:
+        known = self.order(order.id)
+        if known is None:
+            raise StoreError(f"work order '{order.id}' is not known", hint="list the orders with: millhand order list")
+        if known.revision != order.revision:
+            return None
+        order = msgspec.structs.replace(order, revision=known.revision + 1)
+        body, stored_s = msgspec.msgpack.encode(order), self._database.clock.now_s()
+        with self._database.transaction() as connection:
+            connection.execute("UPDATE work_order SET body = ?, stored_s = ? WHERE id = ?", (body, stored_s, order.id))
+            self._add_version(order, body)
+            if by_person:
+                self._add_pair(known, order)
+            self._outbox.append_alert(self._catalog.asset_id(order.asset), "order", stored_s, body)
+            self._outbox.save()
+        return order
+
+    def _add_pair(self, before: WorkOrder, after: WorkOrder) -> None:
+        """Where a person edits an edit, the pair still begins with what a machine wrote last."""
+        machine = [version for version in self.versions(before.id) if not version.writer.startswith(TECHNICIAN)]
+        bodies = [msgspec.msgpack.encode(order) for order in (machine[-1] if machine else before, after)]
+        connection = self._database.connection
+        connection.execute("INSERT INTO order_pair (order_id, before, after) VALUES (?, ?, ?)", (before.id, *bodies))
+        connection.execute("DELETE FROM order_pair WHERE id <= (SELECT max(id) FROM order_pair) - ?", (PAIRS_CAP,))
+
+    def versions(self, order_id: str) -> list[WorkOrder]:
+        rows = self._database.connection.execute(
+            "SELECT body FROM order_version WHERE order_id = ? ORDER BY revision", (order_id,)
+        )
+        return [msgspec.msgpack.decode(body, type=WorkOrder) for (body,) in rows]
+
+    def pairs(self, after: int, limit: int) -> list[tuple[int, WorkOrder, WorkOrder]]:
+        rows = self._database.connection.execute(
+            "SELECT id, before, after FROM order_pair WHERE id > ? ORDER BY id LIMIT ?", (after, limit)
+        )
+        return [
+            (place, msgspec.msgpack.decode(before, type=WorkOrder), msgspec.msgpack.decode(edited, type=WorkOrder))
+            for place, before, edited in rows
+        ]
 
     def acknowledge(self, alert_id: str, by: str, now_ns: int) -> Alert:
         known = self.alert(alert_id)

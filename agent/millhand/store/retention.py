@@ -166,7 +166,12 @@ class Retention:
                 "AND NOT EXISTS (SELECT 1 FROM alert WHERE alert.id = work_order.alert_id) LIMIT ?)",
                 (stored_before_s, SLICE_ROWS),
             )
-        return alerts.rowcount + orders.rowcount > 0
+            versions = connection.execute(
+                "DELETE FROM order_version WHERE rowid IN (SELECT rowid FROM order_version WHERE NOT EXISTS "
+                "(SELECT 1 FROM work_order WHERE work_order.id = order_version.order_id) LIMIT ?)",
+                (SLICE_ROWS,),
+            )
+        return alerts.rowcount + orders.rowcount + versions.rowcount > 0
 
     def _give_back(self, slack_pages: int) -> bool:
         """Cut free pages off the file, so that the disk really gets them."""

@@ -136,6 +136,26 @@ class Store:
     async def order(self, order_id: str) -> WorkOrder | None:
         return await self._thread.call(lambda parts: parts.alerts.order(order_id))
 
+    async def revise_order(self, order: WorkOrder, by_person: bool = False) -> WorkOrder | None:
+        """Commit a further version of an order; `order.revision` is that of the version it was made of.
+
+        It is numbered, stored beside the older ones, and told on the alert stream. Returns it as stored, or None where
+        that version is not the newest any more: nothing is stored then. What a person wrote is kept as a training pair
+        too. Raises StoreError for an unknown id.
+        """
+        stored = await self._thread.call(lambda parts: parts.alerts.revise(order, by_person))
+        if stored is not None:
+            self.changed.notify()
+        return stored
+
+    async def order_versions(self, order_id: str) -> list[WorkOrder]:
+        """Every version, oldest first."""
+        return await self._thread.call(lambda parts: parts.alerts.versions(order_id))
+
+    async def order_pairs(self, after: int = 0, limit: int = 100) -> list[tuple[int, WorkOrder, WorkOrder]]:
+        """(place, a machine's version, what a person made of it), oldest first, behind place `after`."""
+        return await self._thread.call(lambda parts: parts.alerts.pairs(after, limit))
+
     async def sink_cursor(self, name: str) -> int:
         """Where sink `name` stands on the alert stream; at its first call ever, where the stream was at `open`.
 

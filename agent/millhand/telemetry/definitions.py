@@ -156,7 +156,7 @@ def points_of(row: Row) -> Iterator[Point]:
     elif isinstance(record, Alert):
         yield Point(ALERT, _json(record), "", (record.changed_ns or record.raised_ns) // 1_000_000)
     elif isinstance(record, WorkOrder):
-        yield Point(ORDER, _json(record), "", record.created_ns // 1_000_000)
+        yield Point(ORDER, _json(record), "", (record.revised_ns or record.created_ns) // 1_000_000)
     else:
         yield Point(GAP, _json(record), "", created_ms)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from millhand.hookspecs import OrderWriter, hookimpl
 from millhand.validation import StrictTable
@@ -12,6 +13,8 @@ from millhand.validation import StrictTable
 class OrdersConfig(StrictTable):
     knowledge: Path | None = None
     """A TOML file of your own with tables like those in knowledge.toml; its kinds win over the shipped ones."""
+    language: Literal["en", "zh"] = "en"
+    """What orders are written in: English or Simplified Chinese."""
 
 
 @hookimpl
@@ -23,4 +26,4 @@ def millhand_config() -> type[OrdersConfig]:
 def millhand_order_writers(config: OrdersConfig) -> Sequence[OrderWriter]:
     from millhand_plugins.orders.writer import DeterministicWriter, read_knowledge
 
-    return [DeterministicWriter(read_knowledge(config.knowledge))]
+    return [DeterministicWriter(read_knowledge(config.knowledge, config.language), config.language)]

@@ -144,7 +144,7 @@ def _post(connection: http.client.HTTPConnection, target: str, body: bytes, head
 
 
 def _idempotency_key(record: Alert | WorkOrder) -> str:
-    changed_ns = record.changed_ns if isinstance(record, Alert) else record.created_ns
+    changed_ns = record.changed_ns if isinstance(record, Alert) else record.revised_ns or record.created_ns
     return f"{record.id}-{record.state}-{changed_ns}"
 
 
