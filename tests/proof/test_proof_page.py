@@ -50,10 +50,10 @@ def words(text: str) -> str:
 
 
 def test_the_page_says_all_that_a_technician_needs(subject: Subject) -> None:
-    text = page(full(subject))
+    text = page(full(subject, candidate="int8"))
     found = words(text)
     for part in (
-        "Passed: the original of press, version 1", "Measured on press-7", "Accuracy fell by 0.2 %",
+        "Passed: int8 of press, version 1", "Measured on press-7", "Accuracy fell by 0.2 %",
         "accuracy: worse than the original (limit 1.2 %)", "98.70 %", "98.50 %", "4.05 × faster, one row",
         "25 % of the original&#39;s size", "2.5 mJ", "3.0 MiB", "1.23 s, p99 4.32 s", "A batch of 256",
         f"the worst {LAYERS_SHOWN} of 54; 6 were not measured", "Layer &lt;head&gt; stays fp32.",
@@ -97,7 +97,7 @@ def test_what_was_not_measured_is_left_out(subject: Subject) -> None:
 
 def test_a_candidate_that_is_slower_is_called_so(subject: Subject) -> None:
     latency = (Latency(batch=1, p50_ms=0.0125, p99_ms=0.06, original_p50_ms=0.01, original_p99_ms=0.05),)
-    text = page(full(subject, latency=latency))
+    text = page(full(subject, candidate="int8", latency=latency))
     assert '<b class="bad">1.25 ×</b><span>slower, one row (p50)' in text
     assert "12.5 µs, p99 60 µs" in text
 

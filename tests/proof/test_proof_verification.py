@@ -49,7 +49,7 @@ def test_an_artifact_is_proved_by_this_nodes_own_signature(subject: Subject, dat
 def test_unproved_says_why(subject: Subject, data_dir: Path, keyring: Keyring, tmp_path: Path) -> None:
     found = verify(subject, keyring)
     assert (found.state, found.reason) == ("unproved", "there is no proof.json")
-    assert "millhand model build press" in found.hint
+    assert "millhand model prove press" in found.hint
     prove(subject, None)
     assert verify(subject, keyring).reason == "its proof.json is not signed"
     prove(subject, tmp_path / "another node")

@@ -90,9 +90,9 @@ def _build(
         only=tuple(only),
         fresh=fresh,
         engines=engines,
-        typical_batch=_typical_batch(output, name),
+        typical_batch=typical_batch(output, name),
     )
-    report = build(site, order, _listener(output))
+    report = build(site, order, listener_of(output))
     if not output.as_json:
         click.echo()
     compare.show(output, site.shelf, report)
@@ -100,7 +100,7 @@ def _build(
         _serve(output, name)
 
 
-def _typical_batch(output: Output, name: str) -> int:
+def typical_batch(output: Output, name: str) -> int:
     """The batch that traffic brings most often, as the running daemon has counted; 1 where none runs."""
     try:
         models = output.daemon().call("model.stats")["models"]
@@ -137,7 +137,8 @@ def _serve(output: Output, name: str) -> None:
             click.echo(line)
 
 
-def _listener(output: Output) -> Listener:
+def listener_of(output: Output) -> Listener:
+    """Who shows how it goes on, as the output allows."""
     if output.as_json:
         return Silence()
     return _Bar() if sys.stdout.isatty() else _Lines()

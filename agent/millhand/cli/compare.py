@@ -42,26 +42,37 @@ def command(ctx: click.Context, name: str, target: str | None, version: int | No
 
 def show(output: Output, shelf: Shelf, report: BuildReport) -> None:
     """Print a build's outcome."""
-    from millhand.workshop.proving import read_if_proved
+    from millhand.workshop.proving import read_if_there
 
     found = shelf.candidates(report.model, report.version, report.target)
-    proofs = {candidate.name: read_if_proved(candidate) for candidate in found}
+    proofs = {candidate.name: read_if_there(candidate.folder) for candidate in found}
     known = {name: proof for name, proof in proofs.items() if proof and proof.source_sha256 == report.source_sha256}
-    output.emit(_data(report, known), _lines(report, known))
+    own = _own(shelf, report)
+    output.emit(_data(report, known, own), _lines(report, known, own))
 
 
-def _data(report: BuildReport, proofs: dict[str, Proof]) -> dict[str, Any]:
+def _own(shelf: Shelf, report: BuildReport) -> Proof | None:
+    """The proof of the model's own artifact for this target."""
+    from millhand.workshop.proving import read_if_there
+
+    proof = read_if_there(shelf.original(report.model, report.version))
+    fits = proof and (proof.sha256, proof.target) == (report.source_sha256, report.target)
+    return proof if fits else None
+
+
+def _data(report: BuildReport, proofs: dict[str, Proof], own: Proof | None) -> dict[str, Any]:
     import msgspec
 
     return {
         **msgspec.to_builtins(report),
+        "own_proof": own and msgspec.to_builtins(own),
         "candidates": {name: msgspec.to_builtins(proof) for name, proof in proofs.items()},
     }
 
 
-def _lines(report: BuildReport, proofs: dict[str, Proof]) -> list[str]:
+def _lines(report: BuildReport, proofs: dict[str, Proof], own: Proof | None) -> list[str]:
     states = {outcome.name: outcome for outcome in report.outcomes}
-    rows = [_original(report, proofs)]
+    rows = [_original(report, proofs, own)]
     rows += [_row(report, proof, states[name].state if name in states else "") for name, proof in proofs.items()]
     rows += [_bare_row(outcome) for name, outcome in states.items() if name not in proofs and outcome.precision]
     lines = wrapped(f"{report.model} version {report.version} for {report.target}, {_measured(report, proofs)}")
@@ -78,7 +89,7 @@ def _lines(report: BuildReport, proofs: dict[str, Proof]) -> list[str]:
 def _told(report: BuildReport) -> list[str]:
     """Why candidates do not serve, those of one reason together."""
     names: dict[tuple[str, str, str], list[str]] = {}
-    for outcome in report.outcomes:
+    for outcome in (*((report.original,) if report.original else ()), *report.outcomes):
         if outcome.state in TOLD:
             names.setdefault((outcome.state, outcome.why, outcome.hint), []).append(outcome.name)
     lines = []
@@ -100,11 +111,11 @@ def _measured(report: BuildReport, proofs: dict[str, Proof]) -> str:
     )
 
 
-def _original(report: BuildReport, proofs: dict[str, Proof]) -> tuple[str, ...]:
-    """The model's own artifact, as it did beside the candidate that was chosen, or beside the first."""
+def _original(report: BuildReport, proofs: dict[str, Proof], own: Proof | None) -> tuple[str, ...]:
+    """The model's own artifact, as it did beside the candidate that was chosen, or beside the first, or alone."""
     from millhand.workshop.gate import timed
 
-    beside = proofs.get(report.chosen) or next((proof for proof in proofs.values() if proof.score), None)
+    beside = proofs.get(report.chosen) or next((proof for proof in proofs.values() if proof.score), own)
     score = beside.score if beside else None
     latency = timed(beside, report.typical_batch) if beside else None
     return (
@@ -117,8 +128,16 @@ def _original(report: BuildReport, proofs: dict[str, Proof]) -> tuple[str, ...]:
         _ms(latency.original_p50_ms) if latency else NOTHING,
         _ms(latency.original_p99_ms) if latency else NOTHING,
         _size(beside.original_memory_bytes if beside else None),
-        "serves" if report.executed and not report.chosen else "",
+        _original_verdict(report, own),
     )
+
+
+def _original_verdict(report: BuildReport, own: Proof | None) -> str:
+    if report.original is not None and report.original.state == "failed":
+        return "failed"
+    if report.executed and not report.chosen:
+        return "serves"
+    return "proved" if own else ""
 
 
 def _row(report: BuildReport, proof: Proof, state: str) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from millhand.cli import bench, build, compare, proof, recorded
+from millhand.cli import bench, build, compare, proof, prove, recorded
 from millhand.cli.output import Output, json_option, table, table_with_reasons, wrapped
 from millhand.errors import ControlError
 
@@ -34,6 +34,7 @@ command.add_command(proof.verify)
 command.add_command(proof.sign)
 command.add_command(build.command)
 command.add_command(build.quantize)
+command.add_command(prove.command)
 command.add_command(compare.command)
 
 

@@ -54,7 +54,7 @@ def proof(
         subject, verdict = serving, verify(serving, repository.keyring)
     if verdict.proof is None:
         raise ModelError(f"{subject}: {verdict.reason}", hint=_with_candidates(output, verdict, subject))
-    lines = describe(verdict.proof, verdict, subject.folder)
+    lines = describe(verdict.proof, verdict, verdict.folder or subject.folder)
     if html is not None:
         _write(html, page(verdict.proof))
         lines += ["", f"The page is '{html}'."]
@@ -82,7 +82,7 @@ def verify(ctx: click.Context, name: str | None, everything: bool) -> None:
     found = [
         (subject, verdict_of(subject, repository.keyring), chosen)
         for model in names
-        for subject, chosen in _subjects(repository.models[model], _shelf(output))
+        for subject, chosen in _subjects(repository, repository.models[model], _shelf(output))
     ]
     rows: list[Sequence[Any]] = [
         (subject.model, subject.version, _what(subject), verdict.state, verdict.reason) for subject, verdict, _ in found
@@ -126,11 +126,12 @@ def sign(
     verdict = verdict_of(subject, repository.keyring)
     if verdict.state != "proved" or verdict.proof is None:
         raise ModelError(f"{subject} is {verdict.state}, and is not signed: {verdict.reason}", hint=verdict.hint)
+    folder = verdict.folder or subject.folder
     try:
-        write_proof(subject.folder, signed(verdict.proof, key, "plant"))
+        write_proof(folder, signed(verdict.proof, key, "plant"))
     except OSError as error:
         raise ModelError(
-            f"the proof in '{subject.folder}' cannot be written: {error.strerror}",
+            f"the proof in '{folder}' cannot be written: {error.strerror}",
             hint="run as the user that the folder belongs to",
         ) from error
     facts = {**_entry(subject, verdict), "key": key.public.id}
@@ -154,7 +155,7 @@ def _subject(
     if candidate is None:
         if target is not None:
             raise InputError("--target without --candidate says nothing", hint="name the candidate too")
-        return folder.subject(number)
+        return repository.subject(folder, number)
     found = [
         subject
         for subject, _ in _candidates(folder, number, _shelf(output))
@@ -182,10 +183,10 @@ def _serving(output: Output, own: Subject) -> Subject | None:
     return chosen[0] if len(chosen) == 1 else None
 
 
-def _subjects(folder: ModelFolder, shelf: Shelf) -> Iterator[tuple[Subject, bool]]:
+def _subjects(repository: Repository, folder: ModelFolder, shelf: Shelf) -> Iterator[tuple[Subject, bool]]:
     """(artifact, whether it may come to serve) of everything that there is of a model."""
     for number in folder.versions:
-        yield folder.subject(number), True
+        yield repository.subject(folder, number), True
         yield from _candidates(folder, number, shelf)
 
 

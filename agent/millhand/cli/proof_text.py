@@ -25,7 +25,9 @@ def describe(proof: Proof, verdict: Verdict, folder: Path) -> list[str]:
     for text in (f"{headline(proof)}, for {proof.target}", *reasons):
         lines += wrapped(text)
     rows = list(_measured(proof))
-    if rows:
+    if rows and proof.alone:
+        lines += ["", *table(("measure", "original"), [row[:2] for row in rows], LINE_CHARACTERS)]
+    elif rows:
         lines += ["", *table(("measure", "original", "candidate", ""), rows, LINE_CHARACTERS)]
     signers = ", ".join(f"{signature.role} {signature.key}" for signature in proof.signatures) or "nobody"
     return [*lines, "", *_facts(proof), *labelled("signed by", signers), *labelled("proof", str(folder / PROOF))]
@@ -49,7 +51,8 @@ def _measured(proof: Proof) -> Iterator[Row]:
         before = "-" if proof.original_memory_bytes is None else size_text(proof.original_memory_bytes)
         yield "memory", before, size_text(proof.memory_bytes), ""
     if proof.energy_mj is not None:
-        yield "energy", "-", f"{proof.energy_mj:.3g} mJ", "one inference"
+        energy = f"{proof.energy_mj:.3g} mJ"
+        yield "energy", energy if proof.alone else "-", energy, "one inference"
 
 
 def _facts(proof: Proof) -> list[str]:

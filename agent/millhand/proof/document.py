@@ -107,3 +107,8 @@ class Proof(Part, frozen=True, kw_only=True):
     date: str
     """UTC, ISO 8601."""
     signatures: tuple[Signature, ...] = ()
+
+    @property
+    def alone(self) -> bool:
+        """Whether it speaks of a model's own artifact, which has nothing beside it to be compared with."""
+        return not self.candidate

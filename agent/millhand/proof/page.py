@@ -22,11 +22,12 @@ def page(proof: Proof) -> str:
         "proof.html.j2",
         proof=proof,
         headline=headline(proof),
+        alone=proof.alone,
         passed=proof.passed and proof.executed,
         summary=_summary(proof),
         facts=_facts(proof),
-        score=_score(proof.score),
-        latency=[(_batch(found), _latency_bars(found)) for found in proof.latency],
+        score=_score(proof),
+        latency=[(_batch(found), _latency_bars(found, proof.alone)) for found in proof.latency],
         sizes=_sizes(proof),
         layers=_layers(proof.layers),
         layers_shown=_layers_shown(proof.layers),
@@ -82,20 +83,27 @@ def _summary(proof: Proof) -> str:
     place = f" on {where}" if isinstance(where, str) and where else ""
     if not proof.executed:
         return f"Made{place} on {proof.date} for {proof.target}, which is not in that machine: nothing was measured."
-    return f"Measured{place} on {proof.date} for {proof.target}, beside the original and on data it had not seen."
+    how = "as it is" if proof.alone else "beside the original and on data it had not seen"
+    return f"Measured{place} on {proof.date} for {proof.target}, {how}."
 
 
 def _facts(proof: Proof) -> list[dict[str, str]]:
     cells: list[tuple[str, str, bool | None]] = []
-    if proof.score is not None:
+    if proof.score is not None and proof.alone:
+        cells.append((proof.score.metric, score_text(proof.score, proof.score.candidate), None))
+    elif proof.score is not None:
         worse = proof.score.drop_percent
         label = f"{proof.score.metric}: {'worse' if worse > 0 else 'better'} than the original (limit {_limit(proof)})"
         cells.append((label, f"{abs(worse):.2f} %", worse <= proof.score.limit_percent))
     for found in proof.latency[:2]:
-        if times := faster(found):
+        if proof.alone:
+            cells.append((f"{_batch(found).lower()} (p50)", time_text(found.p50_ms), None))
+        elif times := faster(found):
             word, factor = ("faster", times) if times >= 1 else ("slower", 1 / times)
             cells.append((f"{word}, {_batch(found).lower()} (p50)", f"{factor:.2f} ×", times >= 1))
-    if proof.source_bytes:
+    if proof.alone:
+        cells.append(("size", size_text(proof.bytes), None))
+    elif proof.source_bytes:
         share = 100 * proof.bytes / proof.source_bytes
         cells.append(("of the original's size", f"{share:.0f} %", None))
     if proof.memory_bytes is not None:
@@ -110,14 +118,18 @@ def _limit(proof: Proof) -> str:
     return f"{proof.score.limit_percent:g} %" if proof.score else ""
 
 
-def _score(score: Score | None) -> list[tuple[str, str]]:
+def _score(proof: Proof) -> list[tuple[str, str]]:
+    score = proof.score
     if score is None:
         return []
+    beside = [
+        ("Candidate", score_text(score, score.candidate)),
+        ("Drop, limit", f"{score.drop_percent:.2f} %, {score.limit_percent:g} %"),
+    ]
     return [
         ("Metric", f"{score.metric}, {'higher' if score.higher_is_better else 'lower'} is better"),
         ("Original", score_text(score, score.original)),
-        ("Candidate", score_text(score, score.candidate)),
-        ("Drop, limit", f"{score.drop_percent:.2f} %, {score.limit_percent:g} %"),
+        *(() if proof.alone else beside),
         ("Rows", f"{score.rows:,}"),
         ("Data", score.data),
     ]
@@ -127,9 +139,10 @@ def _batch(latency: Latency) -> str:
     return "One row" if latency.batch == 1 else f"A batch of {latency.batch}"
 
 
-def _latency_bars(found: Latency) -> Bars:
-    pairs = (("Original", found.original_p50_ms, found.original_p99_ms, "before"),
-             ("Candidate", found.p50_ms, found.p99_ms, "after"))  # fmt: skip
+def _latency_bars(found: Latency, alone: bool) -> Bars:
+    pairs = [("Original", found.original_p50_ms, found.original_p99_ms, "before")]
+    if not alone:
+        pairs.append(("Candidate", found.p50_ms, found.p99_ms, "after"))
     rows = [
         Bar(name, p50_ms, f"{time_text(p50_ms)}, p99 {time_text(p99_ms)}", style, p99_ms)
         for name, p50_ms, p99_ms, style in pairs
@@ -144,7 +157,7 @@ def _sizes(proof: Proof) -> list[tuple[str, Bars]]:
     ]
     charts = []
     for title, before, after in pairs:
-        if before is not None and after is not None:
+        if before is not None and after is not None and not proof.alone:
             rows = [
                 Bar("Original", before, size_text(before), "before"),
                 Bar("Candidate", after, size_text(after), "after"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ class Subject:
     model: str
     version: int
     folder: Path
-    """Where the artifact, its data files and proof.json lie."""
+    """Where the artifact and its data files lie, and proof.json beside them."""
     artifact: str
     """The file that is loaded, relative to the folder."""
     candidate: str = ""
@@ -37,6 +37,8 @@ class Subject:
     """What a candidate's record says of it and its proof must say too: `options`, `key`, `source_sha256`."""
     beside: Mapping[str, Path] = field(default_factory=dict)
     """Files outside the folder that belong to the artifact: name relative to the folder -> path."""
+    shelved: Path | None = None
+    """Of an own artifact: a second folder where proof.json may lie, which this node can write to."""
 
     def __str__(self) -> str:
         own = f"model '{self.model}' version {self.version}"
@@ -78,6 +80,8 @@ class Verdict:
     hint: str = ""
     proof: Proof | None = None
     """As it was read, believed or not."""
+    folder: Path | None = None
+    """Where the proof lies; None where there is none."""
     signers: tuple[str, ...] = ()
     """Ids of the trusted keys that signed."""
     failed_gate: bool = False
@@ -88,17 +92,26 @@ def verify(subject: Subject, keyring: Keyring) -> Verdict:
     """Hold an artifact against its proof.
 
     `refused`: the proof cannot be read, was changed, speaks of something else, or says that its gate failed; never
-    serve it. `unproved`: there is no proof, or none that a trusted key has signed.
+    serve it. `unproved`: there is no proof, or none that a trusted key has signed. Where what lies beside
+    the artifact is not enough, the proof on the shelf counts.
     """
-    path = subject.folder / PROOF
+    found = _verify_in(subject.folder, subject, keyring)
+    if found.state != "unproved" or subject.shelved is None:
+        return found
+    shelved = _verify_in(subject.shelved, subject, keyring)
+    return found if shelved.folder is None else shelved
+
+
+def _verify_in(folder: Path, subject: Subject, keyring: Keyring) -> Verdict:
+    """What the proof in a folder is worth."""
+    path = folder / PROOF
     try:
-        proof = read_proof(path)
+        verdict = _weigh(path, read_proof(path), subject, keyring)
     except FileNotFoundError:
-        hint = f"millhand model build {subject.model} makes candidates and proves them on this node"
-        return Verdict("unproved", f"there is no {PROOF}", hint)
+        return Verdict("unproved", f"there is no {PROOF}", _prove(subject))
     except ModelError as error:
-        return Verdict("refused", error.message, error.hint)
-    return _weigh(path, proof, subject, keyring)
+        verdict = Verdict("refused", error.message, error.hint)
+    return replace(verdict, folder=folder)
 
 
 def _weigh(path: Path, proof: Proof, subject: Subject, keyring: Keyring) -> Verdict:
@@ -111,10 +124,10 @@ def _weigh(path: Path, proof: Proof, subject: Subject, keyring: Keyring) -> Verd
     if not (proof.passed and proof.executed):
         return _failed(path, proof)
     if not trust.trusted:
-        return _untrusted(proof, faults)
+        return _untrusted(proof, faults, subject)
     if subject.backend and proof.backend != subject.backend:
         reason = f"'{path}' is of backend '{proof.backend}'; it is to be served by '{subject.backend}'"
-        return Verdict("unproved", reason, "prove it with the backend that serves it", proof)
+        return Verdict("unproved", reason, _prove(subject), proof)
     return Verdict("proved", proof=proof, signers=tuple(key.id for key in trust.trusted))
 
 
@@ -141,7 +154,7 @@ def _misplaced(path: Path, proof: Proof, subject: Subject) -> ModelError | None:
     for key, value in here.items():
         if getattr(proof, key) != value:
             text = f"'{path}' is of {key} {getattr(proof, key)!r}; it lies with {value!r}"
-            return ModelError(text, hint=_remedy(subject))
+            return ModelError(text, hint=_remedy(path, subject))
     return None
 
 
@@ -161,13 +174,22 @@ def _replaced(path: Path, proof: Proof, subject: Subject) -> ModelError | None:
     return ModelError(
         f"'{artifact}'{more} is not what was proved: its SHA-256 is {found[:SHOWN_DIGITS]}…, "
         f"'{path}' says {proof.sha256[:SHOWN_DIGITS]}…",
-        hint=_remedy(subject),
+        hint=_remedy(path, subject),
     )
 
 
-def _remedy(subject: Subject) -> str:
+def _prove(subject: Subject) -> str:
+    """How an artifact comes to a proof by this node."""
+    if subject.candidate:
+        return f"millhand model build {subject.model} makes candidates and proves them on this node"
+    return f"millhand model prove {subject.model} measures it on this node and signs"
+
+
+def _remedy(path: Path, subject: Subject) -> str:
     if subject.candidate:
         return f"millhand model build {subject.model} makes the candidate anew"
+    if path.parent == subject.shelved:
+        return f"restore it; where the change was meant, millhand model prove {subject.model}"
     return f"restore it from where it was proved; where the change was meant, remove {PROOF}"
 
 
@@ -179,12 +201,12 @@ def _failed(path: Path, proof: Proof) -> Verdict:
     return Verdict("refused", f"'{path}': {what}" + (f": {why}" if why else ""), hint, proof, failed_gate=True)
 
 
-def _untrusted(proof: Proof, faults: list[ModelError]) -> Verdict:
+def _untrusted(proof: Proof, faults: list[ModelError], subject: Subject) -> Verdict:
     """A proof that speaks for its artifact, and that nobody vouches for."""
     if not proof.signatures:
-        return Verdict("unproved", f"its {PROOF} is not signed", "prove it anew on this node", proof)
+        return Verdict("unproved", f"its {PROOF} is not signed", _prove(subject), proof)
     keys = ", ".join(f"{signature.key} ({signature.role})" for signature in proof.signatures)
     reason = f"its {PROOF} is signed only by keys that this node does not trust: {keys}"
     reason += "".join(f"; {fault.message}" for fault in faults)
-    hint = "name the key's public file in [models] trusted_keys, or prove it anew on this node"
+    hint = f"name the key's public file in [models] trusted_keys; or {_prove(subject)}"
     return Verdict("unproved", reason, faults[0].hint if faults else hint, proof)

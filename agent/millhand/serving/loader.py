@@ -137,7 +137,7 @@ class Loader:
     ) -> LoadRequest:
         request = load_request(folder, version, self._repository, self._registry, self._settings, host, picks)
         self._subjects[_key(request)] = [
-            picks[part.name, number].subject if (part.name, number) in picks else part.subject(number)
+            picks[part.name, number].subject if (part.name, number) in picks else self._repository.subject(part, number)
             for part, number in self._repository.parts(folder, version)
         ]
         return request

@@ -19,6 +19,7 @@ from millhand.proof.verification import State, Subject, Verdict, verify
 from millhand.serving.manifest import MANIFEST, NAME, Manifest, read_manifest
 from millhand.serving.steps import resolve_ensembles, step_version
 from millhand.serving.strays import Stray, is_version, stray_models, stray_versions
+from millhand.workshop.shelf import Shelf, open_shelf
 
 if TYPE_CHECKING:
     from millhand.config import Config
@@ -121,8 +122,15 @@ class BadFolder:
 class Repository:
     """Several roots; an earlier one wins over a later one of the same model name."""
 
-    def __init__(self, roots: Sequence[Path], require_proof: bool = False, keyring: Keyring | None = None) -> None:
-        """`keyring`: whose signatures count; none trusts nobody's."""
+    def __init__(
+        self,
+        roots: Sequence[Path],
+        require_proof: bool = False,
+        keyring: Keyring | None = None,
+        shelf: Shelf | None = None,
+    ) -> None:
+        """`keyring`: whose signatures count; none trusts nobody's. `shelf`: where proofs of own artifacts may lie."""
+        self._shelf = shelf
         self.roots = tuple(roots)
         self.require_proof = require_proof
         self.keyring = keyring or Keyring()
@@ -134,7 +142,7 @@ class Repository:
     def from_config(cls, config: Config, shipped: Sequence[Path]) -> Repository:
         """The owner's folders, then those that plugins ship."""
         keyring = Keyring(config.node.data_dir, config.models.trusted_keys)
-        return cls([*config.models.paths, *shipped], config.models.require_proof, keyring)
+        return cls([*config.models.paths, *shipped], config.models.require_proof, keyring, open_shelf(config))
 
     def names(self) -> list[str]:
         """The models that can be served."""
@@ -215,8 +223,25 @@ class Repository:
         return [(folder, number) for (_, number), folder in found.items()]
 
     def verdict(self, folder: ModelFolder, version: int) -> Verdict:
-        """Whether a version's own artifact may be believed; reads it, where it has changed since."""
-        return verify(folder.subject(version), self.keyring)
+        """Whether a version's own artifact may be believed; reads it, where it has changed since.
+
+        An ensemble is proved where it and all the models that it uses are.
+        """
+        found = verify(self.subject(folder, version), self.keyring)
+        for step in folder.manifest.steps if found.state == "proved" else ():
+            if step.model:
+                part = self.find(step.model)
+                number = step_version(step, part)
+                member = self.verdict(part, number)
+                if member.state != "proved":
+                    reason = f"it uses model '{part.name}' version {number}, which is {member.state}: {member.reason}"
+                    return replace(found, state="unproved", reason=reason, hint=member.hint, signers=())
+        return found
+
+    def subject(self, folder: ModelFolder, version: int) -> Subject:
+        """A version's own artifact, with the place on the shelf where its proof may lie."""
+        shelved = None if self._shelf is None else self._shelf.original(folder.name, version)
+        return replace(folder.subject(version), shelved=shelved)
 
     def parts(self, folder: ModelFolder, version: int) -> list[tuple[ModelFolder, int]]:
         """What serving a version loads: itself, then the models that an ensemble uses.
@@ -232,7 +257,7 @@ class Repository:
 
     def subjects(self, folder: ModelFolder, version: int) -> list[Subject]:
         """The own artifacts of all `parts`. Raises ModelError where one of them is not there."""
-        return [part.subject(number) for part, number in self.parts(folder, version)]
+        return [self.subject(part, number) for part, number in self.parts(folder, version)]
 
     def check_proof(self, folder: ModelFolder, version: int) -> State:
         """What a version's own proof is worth. Raises ModelError as `approve`, for all its `subjects`."""

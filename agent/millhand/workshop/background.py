@@ -44,12 +44,14 @@ def carry_out(task: Task) -> BuildReport:
     from millhand.workshop.site import open_site
 
     site = open_site(load_config(Path(task.config) if task.config else None))
+    last = _last_build(site.shelf.place(task.model, task.version, task.target), task.model)
     order = Order(
         model=task.model,
         target=target_named(task.target, site.targets, site.profiles),
         version=task.version,
         only=(task.recipe,),
-        typical_batch=_typical_batch(site.shelf.place(task.model, task.version, task.target), task.model),
+        data=Path(last.data_path) if last and last.data_path else None,
+        typical_batch=last.typical_batch if last else 1,  # at the agent's start no traffic has been counted
     )
     report = build(site, order, Silence())
     for outcome in report.outcomes:
@@ -58,11 +60,11 @@ def carry_out(task: Task) -> BuildReport:
     return report
 
 
-def _typical_batch(place: Path, model: str) -> int:
-    """As in the last build: at the agent's start no traffic has been counted."""
+def _last_build(place: Path, model: str) -> BuildReport | None:
+    """Which says what the owner's build went by: rows, and the batch of traffic."""
     with contextlib.suppress(ModelError):
-        return read_report(place, model).typical_batch
-    return 1
+        return read_report(place, model)
+    return None
 
 
 def main() -> None:

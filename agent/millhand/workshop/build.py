@@ -14,12 +14,13 @@ from millhand.workshop.gate import choose
 from millhand.workshop.gathering import gather
 from millhand.workshop.listener import Listener
 from millhand.workshop.offers import Offers, ask_makers
+from millhand.workshop.original import OriginalProver
 from millhand.workshop.plan import Offer, Plan, make_plan
 from millhand.workshop.proving import Prover
 from millhand.workshop.recipe import Target
 from millhand.workshop.report import BuildReport, Outcome, State, write_report
 from millhand.workshop.rows import Rows
-from millhand.workshop.shelf import Candidate, Choice
+from millhand.workshop.shelf import ORIGINAL, Candidate, Choice
 from millhand.workshop.site import Site
 from millhand.workshop.work import Work, now, open_work, told
 
@@ -51,10 +52,7 @@ def build(site: Site, order: Order, listener: Listener) -> BuildReport:
     try:
         return _carry_out(site, order, listener)
     except OSError as error:
-        raise ModelError(
-            f"the shelf '{site.shelf.root}' cannot be written: {error}",
-            hint="run as the user that runs the agent, make room, or set [models] built_dir to another folder",
-        ) from error
+        raise site.shelf.unwritable(error) from error
 
 
 def _carry_out(site: Site, order: Order, listener: Listener) -> BuildReport:
@@ -63,10 +61,14 @@ def _carry_out(site: Site, order: Order, listener: Listener) -> BuildReport:
     with site.shelf.claimed(work.name), site.shelf.scratch(work.name, work.version, work.target.name) as scratch:
         offers = ask_makers(site, order.target, order.engines, lambda step: listener.progress(work.name, 0, step))
         rows, missing = _rows(work, order, offers, scratch, listener)
-        prover = Prover(work, rows, scratch, node_key(site.config.node.data_dir), offers.versions)
+        key = node_key(site.config.node.data_dir)
+        prover = Prover(work, rows, scratch, key, offers.versions)
         crafter = Crafter(prover, listener.progress, order.fresh, ends_s)
         _check_offers(work, offers, crafter)
-        return _Build(work, order, listener, crafter, offers, missing).run()
+        original = (
+            OriginalProver(work, rows, scratch, key) if rows and site.serves_on(work.folder, work.target) else None
+        )
+        return _Build(work, order, listener, crafter, offers, missing, original).run()
 
 
 @dataclass
@@ -80,6 +82,8 @@ class _Build:
     offers: Offers
     missing_rows: str
     """Why there are no rows; empty where there are, or where none are needed."""
+    original: OriginalProver | None
+    """None where the model does not serve on the target."""
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     proofs: dict[str, Proof] = field(default_factory=dict)
 
@@ -91,11 +95,12 @@ class _Build:
             self._tell(Outcome(name=name, precision="", state="failed", why=why))
         for left in plan.left_out:
             self._tell(Outcome(name=left.name, precision=left.precision, state="not tried", why=left.why))
+        original = self._prove_original()
         for offer in plan.offers:
             self._try(offer)
         for candidate in brought:
             self._prove(candidate)
-        return self._finish()
+        return self._finish(original)
 
     def _plan(self) -> Plan:
         order, offers = self.order, self.offers.offers
@@ -119,6 +124,25 @@ class _Build:
             for candidate in self.crafter.candidates()
             if candidate.name not in known and (self.order.engines or not candidate.record.recipe.engine)
         ]
+
+    def _prove_original(self) -> Outcome | None:
+        """So that it may serve where no candidate does, under `require_proof` too."""
+        if self.original is None:
+            return None
+        started_s = time.monotonic()
+        try:
+            proof = self.original.holds(self.offers.versions)
+            made = proof is None
+            proof = proof or self.original.prove(
+                self.crafter.deadline_s(), lambda share, step: self.listener.progress(ORIGINAL, share, step)
+            )
+        except (MillhandError, OSError) as error:
+            outcome = _failed(ORIGINAL, "", error, started_s)
+        else:
+            why, minutes = " ".join(proof.reasons), _minutes(started_s)
+            outcome = Outcome(name=ORIGINAL, precision="", state="passed", why=why, made=made, minutes=minutes)
+        self.listener.outcome(outcome)
+        return outcome
 
     def _try(self, offer: Offer) -> None:
         """Make and prove, or take from the shelf; whatever fails is the candidate's own failure."""
@@ -161,7 +185,7 @@ class _Build:
         self.outcomes[outcome.name] = outcome
         self.listener.outcome(outcome)
 
-    def _finish(self) -> BuildReport:
+    def _finish(self, original: Outcome | None) -> BuildReport:
         """Choose, and write down what became of all."""
         work, prover = self.work, self.crafter.prover
         chosen = why = ""
@@ -179,6 +203,8 @@ class _Build:
             source_bytes=work.source_bytes,
             typical_batch=work.typical_batch,
             data=prover.rows.source if prover.rows else "",
+            data_path="" if self.order.data is None else str(self.order.data.absolute()),
+            original=original,
             outcomes=tuple(self.outcomes.values()),
             chosen=chosen,
             why=why,

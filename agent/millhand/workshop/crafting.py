@@ -92,7 +92,7 @@ class Crafter:
                 self.prover.rows,
                 self.prover.scratch,
                 folder,
-                self._deadline_s(),
+                self.deadline_s(),
                 lambda share, step: self.told(offer.name, MAKING * share, step),
             )
             if choice is not None and choice.candidate == offer.name:
@@ -103,7 +103,7 @@ class Crafter:
         def progress(share: float, step: str) -> None:
             self.told(candidate.name, begun + (1 - begun) * share, step)
 
-        return self.prover.prove(candidate, self._deadline_s(), progress)
+        return self.prover.prove(candidate, self.deadline_s(), progress)
 
     def _differs(self, record: Record) -> bool:
         site, target = self._work.site, self._work.target
@@ -119,7 +119,7 @@ class Crafter:
         except ModelError:
             return False
 
-    def _deadline_s(self) -> float:
+    def deadline_s(self) -> float:
         """For the next step: the owner's, within what is left of the budget. Raises ModelError where nothing is."""
         deadline_s = self._work.site.config.workshop.deadline_s
         if self.ends_s is None:

@@ -30,10 +30,19 @@ from numpy.typing import NDArray
 
 from millhand.errors import MillhandError, ModelError, PluginError
 from millhand.proof.document import Latency
-from millhand.serving.lanes import LoadRequest
+from millhand.serving.lanes import LoadedModel, LoadRequest
 from millhand.serving.tensors import Tensors
-from millhand.workshop.judge import ENERGY_S, PluginRef, answers, candidate_request, latency, opened, run_for
-from millhand.workshop.metric import Measured, Metric, measure
+from millhand.workshop.judge import (
+    ENERGY_S,
+    PluginRef,
+    answers,
+    candidate_request,
+    latency,
+    latency_alone,
+    opened,
+    run_for,
+)
+from millhand.workshop.metric import Measured, Metric, measure, measure_alone
 from millhand.workshop.recipe import Job, Judgement, Made, Recipe, Target
 
 TRUTH = "truth"
@@ -122,13 +131,31 @@ class JudgeAnswer(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str]
 
 
+class MeasureJob(msgspec.Struct, frozen=True, kw_only=True, tag="measure"):
+    """Measures the trial's original alone. Answers MeasureAnswer."""
+
+    trial: Trial
+    batches: tuple[int, ...]
+    latency_s: float
+    energy: bool
+    """As JudgeJob has it."""
+
+
+class MeasureAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    value: float | None
+    """Of the metric; None where no truth is known."""
+    rows: int
+    latency: tuple[Latency, ...]
+    versions: dict[str, str]
+
+
 class WeighJob(msgspec.Struct, frozen=True, kw_only=True, tag="weigh"):
     """Answers the bytes of memory that a load adds to a fresh process, or to the device."""
 
     request: LoadRequest
 
 
-AnyJob = Union[RecipesJob, ExamplesJob, MakeJob, JudgeJob, WeighJob]  # noqa: UP007 (evaluated on Python 3.10 too)
+AnyJob = Union[RecipesJob, ExamplesJob, MakeJob, JudgeJob, MeasureJob, WeighJob]  # noqa: UP007 (evaluated on Python 3.10 too)
 Say = Callable[..., None]
 
 
@@ -213,17 +240,38 @@ def _judge(job: JudgeJob, say: Say) -> JudgeAnswer:
         before = answers(original, rows, batch, lambda share: say(share=0.3 * share, step="running the original"))
         after = answers(candidate, rows, batch, lambda share: say(share=0.3 + 0.3 * share, step="running it"))
         measured = measure(trial.metric, before, after, truth)
-        times = []
-        for number, size in enumerate(job.batches):
-            share = 0.6 + 0.3 * number / len(job.batches)
-            say(share=share, step=f"timing batches of {size}")
-            times.append(latency(original, candidate, rows, size, job.latency_s))
-        if job.energy:
-            say(share=0.9, step="reading the power meter", energy="begin")
-            say(energy=run_for(candidate, rows, ENERGY_S))
-    return JudgeAnswer(
-        measured=measured, rows=len(next(iter(rows.values()))), latency=tuple(times), versions=versions()
-    )
+        times = _timed(job, say, lambda size: latency(original, candidate, rows, size, job.latency_s))
+        _metered(job, say, candidate, rows)
+    return JudgeAnswer(measured=measured, rows=_count(rows), latency=times, versions=versions())
+
+
+def _measure(job: MeasureJob, say: Say) -> MeasureAnswer:
+    rows, truth = load_rows(job.trial.rows)
+    with opened(job.trial.original) as model:
+        batch = job.trial.original.max_batch
+        outputs = answers(model, rows, batch, lambda share: say(share=0.6 * share, step="running it"))
+        value = measure_alone(job.trial.metric, outputs, truth)
+        times = _timed(job, say, lambda size: latency_alone(model, rows, size, job.latency_s))
+        _metered(job, say, model, rows)
+    return MeasureAnswer(value=value, rows=_count(rows), latency=times, versions=versions())
+
+
+def _timed(job: JudgeJob | MeasureJob, say: Say, time_batch: Callable[[int], Latency]) -> tuple[Latency, ...]:
+    times = []
+    for number, size in enumerate(job.batches):
+        say(share=0.6 + 0.3 * number / len(job.batches), step=f"timing batches of {size}")
+        times.append(time_batch(size))
+    return tuple(times)
+
+
+def _metered(job: JudgeJob | MeasureJob, say: Say, model: LoadedModel, rows: Tensors) -> None:
+    if job.energy:
+        say(share=0.9, step="reading the power meter", energy="begin")
+        say(energy=run_for(model, rows, ENERGY_S))
+
+
+def _count(rows: Tensors) -> int:
+    return len(next(iter(rows.values())))
 
 
 def _weigh(job: WeighJob, say: Say) -> int:
@@ -236,6 +284,7 @@ _WORK: Mapping[type, Callable[[Any, Say], Any]] = {
     ExamplesJob: _give_examples,
     MakeJob: _make,
     JudgeJob: _judge,
+    MeasureJob: _measure,
     WeighJob: _weigh,
 }
 

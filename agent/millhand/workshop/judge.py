@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,11 +86,24 @@ def answers(
 
 def latency(original: LoadedModel, candidate: LoadedModel, rows: Tensors, batch: int, seconds: float) -> Latency:
     """Time both on the same batches, one after the other, the first of each pair in turn."""
+    (original_p50, original_p99), (p50, p99) = _percentiles((original, candidate), rows, batch, seconds)
+    return Latency(batch=batch, p50_ms=p50, p99_ms=p99, original_p50_ms=original_p50, original_p99_ms=original_p99)
+
+
+def latency_alone(original: LoadedModel, rows: Tensors, batch: int, seconds: float) -> Latency:
+    """Time one model, which is its own original."""
+    ((p50, p99),) = _percentiles((original,), rows, batch, seconds)
+    return Latency(batch=batch, p50_ms=p50, p99_ms=p99, original_p50_ms=p50, original_p99_ms=p99)
+
+
+def _percentiles(models: Sequence[LoadedModel], rows: Tensors, batch: int, seconds: float) -> list[tuple[float, float]]:
+    """(p50, p99) of each model, ms."""
     batches = list(itertools.islice(_batches(rows, batch), CHUNKS))
     for number in range(WARMUP_ROUNDS):
-        for model in (original, candidate):
+        for model in models:
             _run(model, batches[number % len(batches)])
-    times: dict[int, list[float]] = {0: [], 1: []}
+    times: list[list[float]] = [[] for _ in models]
+    sides = range(len(models))
     end_s = time.monotonic() + seconds
     collecting = gc.isenabled()
     gc.disable()  # a collection would fall into one side's run
@@ -99,13 +112,12 @@ def latency(original: LoadedModel, candidate: LoadedModel, rows: Tensors, batch:
             if number >= ROUNDS_LEAST and time.monotonic() > end_s:
                 break
             inputs = batches[number % len(batches)]
-            for side in (0, 1) if number % 2 else (1, 0):
-                times[side].append(_timed_ms((original, candidate)[side], inputs))
+            for side in sides if number % 2 else reversed(sides):
+                times[side].append(_timed_ms(models[side], inputs))
     finally:
         if collecting:
             gc.enable()
-    (original_p50, original_p99), (p50, p99) = (np.percentile(times[side], (50, 99)).tolist() for side in (0, 1))
-    return Latency(batch=batch, p50_ms=p50, p99_ms=p99, original_p50_ms=original_p50, original_p99_ms=original_p99)
+    return [(float(np.percentile(found, 50)), float(np.percentile(found, 99))) for found in times]
 
 
 def run_for(model: LoadedModel, rows: Tensors, seconds: float) -> int:

@@ -67,6 +67,17 @@ def measure(metric: Metric, original: Outputs, candidate: Outputs, truth: NDArra
     return Measured(before, after, WHOLE_PERCENT * worse / before)
 
 
+def measure_alone(metric: Metric, outputs: Outputs, truth: NDArray[Any] | None) -> float | None:
+    """The metric of one model; None where it is agreement, which takes two. Raises ModelError as `measure`."""
+    _check_finite("the original", outputs)
+    if metric.name != AGREEMENT:
+        assert truth is not None
+        return _value(metric, outputs, truth)
+    if metric.task:
+        _read(metric, outputs, metric.labels or 1)
+    return None
+
+
 def _value(metric: Metric, outputs: Outputs, truth: NDArray[Any]) -> float:
     if metric.name == ACCURACY:
         return float(np.mean(_classes(metric, outputs) == truth))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from millhand.proof.keys import PrivateKey
 from millhand.proof.signature import check, sign
 from millhand.workshop.energy import Meter
 from millhand.workshop.gate import verdict
-from millhand.workshop.jobs import JudgeAnswer, JudgeJob, WeighJob
+from millhand.workshop.jobs import AnyJob, JudgeAnswer, JudgeJob, WeighJob
 from millhand.workshop.judge import candidate_request
-from millhand.workshop.process import Line
+from millhand.workshop.process import Answer, JobRunner, Line
 from millhand.workshop.rows import Rows
 from millhand.workshop.shelf import Candidate
 from millhand.workshop.work import Progress, Work, now, told
@@ -72,7 +73,7 @@ class Prover:
                 self.rows is not None
                 and proof.score.data == self.rows.source
                 and proof.score.limit_percent == settings.drop_percent_cap
-                and tuple(latency.batch for latency in proof.latency) == self._batches()
+                and tuple(latency.batch for latency in proof.latency) == batches(self.work)
             )
         return proof if fits else None
 
@@ -81,27 +82,19 @@ class Prover:
         work, made = self.work, candidate.record.made
         trial = work.trial(self.rows, self.scratch, held=True)
         runner = work.site.runner(work.target, 1, deadline_s)
-        sampler = Sampler()
-        try:
-            meter = Meter(sampler, work.target.accelerator)
-            job = JudgeJob(
+
+        def job(energy: bool) -> JudgeJob:
+            return JudgeJob(
                 trial=trial,
                 artifact=str(candidate.artifact),
                 backend=made.backend,
                 options=made.options,
-                batches=self._batches(),
+                batches=batches(work),
                 latency_s=work.site.config.workshop.latency_s,
-                energy=meter.reads,
+                energy=energy,
             )
-            report = told(progress, 0, JUDGED)
 
-            def take(line: Line) -> None:
-                meter.take(line)
-                report(line)
-
-            answer = runner.run(job, JudgeAnswer, on_line=take, on_tick=meter.tick)
-        finally:
-            sampler.close()
+        answer, energy_mj = metered(work, runner, job, JudgeAnswer, progress)
         progress(JUDGED, "weighing")
         if self.original_memory_bytes is None:
             self.original_memory_bytes = runner.run(WeighJob(request=trial.original), int)
@@ -125,7 +118,7 @@ class Prover:
             latency=answer.latency,
             memory_bytes=runner.run(WeighJob(request=request), int),
             original_memory_bytes=self.original_memory_bytes,
-            energy_mj=meter.energy_mj,
+            energy_mj=energy_mj,
             passed=passed,
             reasons=reasons,
         )
@@ -168,13 +161,36 @@ class Prover:
     def _versions(self) -> dict[str, str]:
         return {"millhand": __version__, **self.versions}
 
-    def _batches(self) -> tuple[int, ...]:
-        """One row, what traffic brings most often, and the most."""
-        return tuple(sorted({1, self.work.typical_batch, self.work.request.max_batch}))
+
+def batches(work: Work) -> tuple[int, ...]:
+    """The sizes that are timed: one row, what traffic brings most often, and the most."""
+    return tuple(sorted({1, work.typical_batch, work.request.max_batch}))
 
 
-def read_if_proved(candidate: Candidate) -> Proof | None:
-    """A candidate's proof as it lies there, believed or not; None where there is none that can be read."""
+def metered(
+    work: Work, runner: JobRunner, job: Callable[[bool], AnyJob], answer: type[Answer], progress: Progress
+) -> tuple[Answer, float | None]:
+    """Run a job that measures, while its inference's energy is read where the board has a meter.
+
+    job: makes it, told whether there is a meter. Returns (answer, millijoules an inference or None).
+    """
+    sampler = Sampler()
+    try:
+        meter = Meter(sampler, work.target.accelerator)
+        report = told(progress, 0, JUDGED)
+
+        def take(line: Line) -> None:
+            meter.take(line)
+            report(line)
+
+        found = runner.run(job(meter.reads), answer, on_line=take, on_tick=meter.tick)
+        return found, meter.energy_mj
+    finally:
+        sampler.close()
+
+
+def read_if_there(folder: Path) -> Proof | None:
+    """The proof in a folder, believed or not; None where there is none that can be read."""
     with contextlib.suppress(MillhandError, FileNotFoundError):
-        return read_proof(candidate.folder / PROOF)
+        return read_proof(folder / PROOF)
     return None

@@ -42,6 +42,10 @@ class BuildReport(msgspec.Struct, frozen=True, kw_only=True):
     typical_batch: int
     data: str = ""
     """Where the rows came from; empty where none were needed."""
+    data_path: str = ""
+    """The owner's rows, absolute: what is made anew in the background takes them again. Empty where none were named."""
+    original: Outcome | None = None
+    """What became of proving the model's own artifact; None where it does not serve on this target."""
     outcomes: tuple[Outcome, ...]
     chosen: str = ""
     """Empty: the original serves."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from millhand.config import Config
 
 CHOICE = "choice.json"
+ORIGINAL = "original"
+"""Beside the targets' folders: the proof of the model's own artifact, which lies elsewhere."""
 _STAGING = ".making-"
 _LOCK = ".lock"
 BUILT = "built"
@@ -89,6 +91,17 @@ class Shelf:
     def place(self, model: str, version: int, target: str) -> Path:
         """The folder of a model version's candidates for a target."""
         return self.root / model / str(version) / target
+
+    def original(self, model: str, version: int) -> Path:
+        """The folder of the proof of a version's own artifact, whether it is there or not."""
+        return self.place(model, version, ORIGINAL)
+
+    def unwritable(self, error: OSError) -> ModelError:
+        """What to say where the shelf cannot be written."""
+        return ModelError(
+            f"the shelf '{self.root}' cannot be written: {error}",
+            hint="run as the user that runs the agent, make room, or set [models] built_dir to another folder",
+        )
 
     def candidates(self, model: str, version: int, target: str) -> list[Candidate]:
         """What is there, by name; a folder without a readable record is passed over."""

@@ -56,7 +56,13 @@ class Site:
         for host in self.match.workers:
             if host.accelerator == target.accelerator:
                 return host
-        return self.match.worker.model_copy(update={"accelerator": CPU, "cpus": ()})
+        host = self.match.worker.model_copy(update={"accelerator": CPU, "cpus": ()})
+        return host if target.runs_here else host.model_copy(update=self._board(target))
+
+    def _board(self, target: Target) -> dict[str, Any]:
+        """What the profile of a board that is not here says of batches; a chip's name alone says nothing of them."""
+        board = next((profile for profile in self.profiles if profile.name == target.profile), None)
+        return {"max_batch": board.worker.max_batch, "profile": board.name} if board else {"max_batch": 0}
 
     def runner(self, target: Target, threads: int, deadline_s: float) -> JobRunner:
         """Where jobs for a target run: with the interpreter of its workers."""
@@ -73,12 +79,12 @@ class Site:
         """How a worker would load the model's own artifact, with one thread, so that times can be compared."""
         models = self.config.models
         request = load_request(folder, version, self.repository, self.registry, models, self.worker(target))
-        return msgspec.structs.replace(
-            request,
-            plugin_options={**request.plugin_options, "threads": 1},
-            options={name: value for name, value in request.options.items() if name != "threads"},
-            accelerator=target.accelerator or CPU,
-        )
+        return _on_one_thread(request, target.accelerator or CPU)
+
+    def serves_on(self, folder: ModelFolder, target: Target) -> bool:
+        """Whether a target is where a model serves on this node."""
+        accelerator = CPU if folder.manifest.accelerator == CPU else self.match.worker.accelerator
+        return target.runs_here and target == self.targets.get(accelerator)
 
     def backends(self) -> dict[str, PluginRef]:
         """Backend -> what brings it."""
@@ -110,6 +116,21 @@ class Site:
             name = getattr(device, "name", "") or getattr(device, "profile", "")
             facts |= {"accelerator": target.accelerator, "gpu": name, "driver": self.hardware.driver}
         return facts
+
+
+def _on_one_thread(request: LoadRequest, accelerator: str) -> LoadRequest:
+    """The same load with one thread, an ensemble's steps too."""
+    steps = tuple(
+        msgspec.structs.replace(step, load=_on_one_thread(step.load, accelerator)) if step.load else step
+        for step in request.steps
+    )
+    return msgspec.structs.replace(
+        request,
+        plugin_options={**request.plugin_options, "threads": 1},
+        options={name: value for name, value in request.options.items() if name != "threads"},
+        accelerator=accelerator,
+        steps=steps,
+    )
 
 
 def open_site(config: Config) -> Site:

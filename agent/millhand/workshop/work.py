@@ -113,22 +113,29 @@ class Work:
 
 
 def open_work(site: Site, name: str, version: int | None, target: Target, typical_batch: int) -> Work:
-    """Raises ModelError where the model is not there, or is none that makers can begin from."""
+    """As `describe_work`; raises ModelError too where the model is none that makers can begin from."""
     folder = site.repository.find(name)
     if folder.manifest.steps:
         steps = ", ".join(step.model for step in folder.manifest.steps if step.model) or "its steps' nets"
         raise ModelError(
             f"model '{name}' is an ensemble: it has no artifact of its own to build from", hint=f"build {steps}"
         )
-    number = folder.chosen()[-1] if version is None else version
-    if number not in folder.versions:
-        known = ", ".join(map(str, folder.versions))
-        raise ModelError(f"model '{name}' has no version {number}", hint=f"its folder holds {known}")
     if Path(folder.manifest.artifact).suffix != ONNX:
         raise ModelError(
             f"model '{name}': makers begin from {ONNX} files, not from '{folder.manifest.artifact}'",
             hint="export the model to ONNX and name it as `artifact` in model.toml",
         )
+    return describe_work(site, name, version, target, typical_batch)
+
+
+def describe_work(site: Site, name: str, version: int | None, target: Target, typical_batch: int) -> Work:
+    """One version of any model, an ensemble's too; None takes the newest that its policy serves. Raises ModelError
+    where it is not there."""
+    folder = site.repository.find(name)
+    number = folder.chosen()[-1] if version is None else version
+    if number not in folder.versions:
+        known = ", ".join(map(str, folder.versions))
+        raise ModelError(f"model '{name}' has no version {number}", hint=f"its folder holds {known}")
     request = site.request(folder, number, target)
     return Work(
         site=site,
