@@ -13,7 +13,7 @@ import msgspec
 from millhand import __version__
 from millhand.errors import InputError, suggestion
 from millhand.ids import ID_SEARCH_LIMIT, by_prefix
-from millhand.metrics import DAEMON, TRITON
+from millhand.metrics import DAEMON, PAGES
 from millhand.order_calls import OrderCalls
 from millhand.records import Alert, AlertState
 from millhand.serving.front_metrics import FrontMetrics
@@ -80,6 +80,7 @@ class Calls:
             "self_test": [tried.to_dict() for tried in daemon.self_test.tried],
             "http": daemon.http_url,
             "grpc": daemon.grpc_address,
+            "gateway": daemon.gateway_url,
             "alerts": {"open": opened, "acked": sum(alert.state is AlertState.ACKED for alert in alerts)},
             "orders": len(await daemon.store.orders(limit=ID_SEARCH_LIMIT)),
             "telemetry": await self.telemetry_status(),
@@ -92,12 +93,15 @@ class Calls:
         return {"needs_restart": await self._daemon.reload()}
 
     async def metrics(self, names: str = "", front: dict[str, Any] | None = None) -> str:
-        """The text of /metrics; with names "triton" as Triton has them. Raises InputError for other names.
+        """The text of /metrics; with names "triton" or "vllm" as those have them. Raises InputError for other names.
 
         front: the newest report of the process that asks (see serving/front_metrics.py).
         """
-        if names not in ("", TRITON):
-            raise InputError(f"metrics: names = '{names}' is not known", hint=f"leave it out, or ask for '{TRITON}'")
+        if names not in PAGES:
+            raise InputError(
+                f"metrics: names = '{names}' is not known{suggestion(names, PAGES)}",
+                hint=f"leave it out, or ask for one of: {', '.join(filter(None, PAGES))}",
+            )
         if front is not None:
             self._fronts.take(front)
         await self._daemon.metrics.refresh()

@@ -21,6 +21,7 @@ from millhand.errors import ConfigError
 from millhand.language.pack import PackSettings
 from millhand.log_settings import LogSettings
 from millhand.pipeline.settings import AssetSettings, OrderSettings, RecordingSettings
+from millhand.serving.openai.settings import GatewaySettings
 from millhand.serving.settings import GrpcSettings, HttpSettings, ModelSettings, TracingSettings
 from millhand.store.settings import StoreSettings
 from millhand.telemetry.settings import TelemetrySettings
@@ -86,6 +87,7 @@ class Config(StrictTable):
     models: ModelSettings = ModelSettings()
     http: HttpSettings = HttpSettings()
     grpc: GrpcSettings = GrpcSettings()
+    gateway: GatewaySettings = GatewaySettings()
     tracing: TracingSettings = TracingSettings()
     orders: OrderSettings = OrderSettings()
     recording: RecordingSettings = RecordingSettings()
@@ -107,6 +109,11 @@ class Config(StrictTable):
         """The plugins to load with their tables: those named, those that adapters name, and the defaults."""
         names = [*DEFAULT_PLUGINS, *(asset.adapter.split(".")[0] for asset in self.assets), *self.plugins]
         return {name: dict(self.plugins.get(name, {})) for name in dict.fromkeys(names)}
+
+    @property
+    def serves_gateway(self) -> bool:
+        """Whether OpenAI's API is served."""
+        return self.gateway.enabled is True
 
     def models_needed(self) -> list[str]:
         """The models that assets name."""

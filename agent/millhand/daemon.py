@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import gc
 import logging
+import secrets
 import signal
 import sys
 import threading
@@ -36,8 +37,9 @@ from millhand.profiles import Match, load_profiles, match, profile_named
 from millhand.records import Alert, Batch, Severity
 from millhand.registry import Registry
 from millhand.serving.candidates import node_candidates
-from millhand.serving.front import FrontProcess, grpc_front, http_front
+from millhand.serving.front import FrontProcess, gateway_front, grpc_front, http_front
 from millhand.serving.model_calls import UNNAMED, ModelCalls
+from millhand.serving.openai.tokens import hashed
 from millhand.serving.pool import ModelPool
 from millhand.serving.repository import Repository
 from millhand.serving.selftest import SelfTest, log_trials
@@ -83,6 +85,8 @@ class Daemon:
         self._control: ControlServer
         self._http: FrontProcess | None = None
         self._grpc: FrontProcess | None = None
+        self._gateway: FrontProcess | None = None
+        self._agent_token = secrets.token_urlsafe(32)
         self._set_aside_told = 0
         self._started = asyncio.Event()
         self._reloading = asyncio.Lock()
@@ -96,6 +100,7 @@ class Daemon:
         self._claim_run_dir()
         self._make_fronts()
         self.registry.load(config.plugin_tables())
+        self._gateway = self._make_gateway()
         self.hardware = await asyncio.to_thread(discover, config.node.hardware_root)
         self.match = self._match_profile()
         self.store = await Store.open(config.node.store_path, config.store)
@@ -122,7 +127,7 @@ class Daemon:
         calls = Calls(self)
         self._control = ControlServer(config.node.control_path, calls.handlers())
         await self._control.start()
-        for front in (self._http, self._grpc):
+        for front in (self._http, self._grpc, self._gateway):
             if front is not None:
                 await front.start()
         self._spawn(self._watch_self(), "self-check")
@@ -147,6 +152,7 @@ class Daemon:
         stages = [
             ("http", self._http),
             ("grpc", self._grpc),
+            ("gateway", self._gateway),
             ("assets", getattr(self, "fleet", None)),
             ("recorder", getattr(self, "recorder", None)),
             ("publisher", self.publisher),
@@ -176,6 +182,11 @@ class Daemon:
     def grpc_address(self) -> str:
         """Where the gRPC processes listen, as clients of gRPC write it; empty where it is switched off."""
         return "" if self._grpc is None else f"{self.config.grpc.host}:{self._grpc.port}"
+
+    @property
+    def gateway_url(self) -> str:
+        """Where the gateway listens; empty where it is switched off."""
+        return "" if self._gateway is None else f"http://{self.config.gateway.host}:{self._gateway.port}"
 
     async def load_model(self, model: str, version: int | None = None, by: str = UNNAMED) -> dict[str, Any]:
         """As `ModelCalls.load`; assets that use the model or waited for it go on with what its model.toml says now."""
@@ -289,6 +300,23 @@ class Daemon:
             self._http = http_front(config.http, config.node.control_path, config.tracing, config.log)
         if config.grpc.enabled:
             self._grpc = grpc_front(config.grpc, config.node.control_path, config.tracing, config.log)
+
+    def _make_gateway(self) -> FrontProcess | None:
+        """Make the gateway, once it is known which plugins bring guards. Raises ConfigError."""
+        config = self.config
+        if not config.serves_gateway:
+            return None
+        tables = config.plugin_tables()
+        guarding = [name for name, plugin in self.registry.plugins.items() if "millhand_guards" in plugin.hooks]
+        return gateway_front(
+            config.gateway,
+            config.node.control_path,
+            config.node.data_dir,
+            agent_sha256=hashed(self._agent_token),
+            plugins={name: tables[name] for name in guarding},
+            tracing=config.tracing,
+            log_settings=config.log,
+        )
 
     def _claim_run_dir(self) -> None:
         """Hold a lock on the run_dir: another daemon would take away our workers' sockets. The kernel frees it."""

@@ -18,6 +18,9 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 TRITON = "triton"
 """The page whose names and types are Triton's own, whether Prometheus' linter likes them or not."""
+VLLM = "vllm"
+"""The page where what vLLM measures too has vLLM's names, whose colon the linter refuses."""
+PAGES = ("", TRITON, VLLM)
 
 
 class Family:
@@ -26,15 +29,23 @@ class Family:
     kind = "untyped"
 
     def __init__(
-        self, registry: Registry, name: str, text: str, labels: Sequence[str] = (), *, plain_kind: str | None = None
+        self,
+        registry: Registry,
+        name: str,
+        text: str,
+        labels: Sequence[str] = (),
+        *,
+        plain_kind: str | None = None,
+        vllm: str = "",
     ) -> None:
         """`plain_kind`: the type that the plain page gives a name whose own type breaks Prometheus' rules for names;
-        empty where no type mends it, and the plain page leaves the family out.
+        empty where no type mends it, and the plain page leaves the family out. `vllm`: the name on vLLM's page.
         """
         self.name = name
         self.text = text
         self.labels = tuple(labels)
         self.plain_kind = self.kind if plain_kind is None else plain_kind
+        self.vllm = vllm
         self._values: dict[tuple[str, ...], Any] = {}
         registry.add(self)
 
@@ -42,10 +53,15 @@ class Family:
         """Forget every series; for families that are set anew as a whole."""
         self._values.clear()
 
-    def samples(self) -> Iterable[str]:
+    def name_on(self, page: str) -> str:
+        """The family's name on a page."""
+        return self.vllm or self.name if page == VLLM else self.name
+
+    def samples(self, page: str = "") -> Iterable[str]:
         """The sample lines."""
+        name = self.name_on(page)
         for key, value in sorted(self._values.items()):
-            yield f"{self.name}{_labels(self.labels, key)} {number(value)}"
+            yield f"{name}{_labels(self.labels, key)} {number(value)}"
 
     def snapshot(self) -> dict[str, Any]:
         """The family with its values as plain data, for `Registry.merge` in another process."""
@@ -54,6 +70,7 @@ class Family:
             "kind": self.kind,
             "text": self.text,
             "labels": self.labels,
+            "vllm": self.vllm,
             "values": [[key, value] for key, value in self._values.items()],
         }
 
@@ -95,9 +112,16 @@ class Histogram(Family):
     kind = "histogram"
 
     def __init__(
-        self, registry: Registry, name: str, text: str, labels: Sequence[str] = (), *, bounds: Sequence[float]
+        self,
+        registry: Registry,
+        name: str,
+        text: str,
+        labels: Sequence[str] = (),
+        *,
+        bounds: Sequence[float],
+        vllm: str = "",
     ) -> None:
-        super().__init__(registry, name, text, labels)
+        super().__init__(registry, name, text, labels, vllm=vllm)
         self.bounds = tuple(bounds)
 
     def observe(self, value: float, count: int = 1, **labels: Any) -> None:
@@ -119,14 +143,15 @@ class Histogram(Family):
         for place, part in enumerate(value):
             series[place] += part
 
-    def samples(self) -> Iterable[str]:
+    def samples(self, page: str = "") -> Iterable[str]:
+        name = self.name_on(page)
         for key, (*counts, total) in sorted(self._values.items()):
             below = 0
             for bound, count in zip((*self.bounds, float("inf")), counts, strict=True):
                 below += count
-                yield f"{self.name}_bucket{_labels((*self.labels, 'le'), (*key, number(bound)))} {below}"
-            yield f"{self.name}_sum{_labels(self.labels, key)} {number(total)}"
-            yield f"{self.name}_count{_labels(self.labels, key)} {below}"
+                yield f"{name}_bucket{_labels((*self.labels, 'le'), (*key, number(bound)))} {below}"
+            yield f"{name}_sum{_labels(self.labels, key)} {number(total)}"
+            yield f"{name}_count{_labels(self.labels, key)} {below}"
 
     def snapshot(self) -> dict[str, Any]:
         return {**super().snapshot(), "bounds": self.bounds}
@@ -158,14 +183,15 @@ class Registry:
         return lambda: self._refreshers.remove(refresher)
 
     def render(self, page: str = "") -> str:
-        """Everything that has a value, in Prometheus' text format 0.0.4; `page` may be `TRITON`."""
+        """Everything that has a value, in Prometheus' text format 0.0.4; `page` is one of `PAGES`."""
         self._refresh()
         lines: list[str] = []
         for family in self._families.values():
             kind = family.kind if page == TRITON else family.plain_kind
-            samples = list(family.samples()) if kind else []
+            samples = list(family.samples(page)) if kind else []
             if samples:
-                lines += [f"# HELP {family.name} {_escape(family.text, False)}", f"# TYPE {family.name} {kind}"]
+                name = family.name_on(page)
+                lines += [f"# HELP {name} {_escape(family.text, False)}", f"# TYPE {name} {kind}"]
                 lines += samples
         return "\n".join(lines) + "\n" if lines else ""
 
@@ -182,7 +208,8 @@ class Registry:
             family = self._families.get(data["name"])
             if family is None:
                 bounds = {"bounds": data["bounds"]} if "bounds" in data else {}
-                family = KINDS[data["kind"]](self, data["name"], data["text"], data["labels"], **bounds)
+                names = {"vllm": data.get("vllm", "")}
+                family = KINDS[data["kind"]](self, data["name"], data["text"], data["labels"], **names, **bounds)
             for key, value in data["values"]:
                 family.merge(tuple(key), value)
 

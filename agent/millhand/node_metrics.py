@@ -104,7 +104,7 @@ class Sampled(Family):
     def take(self, labels: str, value: float) -> None:
         self._values[(labels,)] = value
 
-    def samples(self) -> Iterable[str]:
+    def samples(self, page: str = "") -> Iterable[str]:
         for (labels,), value in sorted(self._values.items()):
             yield f"{self.name}{labels} {number(value)}"
 

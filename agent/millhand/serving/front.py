@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import logging
 import os
 import socket
@@ -19,6 +20,8 @@ import msgspec
 
 from millhand.errors import ConfigError
 from millhand.log_settings import LogSettings
+from millhand.serving.openai.settings import GatewaySettings
+from millhand.serving.openai.tokens import read_tokens
 from millhand.serving.settings import GrpcSettings, HttpSettings, TracingSettings
 from millhand.serving.tracing import require_exporter
 from millhand.validation import StrictTable
@@ -178,6 +181,43 @@ def grpc_front(
         tracing or TracingSettings(), log_settings or LogSettings(), settings.access_log, settings.access_log_per_minute
     )
     return FrontProcess("grpc", "millhand.serving.grpc", settings, _told(settings, control_path, observation))
+
+
+def gateway_front(
+    settings: GatewaySettings,
+    control_path: Path,
+    data_dir: Path,
+    *,
+    agent_sha256: str = "",
+    plugins: dict[str, dict[str, Any]] | None = None,
+    tracing: TracingSettings | None = None,
+    log_settings: LogSettings | None = None,
+) -> FrontProcess:
+    """The processes of the gateway. `agent_sha256`: hash of the agent's own token; `plugins`: tables of those that
+    bring guards. Raises ConfigError where a package is missing, or the tokens_file is broken.
+    """
+    require_gateway()
+    if settings.tokens_file is not None:
+        read_tokens(settings.tokens_file)
+    observation = observation_options(
+        tracing or TracingSettings(), log_settings or LogSettings(), settings.access_log, settings.access_log_per_minute
+    )
+    told = {
+        **_told(settings, control_path, observation),
+        "data_dir": os.fspath(data_dir),
+        "agent_sha256": agent_sha256,
+        "plugins": plugins or {},
+    }
+    return FrontProcess("gateway", "millhand.serving.openai", settings, told)
+
+
+def require_gateway() -> None:
+    """Raises ConfigError where the package is missing that gateway processes serve with."""
+    if importlib.util.find_spec("aiohttp") is None:
+        raise ConfigError(
+            "[gateway] needs the package aiohttp, which is not installed",
+            hint="pip install 'millhand[gateway]', or set [gateway] enabled = false",
+        )
 
 
 def _told(settings: StrictTable, control_path: Path, observation: dict[str, Any]) -> dict[str, Any]:
