@@ -14,6 +14,8 @@ from millhand.errors import ConfigError, suggestion
 Table = TypeVar("Table", bound=BaseModel)
 
 SECRET_WORDS = ("password", "secret", "token", "passphrase")
+NO_SECRETS = ("_file", "_env", "_s", "_per_minute", "context_tokens", "max_tokens")
+"""Ends of names that hold such a word and no secret."""
 SECRET_SHOWN = "(not shown)"  # noqa: S105 - a placeholder, not a secret
 
 
@@ -52,8 +54,10 @@ def validate(
 
 
 def is_secret(key: str) -> bool:
-    """Whether the value of a key of this name must not be shown; where a secret lies may be."""
-    return any(word in key.lower() for word in SECRET_WORDS) and not key.endswith(("_file", "_env"))
+    """Whether the value of a key of this name must not be shown; where a secret lies may be, and what a language model
+    measures in tokens.
+    """
+    return any(word in key.lower() for word in SECRET_WORDS) and not key.endswith(NO_SECRETS)
 
 
 def _set_by(key: tuple[int | str, ...], variables: Mapping[tuple[str, ...], str]) -> str:

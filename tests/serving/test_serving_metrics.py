@@ -15,7 +15,8 @@ import psutil
 import pytest
 from serving_kit import action, identity, until, write_faulty, write_model
 
-import millhand.node_metrics  # noqa: F401 (brings families)
+import millhand.node_metrics
+import millhand.serving.openai.metrics  # noqa: F401 (bring families)
 from millhand.errors import ModelError, OverloadError
 from millhand.metrics import DAEMON, TRITON, Counter, Gauge, Histogram, Registry
 from millhand.serving.batcher import Request

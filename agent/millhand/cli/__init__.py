@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plugin": ("plugin", "List, show and test plugins."),
     "model": ("model", "List, load, measure, build and verify models."),
     "key": ("key", "Show, export and make the keys that sign proofs."),
+    "gateway": ("gateway", "Tokens of the gateway's clients, and what guards decided."),
     "predict": ("predict", "Ask a served model."),
     "alert": ("alert", "List and acknowledge alerts."),
     "order": ("order", "List, show and edit work orders."),

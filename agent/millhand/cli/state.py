@@ -42,6 +42,7 @@ def state_lines(state: dict[str, Any]) -> list[str]:
         *_faults(state["assets"]),
         f"Models     {_models(state['models'], state['http'], state['grpc'])}",
         *_broken(state["self_test"]),
+        *([f"Gateway    {state['gateway']}/v1"] if state.get("gateway") else []),
         f"Alerts     {alerts['open']} open, {alerts['acked']} acknowledged; {state['orders']} work orders",
         f"Telemetry  {telemetry_text(telemetry)}",
         f"Next step  {state['next_step']}",

@@ -169,7 +169,7 @@ class StreamRelay:
         changed: dict[int, dict[str, str]] = {}
         for choice in parsed.choices:
             pieces = _pieces(choice)
-            if any(pieces.values()):
+            if pieces:
                 self.pieces += 1
             if choice.finish_reason:
                 self.finish_reason = choice.finish_reason
@@ -179,7 +179,8 @@ class StreamRelay:
             out = texts.feed(pieces)
             for name, text in (texts.finish() if choice.finish_reason else {}).items():
                 out[name] = out.get(name, "") + text
-            if out != {name: text for name, text in pieces.items() if text}:
+            renamed = choice.delta is not None and choice.delta.reasoning
+            if renamed or out != pieces:
                 changed[choice.index] = out
         return _rewritten(payload, changed) if changed else event + b"\n\n"
 
@@ -250,11 +251,8 @@ def _pieces(choice: Choice) -> dict[str, str]:
     if choice.delta is None:
         return {"text": choice.text} if choice.text else {}
     delta = choice.delta
-    pieces = {
-        name: text
-        for name, text in ((ANSWER, delta.content), (THOUGHT, delta.reasoning_content), ("reasoning", delta.reasoning))
-        if text
-    }
+    thought = (delta.reasoning_content or "") + (delta.reasoning or "")
+    pieces = {name: text for name, text in ((ANSWER, delta.content), (THOUGHT, thought)) if text}
     for call in delta.tool_calls or ():
         if call.function is not None and call.function.arguments:
             pieces[f"tool_calls.{call.index}"] = call.function.arguments
@@ -285,8 +283,6 @@ def _write(choice: dict[str, Any], texts: Mapping[str, str]) -> None:
         delta.pop(name, None)
         if texts.get(name):
             delta[name] = texts[name]
-    if "reasoning" in texts:
-        delta[THOUGHT] = texts["reasoning"]
     calls = {f"tool_calls.{call.get('index', 0)}": call for call in delta.get("tool_calls") or ()}
     for name, call in calls.items():
         if "function" in call:

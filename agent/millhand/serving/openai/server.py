@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import weakref
 from collections.abc import Awaitable, Callable
 
 from aiohttp import HttpVersion11, web
@@ -21,10 +20,10 @@ class GatewayServer(web.Server):
         self._answer = handler
         self._connections_cap = connections_cap
         self._head_timeout_s = head_timeout_s
-        self._silent: weakref.WeakSet[web.RequestHandler] = weakref.WeakSet()
+        self._silent: dict[web.RequestHandler, asyncio.TimerHandle] = {}
 
     async def _spoken_to(self, request: web.BaseRequest) -> web.StreamResponse:
-        self._silent.discard(request.protocol)
+        self._heard(request.protocol)
         return await self._answer(request)
 
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
@@ -33,13 +32,17 @@ class GatewayServer(web.Server):
         if len(self.connections) > self._connections_cap:
             transport.abort()
             return
-        self._silent.add(handler)
-        asyncio.get_running_loop().call_later(self._head_timeout_s, self._give_up, weakref.ref(handler), transport)
+        timer = asyncio.get_running_loop().call_later(self._head_timeout_s, transport.abort)
+        self._silent[handler] = timer
 
-    def _give_up(self, reference: weakref.ref[web.RequestHandler], transport: asyncio.Transport) -> None:
-        handler = reference()
-        if handler is not None and handler in self._silent:
-            transport.abort()
+    def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
+        """Forget a connection."""
+        self._heard(handler)
+        super().connection_lost(handler, exc)
+
+    def _heard(self, handler: web.RequestHandler) -> None:
+        if timer := self._silent.pop(handler, None):
+            timer.cancel()
 
 
 async def read_body(request: web.BaseRequest, bytes_cap: int, timeout_s: float) -> bytes:
