@@ -1,8 +1,8 @@
 """A language server that does what the last message asks of it, as JSON: speak, wait, hang, lie, die. Not a model.
 
-A script's keys: `tokens` (texts to send, or how many, of so many `characters`), `every_s` (pause between them), `first_s`
-(pause before the first), `field` (of the delta), `stop_after` (tokens after which it dies or hangs), `ending` (`die`,
-`hang`, `garbage`, `error`), `status` and `error` (an answer that is none), `finish`, `raw` (the whole answer's content).
+A script's keys: `tokens` (texts to send, or how many, of so many `characters`), `every_s` (pause between them),
+`first_s` (pause before the first), `field` (of the delta), `stop_after` (tokens after which it dies or hangs), `ending`
+(`die`, `hang`, `garbage`, `error`), `status` and `error` (an answer that is none), `finish`, `raw` (a whole answer).
 
 Run as `python scripted_server.py PORT` it serves alone, for benchmarks.
 """
