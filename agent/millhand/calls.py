@@ -56,6 +56,10 @@ class Calls:
             "telemetry.status": self.telemetry_status,
             "telemetry.tail": self.telemetry_tail,
             **self._daemon.pool.control_handlers(),
+            "language.show": self.language_show,
+            "language.routes": self.language_routes,
+            "language.restart": self.language_restart,
+            "language.complete": self.language_complete,
             "model.load": self._daemon.load_model,
             "model.recorded": self.model_recorded,
             "model.forget": self.model_forget,
@@ -77,6 +81,7 @@ class Calls:
             "uptime_s": time.monotonic() - daemon.started_monotonic,
             "assets": assets,
             "models": models,
+            "language": daemon.language.show(),
             "self_test": [tried.to_dict() for tried in daemon.self_test.tried],
             "http": daemon.http_url,
             "grpc": daemon.grpc_address,
@@ -117,6 +122,30 @@ class Calls:
     async def asset_latencies(self, asset: str) -> list[Latency]:
         """(window end, monotonic time of the commit, latency in ms) of the asset's last predictions."""
         return self._daemon.fleet.latencies(asset)
+
+    async def language_show(self) -> dict[str, Any]:
+        """`LanguageServers.show`."""
+        return self._daemon.language.show()
+
+    def language_routes(self) -> AsyncIterator[dict[str, Any]]:
+        """A stream: what another process needs to reach the language servers itself, now and after every change."""
+        return self._daemon.language.watch_routes()
+
+    async def language_restart(self, replica: str = "") -> list[str]:
+        """`LanguageServers.restart`."""
+        return await self._daemon.language.restart(replica)
+
+    async def language_complete(
+        self,
+        messages: list[dict[str, str]],
+        schema: dict[str, Any] | None = None,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> str:
+        """One completion of the agent's own, guarded where there is a gateway; as `hookspecs.Complete`."""
+        complete = self._daemon.complete()
+        return await complete(messages, schema=schema, max_tokens=max_tokens, temperature=temperature, seed=seed)
 
     async def alert_list(
         self, state: str | None = None, asset: str | None = None, limit: int = 50

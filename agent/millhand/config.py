@@ -19,6 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from millhand.control import SOCKET_NAME_BYTES_CAP, SOCKET_PATH_BYTES_CAP
 from millhand.errors import ConfigError
 from millhand.language.pack import PackSettings
+from millhand.language.settings import LanguageSettings
 from millhand.log_settings import LogSettings
 from millhand.pipeline.settings import AssetSettings, OrderSettings, RecordingSettings
 from millhand.serving.openai.settings import GatewaySettings
@@ -34,6 +35,8 @@ PREFIX = "MILLHAND_"
 NOT_KEYS = frozenset({"MILLHAND_CONFIG", "MILLHAND_DATA"})
 HUB_PREFIX = "MILLHAND_HUB_"  # the hub's own; both may run on one machine
 DEFAULT_PLUGINS = ("boards", "onnxruntime", "orders")
+LANGUAGE_PLUGINS = ("llamacpp", "vllm", "edgellm")
+"""Loaded beside them where a language model is named: which of them serves is told by what the node has."""
 
 
 class NodeSettings(StrictTable):
@@ -89,6 +92,7 @@ class Config(StrictTable):
     grpc: GrpcSettings = GrpcSettings()
     gateway: GatewaySettings = GatewaySettings()
     tracing: TracingSettings = TracingSettings()
+    language: LanguageSettings = LanguageSettings()
     orders: OrderSettings = OrderSettings()
     recording: RecordingSettings = RecordingSettings()
     workshop: WorkshopSettings = WorkshopSettings()
@@ -107,13 +111,15 @@ class Config(StrictTable):
 
     def plugin_tables(self) -> dict[str, dict[str, Any]]:
         """The plugins to load with their tables: those named, those that adapters name, and the defaults."""
-        names = [*DEFAULT_PLUGINS, *(asset.adapter.split(".")[0] for asset in self.assets), *self.plugins]
+        language = LANGUAGE_PLUGINS if self.language.model else ()
+        adapters = (asset.adapter.split(".")[0] for asset in self.assets)
+        names = [*DEFAULT_PLUGINS, *language, *adapters, *self.plugins]
         return {name: dict(self.plugins.get(name, {})) for name in dict.fromkeys(names)}
 
     @property
     def serves_gateway(self) -> bool:
         """Whether OpenAI's API is served."""
-        return self.gateway.enabled is True
+        return bool(self.language.model) if self.gateway.enabled == "auto" else self.gateway.enabled
 
     def models_needed(self) -> list[str]:
         """The models that assets name."""

@@ -26,10 +26,14 @@ from typing import TYPE_CHECKING, Any
 from millhand.calls import Calls
 from millhand.config import Config, load_config
 from millhand.control import ControlServer
-from millhand.errors import ConfigError, MillhandError
+from millhand.errors import ConfigError, LanguageError, MillhandError
 from millhand.fleet import Fleet
 from millhand.hardware import Hardware, discover
 from millhand.hardware.visible import VARIABLE, visible_devices
+from millhand.language.client import LanguageClient, Place
+from millhand.language.library import open_library
+from millhand.language.plan import Plan, make_plan, servers_of
+from millhand.language.servers import LanguageServers
 from millhand.logs import configure_logs
 from millhand.node_metrics import NodeMetrics
 from millhand.pipeline.recorder import Recorder
@@ -76,6 +80,7 @@ class Daemon:
         self.match: Match
         self.store: Store
         self.pool: ModelPool
+        self.language: LanguageServers
         self.publisher: Publisher | None = None
         self.recorder: Recorder
         self.fleet: Fleet
@@ -116,6 +121,8 @@ class Daemon:
         )
         self.self_test = SelfTest(self.registry, config.models, self.match.workers, repository, config.models_needed())
         await self.pool.start(needed=config.models_needed())
+        self.language = LanguageServers(config.language, self._language_plan, config.node.data_dir / "log")
+        self.language.start()
         self.publisher = self._make_publisher()
         self.recorder = Recorder(config.node.data_dir, config.recording)
         self.recorder.start()
@@ -156,6 +163,7 @@ class Daemon:
             ("assets", getattr(self, "fleet", None)),
             ("recorder", getattr(self, "recorder", None)),
             ("publisher", self.publisher),
+            ("language servers", getattr(self, "language", None)),
             ("models", getattr(self, "pool", None)),
             ("control", getattr(self, "_control", None)),
         ]
@@ -187,6 +195,16 @@ class Daemon:
     def gateway_url(self) -> str:
         """Where the gateway listens; empty where it is switched off."""
         return "" if self._gateway is None else f"http://{self.config.gateway.host}:{self._gateway.port}"
+
+    def complete(self) -> LanguageClient:
+        """Asks the language model as the agent itself: through the gateway, and so its guards, where there is one."""
+        return self.language.client(None if self._gateway is None else self._gateway_place)
+
+    def _gateway_place(self) -> Place:
+        port = 0 if self._gateway is None else self._gateway.port
+        if not port:
+            raise LanguageError("the gateway does not listen yet", hint="ask again later")
+        return Place(f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {self._agent_token}"})
 
     async def load_model(self, model: str, version: int | None = None, by: str = UNNAMED) -> dict[str, Any]:
         """As `ModelCalls.load`; assets that use the model or waited for it go on with what its model.toml says now."""
@@ -223,6 +241,7 @@ class Daemon:
         self.config = new.model_copy(update={name: getattr(old, name) for name in FIXED_SECTIONS})
         configure_logs(self.config.log)
         await self.pool.need(self.config.models_needed(), self._model_folders())
+        await self.language.exchange_settings(self.config.language)
         if self.config.telemetry == old.telemetry:
             await self.fleet.apply(self.config, self.publisher)
         else:
@@ -339,6 +358,11 @@ class Daemon:
         if self.config.node.profile != "auto":
             return profile_named(profiles, self.config.node.profile, self.hardware, visible)
         return match(profiles, self.hardware, visible)
+
+    def _language_plan(self) -> Plan:
+        """As the configuration is now, and the plugins are. Raises MillhandError."""
+        config = self.config
+        return make_plan(config.language, open_library(config), servers_of(self.registry), self.match, self.hardware)
 
     def _model_folders(self) -> list[Path]:
         return [Path(folder) for _, folder in self.registry.collect("millhand_models")]

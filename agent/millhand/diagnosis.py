@@ -59,8 +59,8 @@ def diagnose(config_path: Path | None) -> list[Finding]:
         return [_of_error("config", error)]
     findings = [Finding("config", "ok", f"valid, {len(config.assets)} assets")]
     checks: list[Callable[[Config], Iterator[Finding]]] = [
-        _folders, _clock, _hardware, _plugins, _keys, _models, _worker, _backends, _tokens, _tracing, _listeners,
-        _broker, _daemon,
+        _folders, _clock, _hardware, _plugins, _keys, _models, _worker, _backends, _language, _tokens, _tracing,
+        _listeners, _broker, _daemon,
     ]  # fmt: skip
     for check in checks:
         try:
@@ -285,6 +285,27 @@ def _backends(config: Config) -> Iterator[Finding]:
     for tried in asyncio.run(test.run()):
         level: Level = "ok" if tried.works else "error"
         yield Finding(f"{tried.backend} {tried.part}", level, tried.message, tried.hint)
+
+
+def _language(config: Config) -> Iterator[Finding]:
+    """Which server would serve the language model, and why; whether it fits. Nothing is started."""
+    from millhand.hardware.visible import find_device
+    from millhand.language.plan import plan_of
+
+    if not config.language.model:
+        return
+    hardware, match, plan = plan_of(config)
+    processes = f"{len(plan.launches)} processes" if len(plan.launches) > 1 else "1 process"
+    spread = f" on {len(plan.head.accelerators)} GPUs each" if len(plan.head.accelerators) > 1 else ""
+    text = f"'{plan.model.name}' in {processes}{spread}; {'; '.join(plan.reasons)}"
+    yield Finding("language", "ok", text)
+    device = plan.head.accelerators[0] if plan.head.accelerators else "cpu"
+    budget = match.profile.budget_bytes(hardware, find_device(hardware, device))
+    room = None if budget is None else budget * max(1, len(plan.head.accelerators))
+    weights = plan.model.weights_bytes * (1 if plan.head.accelerators else len(plan.launches))
+    if room is not None and weights > room:
+        text = f"its weights take {_mib(weights)}, and models may take {_mib(room)} of '{device}'"
+        yield Finding("language memory", "error", text, "take a smaller model or precision: millhand model catalog")
 
 
 def _tokens(config: Config) -> Iterator[Finding]:

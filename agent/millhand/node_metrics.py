@@ -58,6 +58,46 @@ PIPELINE = {
     ),
 }
 
+_LANGUAGE = ["model", "server"]
+LANGUAGE_STATE = Gauge(
+    DAEMON,
+    "millhand_language_server_state",
+    "1 for the state that a process of the language model is in.",
+    [*_LANGUAGE, "state"],
+)
+LANGUAGE_RESTARTS = Counter(
+    DAEMON,
+    "millhand_language_server_restarts_total",
+    "Times that a process of the language model was started again.",
+    _LANGUAGE,
+)
+LANGUAGE_NOW = {
+    "running": Gauge(
+        DAEMON, "millhand_language_server_running", "Requests that the language server is answering.", _LANGUAGE
+    ),
+    "waiting": Gauge(
+        DAEMON, "millhand_language_server_waiting", "Requests that wait in the language server.", _LANGUAGE
+    ),
+    "kv_used": Gauge(
+        DAEMON,
+        "millhand_language_server_kv_used_ratio",
+        "Share of the language server's KV cache in use, 0 to 1.",
+        _LANGUAGE,
+        vllm="vllm:kv_cache_usage_perc",
+    ),
+}
+LANGUAGE_TOKENS = {
+    "prompt_tokens": Counter(
+        DAEMON, "millhand_language_server_prompt_tokens_total", "Tokens that the language server has read.", _LANGUAGE
+    ),
+    "generated_tokens": Counter(
+        DAEMON,
+        "millhand_language_server_generated_tokens_total",
+        "Tokens that the language server has written.",
+        _LANGUAGE,
+    ),
+}
+
 CONNECTED = Gauge(DAEMON, "millhand_telemetry_connected", "1 while the node is born at a broker.")
 QUEUED = Gauge(DAEMON, "millhand_telemetry_queued_rows", "Rows that the hub has not acknowledged, all streams.")
 TELEMETRY = {
@@ -148,6 +188,7 @@ class NodeMetrics:
         _count_by(PLUGINS, (plugin.state for plugin in daemon.registry.plugins.values()))
         _take_assets(assets)
         _take_sinks(daemon.fleet.sink_statuses())
+        _take_language(daemon.language.show())
         await asyncio.to_thread(self._take_hardware)
         with suppress(TimeoutError, MillhandError):
             async with asyncio.timeout(STORE_DEADLINE_S):
@@ -188,6 +229,21 @@ def _take_sinks(sinks: Iterable[Mapping[str, Any]]) -> None:
         family.clear()
         for status in sinks:
             family.set_total(status[key], sink=status["name"])
+
+
+def _take_language(shown: Mapping[str, Any]) -> None:
+    for family in (LANGUAGE_STATE, LANGUAGE_RESTARTS, *LANGUAGE_NOW.values(), *LANGUAGE_TOKENS.values()):
+        family.clear()
+    for replica in shown["replicas"]:
+        labels, figures = {"model": replica["name"], "server": shown["server"]}, replica["figures"]
+        LANGUAGE_STATE.set(1, state=replica["state"], **labels)
+        LANGUAGE_RESTARTS.set_total(replica["restarts"], **labels)
+        for key, gauge in LANGUAGE_NOW.items():
+            if figures[key] is not None:
+                gauge.set(figures[key], **labels)
+        for key, counter in LANGUAGE_TOKENS.items():
+            if figures[key] is not None:
+                counter.set_total(figures[key], **labels)
 
 
 def _take_store(status: Mapping[str, Any]) -> None:

@@ -93,6 +93,18 @@ class Language(StrictTable):
     """The language server's plugin."""
     precision: Precision = "int4"
     """Precision of the weights that suits the memory and its bandwidth."""
+    context_tokens: int = Field(default=4096, ge=256)
+    """Tokens that one conversation may hold, where the model allows it."""
+    slots: int = Field(default=2, ge=1, le=1024)
+    """Conversations that one process answers at once."""
+    threads: int = Field(default=0, ge=0, le=1024)
+    """Threads on the CPU; 0 takes one for each core that may be used."""
+    kv_bits: Literal[4, 8, 16] = 16
+    """Bits of one number in the KV cache."""
+    speculation: Literal["none", "ngram"] = "none"
+    """Whether drafts are made from the text itself."""
+    replicas: int = Field(default=1, ge=0, le=64)
+    """Processes of one model; 0 takes as many as there are GPUs, or sets of them that it is spread over."""
     tensor_parallel_max: int = Field(default=1, ge=1)
     """GPUs that one model may be spread over, if NVLink joins them all."""
     memory_bandwidth_gb_s: float | None = Field(default=None, gt=0)

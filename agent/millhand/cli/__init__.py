@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "profile": ("profile", "List, show and match hardware profiles."),
     "plugin": ("plugin", "List, show and test plugins."),
     "model": ("model", "List, load, measure, build and verify models."),
+    "language": ("language", "Show and restart the language model's servers."),
     "key": ("key", "Show, export and make the keys that sign proofs."),
     "gateway": ("gateway", "Tokens of the gateway's clients, and what guards decided."),
     "predict": ("predict", "Ask a served model."),

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 Ability = Literal[
-    "chat", "completions", "embeddings", "json_schema", "tools", "logprobs", "seed", "stop", "usage", "reasoning"
-]
-"""What a server can do of OpenAI's API; what it cannot do the gateway refuses, before the server sees it."""
+    "chat", "completions", "embeddings", "json_schema", "tools", "logprobs", "seed", "stop", "usage", "reasoning",
+    "text_bias",
+]  # fmt: skip
+"""What a server can do of OpenAI's API; what it cannot do the gateway refuses, before the server sees it. `text_bias`
+goes beyond: keys of `logit_bias` may be texts, whose tokens are meant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,8 @@ class Launch:
     """Whether drafts are made from the text itself; the greedy answer must stay the same."""
     embeddings: bool = False
     """Whether the model is one that embeds."""
+    reasoning: bool = False
+    """Whether the model thinks in `<think>` before it answers: thoughts come as `reasoning_content`."""
 
 
 @dataclass(frozen=True)
@@ -62,3 +66,5 @@ class ServerFigures:
     """Tokens read since the start."""
     generated_tokens: float | None = None
     """Tokens written since the start."""
+    steps: float | None = None
+    """Grows with each batch that is computed, of a long prompt too: it stands still where the server hangs."""

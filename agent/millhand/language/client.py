@@ -1,0 +1,174 @@
+"""How the agent asks its language model: OpenAI's API, at the gateway or a server (`hookspecs.Complete`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from millhand.errors import DeadlineError, LanguageError, RefusedError
+from millhand.language.exchange import Reply, exchange
+from millhand.language.proving import answered, message_of
+
+TIMEOUT_S = 120.0
+REFUSED = ("refused", "content_filter")
+"""What the gateway calls a text that a guard refused: the error's code, or the choice's finish reason."""
+
+
+TOKEN_BIAS = 40
+"""On a candidate's tokens: more than any difference between the logits of those that the schema allows."""
+
+
+class Place(NamedTuple):
+    """Where to ask."""
+
+    url: str
+    """Without `/v1`."""
+    headers: Mapping[str, str] = {}
+    """Such as a token."""
+
+
+class LanguageClient:
+    """Implements `Complete`."""
+
+    def __init__(
+        self,
+        place: Callable[[], Place],
+        models: Callable[[], Sequence[Mapping[str, Any]]],
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        """`place` is asked for each request and raises LanguageError where there is none; `models` is what
+        `LanguageServers.routes` tells, the first is asked.
+        """
+        self._place = place
+        self._models = models
+        self._timeout_s = timeout_s
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the model; 0 where they are not known."""
+        return int(self._model().get("parameters", 0))
+
+    async def __call__(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        schema: Mapping[str, Any] | None = None,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> str:
+        """The answer's text without its thoughts; JSON by `schema` where one is given.
+
+        Raises LanguageError where the server is gone, refuses the request or gives no usable answer, DeadlineError
+        after the client's time, RefusedError where a guard said no.
+        """
+        asked: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
+        if "seed" in self._model().get("abilities", ()):
+            asked["seed"] = seed
+        if schema is not None:
+            asked["response_format"] = _format(schema)
+        answer = await self._ask(messages, asked)
+        text, _ = message_of(answer)
+        if schema is not None:
+            _require_json(text, answer)
+        return text
+
+    async def score(self, messages: Sequence[Mapping[str, str]], candidates: Sequence[str]) -> Sequence[float]:
+        """How well each candidate fits as the answer, higher is better; in the candidates' order.
+
+        Where the server has `logprobs` and `text_bias`: each candidate is written by the server, bound to it by a
+        schema and led along its own tokens by a bias; its score is the mean log-probability of a character, as the
+        model would have it without either (0 is certain). Elsewhere the server writes one of them, bound by a schema:
+        that one has 1, the others 0. Raises as `__call__`.
+        """
+        if not {"logprobs", "text_bias"} <= set(self._model().get("abilities", ())):
+            schema = {"type": "string", "enum": list(candidates)}
+            written = msgspec.json.decode(await self(messages, schema=schema, max_tokens=_tokens_cap(candidates)))
+            return [float(candidate == written) for candidate in candidates]
+        return [await self._likelihood(messages, candidate) for candidate in candidates]
+
+    async def _likelihood(self, messages: Sequence[Mapping[str, str]], candidate: str) -> float:
+        asked = {
+            "max_tokens": _tokens_cap([candidate]),
+            "temperature": 0,
+            "logprobs": True,
+            "logit_bias": {candidate: TOKEN_BIAS},
+            "response_format": _format({"const": candidate}),
+        }
+        answer = await self._ask(messages, asked)
+        try:
+            written = answer["choices"][0]["logprobs"]["content"]
+            return _mean_logprob([(str(one["token"]), float(one["logprob"])) for one in written], candidate)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise LanguageError("the language model's answer has no log-probabilities", retriable=False) from error
+
+    async def _ask(self, messages: Sequence[Mapping[str, str]], asked: Mapping[str, Any]) -> dict[str, Any]:
+        place = self._place()
+        body = {"model": self._model()["name"], "messages": list(messages), **asked}
+        try:
+            reply = await exchange(
+                f"{place.url}/v1/chat/completions", body=body, headers=place.headers, timeout_s=self._timeout_s
+            )
+        except TimeoutError as error:
+            raise DeadlineError(
+                f"the language model gave no answer within {self._timeout_s:g} s",
+                hint="ask for fewer tokens, or take a smaller model",
+            ) from error
+        _raise_refusal(reply)
+        answer = answered(reply)
+        if _finish(answer) in REFUSED:
+            raise RefusedError("a guard refused the answer", hint="see the audit of the gateway")
+        return answer
+
+    def _model(self) -> Mapping[str, Any]:
+        models = self._models()
+        if not models:
+            raise LanguageError("no language model is configured", hint="name one as [language] model", retriable=False)
+        return models[0]
+
+
+def _format(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
+
+
+def _require_json(text: str, answer: dict[str, Any]) -> None:
+    try:
+        msgspec.json.decode(text)
+    except msgspec.MsgspecError as error:
+        cut = _finish(answer) == "length"
+        why = "it was cut off at max_tokens" if cut else "it is no JSON"
+        raise LanguageError(f"the language model's answer is not usable: {why}", hint="allow more tokens") from error
+
+
+def _finish(answer: dict[str, Any]) -> str:
+    choices = answer.get("choices") or [{}]
+    return str(choices[0].get("finish_reason", "")) if isinstance(choices[0], dict) else ""
+
+
+def _raise_refusal(reply: Reply) -> None:
+    if reply.status == 200:
+        return
+    try:
+        error = msgspec.json.decode(reply.body)["error"]
+        code, message = str(error.get("code", "")), str(error.get("message", ""))
+    except (msgspec.MsgspecError, KeyError, TypeError, AttributeError):
+        return
+    if code in REFUSED:
+        raise RefusedError(message)
+
+
+def _tokens_cap(candidates: Sequence[str]) -> int:
+    """Tokens that any of them takes as a JSON string, spaces behind it included: at most one for each byte."""
+    return max(len(msgspec.json.encode(candidate)) for candidate in candidates) + 32
+
+
+def _mean_logprob(written: Sequence[tuple[str, float]], candidate: str) -> float:
+    """Of a character of the JSON string that `candidate` is; what the server writes behind it does not count."""
+    length, seen, total = len(msgspec.json.encode(candidate).decode()), 0, 0.0
+    for token, logprob in written:
+        if seen >= length:
+            break
+        seen, total = seen + len(token), total + logprob
+    return total / length
