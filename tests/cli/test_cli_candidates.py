@@ -50,7 +50,8 @@ def test_list_and_show_say_why_it_does_not(node, workshop):
     told = "Model grow: candidate 'half' of version 1 does not serve: it is unproved: its proof.json is not signed"
     assert told in " ".join(listed.split())
     checked = [found for found in node.millhand("check", "--json").data["findings"] if found["name"] == "model grow"]
-    assert [(found["level"], found["hint"]) for found in checked] == [("warning", "prove it anew on this node")]
+    assert [found["level"] for found in checked] == ["warning"]
+    assert checked[0]["hint"].startswith("millhand model build grow")
     shown = " ".join(node.millhand("model", "show", "grow").out.split())
     assert "choice grow 1 for cpu: not half: it is unproved: its proof.json is not signed" in shown
 

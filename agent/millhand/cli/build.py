@@ -160,7 +160,7 @@ class _Lines(Silence):
             click.echo(f"{name} ...")
 
     def outcome(self, outcome: Outcome) -> None:
-        taken = f"{outcome.minutes * 60:.0f} s" if outcome.made else "from the shelf"
+        taken = f"{outcome.minutes * 60:.0f} s" if outcome.made or outcome.state == "failed" else "from the shelf"
         taken = "" if outcome.state == "not tried" else taken
         text = f"{outcome.name:<{NAME_CHARACTERS}} {outcome.state:<9} {taken:<14} "
         click.echo(text + shorten(outcome.why, LINE_CHARACTERS - len(text)))

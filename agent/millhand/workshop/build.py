@@ -91,8 +91,8 @@ class _Build:
         plan = self._plan()
         brought = self._brought(plan)
         self.listener.planned([*(offer.name for offer in plan.offers), *(candidate.name for candidate in brought)])
-        for name, why in self.offers.failures.items():
-            self._tell(Outcome(name=name, precision="", state="failed", why=why))
+        for name, error in self.offers.failures.items():
+            self._tell(Outcome(name=name, precision="", state="failed", why=error.message, hint=error.hint))
         for left in plan.left_out:
             self._tell(Outcome(name=left.name, precision=left.precision, state="not tried", why=left.why))
         original = self._prove_original()
@@ -245,7 +245,7 @@ def _check_offers(work: Work, offers: Offers, crafter: Crafter) -> None:
     """Raises ModelError where there is nothing to do."""
     if offers.offers or crafter.candidates():
         return
-    failures = "".join(f"; plugin '{name}': {why}" for name, why in offers.failures.items())
+    failures = "".join(f"; plugin '{name}': {error.message}" for name, error in offers.failures.items())
     raise ModelError(
         f"no maker has a recipe for '{work.name}' on {work.target.name}{failures}",
         hint="name a plugin that brings makers, such as [plugins.quantize], and install what it needs",

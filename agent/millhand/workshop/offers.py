@@ -24,7 +24,7 @@ class Offers:
     """All recipes for a target."""
 
     offers: tuple[Offer, ...]
-    failures: dict[str, str]
+    failures: dict[str, MillhandError]
     """Plugin -> why it lists nothing."""
     versions: dict[str, str]
     """Of what jobs run with."""
@@ -33,7 +33,7 @@ class Offers:
 def ask_makers(site: Site, target: Target, engines: bool, say: Callable[[str], None]) -> Offers:
     """Ask every plugin that has makers. engines: False leaves out what is no file of a lower precision."""
     offers: list[Offer] = []
-    failures: dict[str, str] = {}
+    failures: dict[str, MillhandError] = {}
     versions: dict[str, str] = {}
     runner = site.runner(target, 1, DEADLINE_S)
     for name, plugin in site.plugins("millhand_makers"):
@@ -41,7 +41,7 @@ def ask_makers(site: Site, target: Target, engines: bool, say: Callable[[str], N
         try:
             answer = runner.run(RecipesJob(plugin=plugin, target=target), RecipesAnswer)
         except MillhandError as error:
-            failures[name] = error.message
+            failures[name] = error
             continue
         versions = answer.versions
         offers += [
