@@ -20,6 +20,7 @@ import time
 import uuid
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ from millhand.language.client import LanguageClient, Place
 from millhand.language.library import open_library
 from millhand.language.plan import Plan, make_plan, servers_of
 from millhand.language.servers import LanguageServers
+from millhand.language.pack import find_pack
+from millhand.language.revision import Revision, Sources
 from millhand.logs import configure_logs
 from millhand.node_metrics import NodeMetrics
 from millhand.pipeline.recorder import Recorder
@@ -52,6 +55,7 @@ from millhand.store.database import Loss
 from millhand.systemd import notify, notify_reloading, watchdog_interval_s
 
 if TYPE_CHECKING:
+    from millhand.hookspecs import KnowledgeBase
     from millhand.telemetry.publisher import Publisher
 
 log = logging.getLogger("millhand.daemon")
@@ -84,7 +88,9 @@ class Daemon:
         self.publisher: Publisher | None = None
         self.recorder: Recorder
         self.fleet: Fleet
+        self.revision: Revision
         self.metrics: NodeMetrics
+        self.knowledge: KnowledgeBase | None = None
         self.self_test: SelfTest
         self.healthy_at = time.monotonic()
         self._control: ControlServer
@@ -130,6 +136,8 @@ class Daemon:
         await self.fleet.start()
         if self.publisher is not None:  # after the assets, so that none is born before it speaks
             await self.publisher.start()
+        self.revision = self._make_revision()
+        self.revision.start()
         self.metrics = NodeMetrics(self)
         calls = Calls(self)
         self._control = ControlServer(config.node.control_path, calls.handlers())
@@ -159,6 +167,7 @@ class Daemon:
         stages = [
             ("http", self._http),
             ("grpc", self._grpc),
+            ("order revision", getattr(self, "revision", None)),
             ("gateway", self._gateway),
             ("assets", getattr(self, "fleet", None)),
             ("recorder", getattr(self, "recorder", None)),
@@ -246,6 +255,10 @@ class Daemon:
             await self.fleet.apply(self.config, self.publisher)
         else:
             await self._exchange_publisher()
+        if self.config.orders != old.orders or self.config.pack != old.pack:
+            await self.revision.stop()
+            self.revision = self._make_revision()
+            self.revision.start()
         for name in fixed:
             log.warning("%s changed: this takes effect at the next restart", name)
         log.info("configuration read again: %d assets", len(self.config.assets))
@@ -297,6 +310,16 @@ class Daemon:
 
         node = self.config.node
         return Publisher(self.config.telemetry, node.group, node.id, self.store)
+
+    def _make_revision(self) -> Revision:
+        sources = Sources(
+            revisers=lambda: [reviser for _, reviser in self.registry.collect("millhand_order_revisers")],
+            complete=self.complete,
+            knowledge=lambda: self.knowledge,
+            pack=cache(partial(find_pack, self.config.pack)),
+            assets=lambda: {asset.name for asset in self.config.assets},
+        )
+        return Revision(self.store, self.config.orders, sources)
 
     def _make_folders(self) -> None:
         for key, folder in (("data_dir", self.config.node.data_dir), ("run_dir", self.config.node.run_dir)):

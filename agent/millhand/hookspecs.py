@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from millhand.language.guarding import AnswerStream, GuardContext, Stage, Verdict
     from millhand.language.launch import Ability, Command, Launch, ServerFigures
+    from millhand.language.pack import Pack
     from millhand.language.passages import Passage
     from millhand.pipeline.windows import Window
     from millhand.records import Alert, Batch, WorkOrder
@@ -327,9 +328,11 @@ class OrderReviser(Protocol):
         alert: Alert,
         history: Sequence[Alert],
         passages: Sequence[Passage],
+        pack: Pack,
         complete: Complete,
     ) -> WorkOrder:
-        """Return a new version, in the draft's language; `passages` is what the knowledge base found, best first.
+        """Return a new version, in the draft's language; `passages` is what the knowledge base found, best first, and
+        `pack` what the field knows: causes and steps for the alert's kind, terms, prompts.
 
         The core validates it, field by field, and strikes what stands neither in the evidence nor in a cited passage;
         identity, priority and evidence stay the draft's. Raises MillhandError where it cannot: the draft stands.

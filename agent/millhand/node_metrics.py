@@ -109,6 +109,15 @@ TELEMETRY = {
         DAEMON, "millhand_telemetry_acknowledgements_total", "Acknowledgements of the hub that moved a stream on."
     ),
 }
+REVISIONS = Counter(
+    DAEMON,
+    "millhand_order_revisions_total",
+    "Drafts of work orders that were given to the reviser, by what came of it; the draft stands unless `revised`.",
+    ["outcome"],
+)
+STRUCK = Counter(
+    DAEMON, "millhand_order_struck_total", "What validation took out of orders that a language model wrote."
+)
 SINKS = {
     "delivered": Counter(DAEMON, "millhand_sink_delivered_total", "Alerts and orders that the sink took.", ["sink"]),
     "failures": Counter(
@@ -189,6 +198,7 @@ class NodeMetrics:
         _take_assets(assets)
         _take_sinks(daemon.fleet.sink_statuses())
         _take_language(daemon.language.show())
+        _take_revision(daemon.revision.status())
         await asyncio.to_thread(self._take_hardware)
         with suppress(TimeoutError, MillhandError):
             async with asyncio.timeout(STORE_DEADLINE_S):
@@ -244,6 +254,15 @@ def _take_language(shown: Mapping[str, Any]) -> None:
         for key, counter in LANGUAGE_TOKENS.items():
             if figures[key] is not None:
                 counter.set_total(figures[key], **labels)
+
+
+def _take_revision(status: Mapping[str, Any]) -> None:
+    for family in (REVISIONS, STRUCK):
+        family.clear()
+    if status["reviser"]:
+        STRUCK.set_total(status["struck"])
+        for outcome, count in status["outcomes"].items():
+            REVISIONS.set_total(count, outcome=outcome)
 
 
 def _take_store(status: Mapping[str, Any]) -> None:

@@ -57,6 +57,13 @@ class OrderSettings(StrictTable):
     """Which order writer turns alerts into work orders; plugins bring writers."""
     history: int = Field(default=20, ge=0, le=1000)
     """How many earlier alerts of the asset the writer sees."""
+    reviser: str = ""
+    """What makes a better version of each order with the language model; plugins bring revisers, `model` comes with
+    the plugin `orders`. Empty: the writer's draft is the order."""
+    revise_deadline_s: float = Field(default=300, gt=0, le=86_400, allow_inf_nan=False)
+    """A draft that has no better version within this time stays as it is, also where the language model is not up."""
+    revise_backlog: int = Field(default=20, ge=1, le=1000)
+    """Drafts that may wait for the language model; where more do, the older ones stay as they are."""
 
 
 class RecordingSettings(StrictTable):

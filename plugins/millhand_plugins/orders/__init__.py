@@ -1,4 +1,4 @@
-"""The deterministic order writer: from an alert to a work order by a table of faults, without a language model."""
+"""Work orders: written by a table of faults, without a language model, and made better with one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from millhand.hookspecs import OrderWriter, hookimpl
+from millhand.hookspecs import OrderReviser, OrderWriter, hookimpl
 from millhand.validation import StrictTable
 
 
@@ -27,3 +27,10 @@ def millhand_order_writers(config: OrdersConfig) -> Sequence[OrderWriter]:
     from millhand_plugins.orders.writer import DeterministicWriter, read_knowledge
 
     return [DeterministicWriter(read_knowledge(config.knowledge, config.language), config.language)]
+
+
+@hookimpl
+def millhand_order_revisers(config: OrdersConfig) -> Sequence[OrderReviser]:
+    from millhand_plugins.orders.reviser import ModelReviser
+
+    return [ModelReviser()]

@@ -150,6 +150,7 @@ def _priority(alert: Alert, repeats: int) -> int:
 
 # The unit is the last part of a fact's name; see millhand.hookspecs.Features.evidence.
 UNITS = {"mm_s": "mm/s", "g": "g", "hz": "Hz", "cel": "Cel", "rpm": "rpm", "sigma": "sigma", "cycles": "cycles"}
+UNITS |= {"bar": "bar", "a": "A", "percent": "%", "l_min": "l/min"}
 
 
 def _quote(name: str, value: float) -> str:
