@@ -33,10 +33,10 @@ from millhand.hardware import Hardware, discover
 from millhand.hardware.visible import VARIABLE, visible_devices
 from millhand.language.client import LanguageClient, Place
 from millhand.language.library import open_library
-from millhand.language.plan import Plan, make_plan, servers_of
-from millhand.language.servers import LanguageServers
 from millhand.language.pack import find_pack
+from millhand.language.plan import Plan, make_plan, servers_of
 from millhand.language.revision import Revision, Sources
+from millhand.language.servers import LanguageServers
 from millhand.logs import configure_logs
 from millhand.node_metrics import NodeMetrics
 from millhand.pipeline.recorder import Recorder

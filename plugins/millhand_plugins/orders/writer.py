@@ -31,8 +31,6 @@ class Kind(StrictTable):
     """Text; {asset} and {message}, the alert's own text, are filled in."""
     likely_cause: str
     action: tuple[str, ...] = Field(min_length=1)
-    causes: tuple[str, ...] = ()
-    """What may lie behind it, each a few words; a reviser may choose one."""
     facts: tuple[str, ...] = ()
     """Facts that the symptom quotes, if the alert's evidence has them: names, or patterns with `*`."""
     parts: tuple[str, ...] = ()
