@@ -11,9 +11,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from candidate_kit import Workshop, half
 from onnx import TensorProto, helper, numpy_helper
+from serving_kit import save_onnx, scale, until, value, write_model
 
 from millhand.errors import AcceleratorError, ModelError
+from millhand.hardware import discover
+from millhand.serving.settings import WorkerDefaults
+from millhand.workshop.targets import target_name
 from millhand_plugins.onnxruntime import proof, trials
 from millhand_plugins.onnxruntime.accelerated import AcceleratedSession
 from millhand_plugins.onnxruntime.artifact import Artifact
@@ -540,3 +545,106 @@ def test_a_model_that_loads_disturbs_none_that_serves(net, dense, monkeypatch, c
     stop.set()
     thread.join()
     assert not failures
+
+
+# ---- candidates on a card -------------------------------------------------------------------------------------------
+
+
+def triple(path):
+    """Three times x, in half precision."""
+    half(path, 3)
+
+
+def triple_on_the_cpu(path):
+    """Three times x, by an operator that CUDA has no kernel for."""
+    weight = np.zeros((2, 2, 1), dtype=np.uint8)
+    weight[0, 0], weight[1, 1] = 3, 3
+    nodes = [
+        helper.make_node("Cast", ["x"], ["i"], to=TensorProto.UINT8),
+        helper.make_node("Unsqueeze", ["i", "axis"], ["columns"]),
+        helper.make_node("ConvInteger", ["columns", "w"], ["c"], name="slow"),
+        helper.make_node("Squeeze", ["c", "axis"], ["s"]),
+        helper.make_node("Cast", ["s"], ["y"], to=TensorProto.FLOAT),
+    ]
+    weights = [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(np.array([2]), "axis")]
+    save_onnx(path, nodes, [value("x", ["n", 2])], [value("y", ["n", 2])], weights)
+
+
+class Bench:
+    """A model that doubles, on the first card; candidates triple."""
+
+    def __init__(self, root, data_dir, make_pool, accelerator, target):
+        self.workshop = Workshop(root, data_dir)
+        self.make_pool, self.accelerator, self.target = make_pool, accelerator, target
+        scale(write_model(root, "scale") / "1/model.onnx", 2)
+
+    def serve(self, write, name="half"):
+        return self.workshop.serve("scale", write, name=name, target=self.target)
+
+    async def start(self):
+        hosts = [WorkerDefaults(accelerator=self.accelerator)]
+        return await self.make_pool(hosts=hosts, targets={self.accelerator: self.target})
+
+
+async def factors(pool):
+    """What a row and a batch are multiplied by."""
+    found = set()
+    for count in (1, 40):
+        outputs, _ = await pool.infer("scale", {"x": np.full((count, 2), 7, np.float32)}, deadline_ms=30000)
+        found |= set((outputs["y"] / 7).ravel().tolist())
+    return found
+
+
+def standing(pool):
+    """(Candidates that serve, the provider that the session proved, why the chosen one does not serve)."""
+    found = pool.metadata("scale")
+    (detail,), (choice,) = found["details"], found["choices"]
+    return detail["candidates"], found["accelerator"].get("1", {}).get("provider"), choice["reason"]
+
+
+@pytest.fixture
+def bench(card, root, tmp_path, make_pool):
+    gpu = discover().accelerators[0]
+    return Bench(root, tmp_path / "data", make_pool, gpu.uuid, target_name(gpu.compute_capability))
+
+
+@pytest.mark.gpu
+async def test_a_chosen_candidate_serves_on_a_card_and_proves_itself_there(bench):
+    bench.serve(triple)
+    pool = await bench.start()
+    assert (await factors(pool), standing(pool)) == ({3.0}, (["half"], CUDA, ""))
+    bench.workshop.choose("scale", "", target=bench.target, why="the original was the fastest")
+    await pool.load("scale")
+    assert (await factors(pool), standing(pool)) == ({2.0}, ([], CUDA, "the original was the fastest"))
+
+
+@pytest.mark.gpu
+async def test_a_candidate_for_another_chip_does_not_serve_on_a_card(bench):
+    bench.workshop.serve("scale", triple, target="cpu")
+    pool = await bench.start()
+    assert (await factors(pool), pool.metadata("scale")["choices"]) == ({2.0}, [])
+
+
+@pytest.mark.gpu
+async def test_a_candidate_that_falls_back_to_the_cpu_makes_way_for_the_original_on_a_card(bench):
+    bench.serve(triple_on_the_cpu, "slow")
+    pool = await bench.start()
+    assert await factors(pool) == {2.0}
+    candidates, provider, reason = standing(pool)
+    assert (candidates, provider) == ([], CUDA)
+    assert "ran on the CPU" in reason and "'slow' (ConvInteger)" in reason
+    bench.serve(triple, "half")
+    await pool.load("scale")
+    assert (await factors(pool), standing(pool)) == ({3.0}, (["half"], CUDA, ""))
+
+
+@pytest.mark.gpu
+async def test_a_worker_that_dies_comes_back_with_its_candidate_on_a_card(bench):
+    bench.serve(triple)
+    pool = await bench.start()
+    assert await factors(pool) == {3.0}
+    (worker,) = pool._served["scale"].workers
+    before = worker.restarts
+    os.kill(worker.process.pid, 9)
+    await until(lambda: worker.restarts > before and pool.metadata("scale")["versions"] == [1])
+    assert (await factors(pool), standing(pool)) == ({3.0}, (["half"], CUDA, ""))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,29 @@ def test_what_we_call_is_there_in_every_version(version: str) -> None:
         ours = {name for name in {*vars(kind), *kind.__annotations__} if not name.startswith("_")}
         missing = ours - set(SURFACES[version][kind.__name__])
         assert not missing, f"{version}: {kind.__name__}"
+
+
+def test_what_we_call_takes_what_we_give() -> None:
+    """As the stubs of 10.13 have it: the same parameters by the same names in the same order, and no other must be."""
+    stubs = json.loads((Path(__file__).parent / "captures" / "stubs.json").read_text())
+    held = 0
+    for kind in (kind for _, kind in inspect.getmembers(api, inspect.isclass) if kind.__module__ == api.__name__):
+        known = stubs[kind.__name__]
+        for name, member in vars(kind).items():
+            if name.startswith("_") or not (inspect.isfunction(member) or isinstance(member, property)):
+                continue
+            if isinstance(member, property):
+                assert known[name] == [], f"{kind.__name__}.{name} is a call"
+                continue
+            ours = list(inspect.signature(member).parameters)[1:]
+            fits = [
+                list(call)[: len(ours)] == ours and not any(must for other, must in call.items() if other not in ours)
+                for call in known[name]
+            ]
+            assert any(fits), f"{kind.__name__}.{name}: {ours}, the stubs have {known[name]}"
+            held += 1
+        assert all(known[name] == [] for name in kind.__annotations__), f"{kind.__name__}: an attribute is a call"
+    assert held > 30
 
 
 @pytest.mark.parametrize(("version", "name"), [(version, name) for version, names in GONE.items() for name in names])
