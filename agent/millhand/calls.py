@@ -91,7 +91,7 @@ class Calls:
             "telemetry": await self.telemetry_status(),
             "sinks": daemon.fleet.sink_statuses(),
             "store": await daemon.store.status(),
-            "next_step": _next_step(assets, models, opened, daemon.config.telemetry.enabled),
+            "next_step": _next_step(assets, models, opened, daemon.language.state, daemon.config.telemetry.enabled),
         }
 
     async def reload(self) -> dict[str, Any]:
@@ -258,14 +258,18 @@ class Calls:
             version = await store.changed.after(version)
 
 
-def _next_step(assets: list[dict[str, Any]], models: list[dict[str, Any]], open_alerts: int, telemetry: bool) -> str:
+def _next_step(
+    assets: list[dict[str, Any]], models: list[dict[str, Any]], open_alerts: int, language: str, telemetry: bool
+) -> str:
     """What to do next: what is wrong comes first."""
-    if any(asset["error"] for asset in assets):
-        return "millhand check"
-    if open_alerts:
-        return "millhand alert list"
-    if any(model["state"] in ("failed", "bad") for model in models):
-        return "millhand model list"
+    faults = {
+        "millhand check": any(asset["error"] for asset in assets),
+        "millhand alert list": bool(open_alerts),
+        "millhand model list": any(model["state"] in ("failed", "bad") for model in models),
+        "millhand language show": language == "failed",
+    }
+    if step := next((step for step, wrong in faults.items() if wrong), ""):
+        return step
     serving = [model["name"] for model in models if model["versions"]]
     if not assets and serving:
         return f"millhand model show {serving[0]}"  # a node that serves models to others

@@ -303,8 +303,12 @@ def _language(config: Config) -> Iterator[Finding]:
     budget = match.profile.budget_bytes(hardware, find_device(hardware, device))
     room = None if budget is None else budget * max(1, len(plan.head.accelerators))
     weights = plan.model.weights_bytes * (1 if plan.head.accelerators else len(plan.launches))
-    if room is not None and weights > room:
-        text = f"its weights take {_mib(weights)}, and models may take {_mib(room)} of '{device}'"
+    cache = plan.model.manifest.kv_bytes(plan.head.context_tokens, plan.head.kv_bits)
+    if room is not None and weights + cache > room:
+        text = (
+            f"its weights take {_mib(weights)} and one conversation {_mib(cache)}; "
+            f"models may take {_mib(room)} of '{device}'"
+        )
         yield Finding("language memory", "error", text, "take a smaller model or precision: millhand model catalog")
 
 

@@ -20,6 +20,8 @@ from millhand.metrics import DAEMON, Counter, Family, Gauge, number
 if TYPE_CHECKING:
     from millhand.daemon import Daemon
 
+KEEPER = "keeper"
+"""The process that holds a language server, which is its child."""
 STORE_DEADLINE_S = 2.0
 """A store that does not answer in time leaves its last values standing: /metrics must not hang with a disk."""
 
@@ -304,7 +306,10 @@ def _take_memory() -> None:
     MEMORY.set(daemon.memory_info().rss, process="daemon")
     for child in daemon.children():
         with suppress(psutil.NoSuchProcess):
-            MEMORY.merge((_process_name(child.cmdline()),), child.memory_info().rss)
+            name = _process_name(child.cmdline())
+            if name == KEEPER:
+                MEMORY.merge(("language-server",), sum(one.memory_info().rss for one in child.children(recursive=True)))
+            MEMORY.merge((name,), child.memory_info().rss)
 
 
 def _process_name(command: Sequence[str]) -> str:

@@ -40,7 +40,13 @@ def show(ctx: click.Context, root: Path | None) -> None:
     output: Output = ctx.obj
     hardware = discover(root or output.config().node.hardware_root)
     visible = visible_devices(hardware, os.environ.get(VARIABLE))
-    output.emit({**hardware.to_dict(), "visible_devices": visible}, hardware_lines(hardware, visible))
+    lines = hardware_lines(hardware, visible)
+    if root is None and output.config().language.model:
+        from millhand.cli.language import served_by
+        from millhand.profiles import match_node
+
+        lines += ["", *served_by(output, match_node(output.config())[1], hardware)]
+    output.emit({**hardware.to_dict(), "visible_devices": visible}, lines)
 
 
 def hardware_lines(hardware: Hardware, visible: Sequence[str] | None = None) -> list[str]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from millhand.cli.output import Output, json_option, wrapped
+from millhand.errors import MillhandError
+
+if TYPE_CHECKING:
+    from millhand.hardware import Hardware
+    from millhand.profiles import Match
 
 LABEL_CHARACTERS = 12
 TEXT_CHARACTERS = 60
@@ -38,6 +43,25 @@ def restart(ctx: click.Context, replica: str) -> None:
     output: Output = ctx.obj
     names = output.daemon().call("language.restart", replica=replica)
     output.emit({"restarted": names}, [f"started anew: {', '.join(names)} (millhand language show)"])
+
+
+def served_by(output: Output, match: Match, hardware: Hardware) -> list[str]:
+    """Which server would serve the configured language model on such a node, and why; nothing without a model."""
+    from millhand.language.library import open_library
+    from millhand.language.plan import make_plan, servers_of
+    from millhand.registry import Registry
+
+    config = output.config()
+    if not config.language.model:
+        return []
+    registry = Registry()
+    registry.load(config.plugin_tables())
+    try:
+        plan = make_plan(config.language, open_library(config), servers_of(registry), match, hardware)
+        text = "; ".join(plan.reasons)
+    except MillhandError as error:
+        text = error.text
+    return _wrap("Served by", f"'{config.language.model}': {text}")
 
 
 def _facts(data: dict[str, Any]) -> Iterator[tuple[str, str]]:

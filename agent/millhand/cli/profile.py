@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from millhand.cli.language import served_by
 from millhand.cli.output import LINE_CHARACTERS, Output, json_option, table
 
 if TYPE_CHECKING:
@@ -66,27 +67,7 @@ def match_(ctx: click.Context, root: Path | None) -> None:
     output: Output = ctx.obj
     hardware = discover(root or output.config().node.hardware_root)
     found = match(_load(output), hardware, visible_devices(hardware, os.environ.get(VARIABLE)))
-    output.emit(_match_data(found, hardware), [*_match_lines(found, hardware), *_server_lines(output, found, hardware)])
-
-
-def _server_lines(output: Output, found: Match, hardware: Hardware) -> list[str]:
-    """Which server would serve the configured language model on such a node, and why; nothing without a model."""
-    from millhand.errors import MillhandError
-    from millhand.language.library import open_library
-    from millhand.language.plan import make_plan, servers_of
-    from millhand.registry import Registry
-
-    config = output.config()
-    if not config.language.model:
-        return []
-    registry = Registry()
-    registry.load(config.plugin_tables())
-    try:
-        plan = make_plan(config.language, open_library(config), servers_of(registry), found, hardware)
-        text = f"'{config.language.model}': {'; '.join(plan.reasons)}"
-    except MillhandError as error:
-        text = f"'{config.language.model}': {error.text}"
-    return textwrap.wrap(text, LINE_CHARACTERS, initial_indent="Served by   ", subsequent_indent=" " * 12)
+    output.emit(_match_data(found, hardware), [*_match_lines(found, hardware), *served_by(output, found, hardware)])
 
 
 def _load(output: Output) -> list[Profile]:

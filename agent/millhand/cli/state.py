@@ -42,6 +42,7 @@ def state_lines(state: dict[str, Any]) -> list[str]:
         *_faults(state["assets"]),
         f"Models     {_models(state['models'], state['http'], state['grpc'])}",
         *_broken(state["self_test"]),
+        *_language(state["language"]),
         *([f"Gateway    {state['gateway']}/v1"] if state.get("gateway") else []),
         f"Alerts     {alerts['open']} open, {alerts['acked']} acknowledged; {state['orders']} work orders",
         f"Telemetry  {telemetry_text(telemetry)}",
@@ -72,6 +73,17 @@ def _faults(assets: list[dict[str, Any]]) -> list[str]:
     faults = [f"{asset['asset']}: {asset['error']}" for asset in assets if asset["error"]]
     lines = [" " * 11 + shorten(fault, LINE_CHARACTERS - 11) for fault in faults[:FAULTS_SHOWN]]
     return lines if len(faults) <= FAULTS_SHOWN else [*lines, " " * 11 + f"and {len(faults) - FAULTS_SHOWN} more"]
+
+
+def _language(language: dict[str, Any]) -> list[str]:
+    """One line where a language model is configured, and one for what is wrong with it."""
+    if language["state"] == "off":
+        return []
+    server = f" on {language['server']}" if language["server"] else ""
+    lines = [f"Language   {language['name']}{server}: {language['state']}"]
+    if language["reason"] and language["state"] != "ready":
+        lines.append(" " * 11 + shorten(language["reason"], LINE_CHARACTERS - 11))
+    return lines
 
 
 def _broken(tried: list[dict[str, Any]]) -> list[str]:

@@ -50,6 +50,8 @@ class Command:
     argv: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
     """Added to the daemon's own."""
+    note: str = ""
+    """What the owner should know of it, for people: `xllamacpp, on the CPU`."""
 
 
 @dataclass(frozen=True, kw_only=True)

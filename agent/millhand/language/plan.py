@@ -87,7 +87,8 @@ def make_plan(
         )
         for group in groups
     )
-    server.command(launches[0])  # what cannot be started is said now
+    if note := server.command(launches[0]).note:  # what cannot be started is said now
+        reasons.append(note)
     return Plan(model, server, launches, reasons)
 
 

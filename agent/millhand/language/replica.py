@@ -29,6 +29,7 @@ STEADY_DELAYS = 2
 """A server that was ready for so many of the longest pauses starts with the shortest again."""
 HTTP_OK = 200
 EXIT_WAIT_S = 0.5
+KILLED = "died of SIGKILL"
 
 
 class Replica:
@@ -127,7 +128,8 @@ class Replica:
             self._process = process = await self._start()
             await self._prove(process)
             ready_at = loop.time()
-            verdict = "restarting", await self._watch(process), f"its log: {self.log_path}"
+            reason = await self._watch(process)
+            verdict = "restarting", reason, _hint(reason, self.log_path)
         except MillhandError as error:
             verdict = "failed", error.message, error.hint or f"its log: {self.log_path}"
         except OSError as error:
@@ -168,7 +170,7 @@ class Replica:
                 word = process.last_word()
                 raise LanguageError(
                     f"it {ending.result()} before it was ready{f': {word}' if word else ''}",
-                    hint=f"see its log: {self.log_path}",
+                    hint=_hint(ending.result(), self.log_path),
                 )
             if not done:
                 what = "says that it is well, but gave no completion" if self._well else "was not well"
@@ -241,6 +243,14 @@ class Replica:
     def _set(self, state: State, reason: str, hint: str = "") -> None:
         self.state, self.reason, self.hint = state, reason, hint
         self._on_change()
+
+
+def _hint(reason: str, log_path: Path) -> str:
+    if KILLED in reason:
+        return (
+            f"most likely memory ran out: see the kernel's log (dmesg), and take a smaller model; its log: {log_path}"
+        )
+    return f"see its log: {log_path}"
 
 
 def _url(process: ServerProcess) -> str:

@@ -53,16 +53,17 @@ class LlamacppServer:
         Raises ModelError where the file is no GGUF, ConfigError where several GPUs are asked of xllamacpp.
         """
         _require_gguf(launch.model)
-        environment = {"CUDA_VISIBLE_DEVICES": ",".join(launch.accelerators)}
         binary = None if self._settings.use == "xllamacpp" else self._binary()
         if binary is not None:
-            return Command((binary, *self._arguments(launch)), environment)
+            visible = {"CUDA_VISIBLE_DEVICES": ",".join(launch.accelerators)}
+            return Command((binary, *self._arguments(launch)), visible, f"a native server: {binary}")
         if len(launch.accelerators) > 1:
             raise ConfigError(
                 f"[language] tensor_parallel = {len(launch.accelerators)}, but xllamacpp computes on the CPU",
                 hint="put a llama-server that was built with CUDA on PATH",
             )
-        return Command((sys.executable, "-m", SERVE, self._told(launch)), environment)
+        note = "xllamacpp, on the CPU" + ("; a llama-server on PATH could use the GPU" if launch.accelerators else "")
+        return Command((sys.executable, "-m", SERVE, self._told(launch)), {"CUDA_VISIBLE_DEVICES": ""}, note)
 
     def figures(self, metrics: str) -> ServerFigures:
         """From llama.cpp's page; it does not tell of its KV cache."""
