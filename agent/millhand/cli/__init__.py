@@ -29,6 +29,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("predict", "Ask a served model."),
     "alert": ("alert", "List and acknowledge alerts."),
     "order": ("order", "List, show and edit work orders."),
+    "ask": ("ask", "Ask the node's language model, from the plant's manuals."),
+    "conversation": ("conversation", "List, show, export and delete conversations."),
     "readings": ("readings", "Export stored readings as CSV."),
     "telemetry": ("telemetry", "Show and follow what goes to the hub."),
     "hub": ("hub", "Run and query the central hub."),

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from millhand.language.conversation import Conversation, Turn
 from millhand.records import Alert, Prediction, Reading, Waveform, WorkOrder
 from millhand.store.changes import Changes
 from millhand.store.database import Loss
@@ -155,6 +156,22 @@ class Store:
     async def order_pairs(self, after: int = 0, limit: int = 100) -> list[tuple[int, WorkOrder, WorkOrder]]:
         """(place, a machine's version, what a person made of it), oldest first, behind place `after`."""
         return await self._thread.call(lambda parts: parts.alerts.pairs(after, limit))
+
+    async def append_turns(self, conversation: Conversation, turns: Sequence[Turn]) -> None:
+        """Insert or update a conversation and add turns behind its others; beyond a cap the oldest conversations go."""
+        await self._thread.call(lambda parts: parts.conversations.append(conversation, turns))
+
+    async def conversations(self, limit: int = 50) -> list[Conversation]:
+        """Those that were changed last, newest first."""
+        return await self._thread.call(lambda parts: parts.conversations.conversations(limit))
+
+    async def turns(self, conversation_id: str) -> list[Turn]:
+        """All that was said, in order; empty for an unknown id."""
+        return await self._thread.call(lambda parts: parts.conversations.turns(conversation_id))
+
+    async def delete_conversation(self, conversation_id: str) -> bool:
+        """Forget a conversation and overwrite where its turns lay in the file; whether there was one."""
+        return await self._thread.call(lambda parts: parts.conversations.delete(conversation_id))
 
     async def sink_cursor(self, name: str) -> int:
         """Where sink `name` stands on the alert stream; at its first call ever, where the stream was at `open`.

@@ -12,6 +12,7 @@ from millhand.errors import StoreError
 from millhand.records import Prediction, Reading
 from millhand.store.alerts import AlertBook
 from millhand.store.catalog import Catalog, time_ns
+from millhand.store.conversations import ConversationBook
 from millhand.store.database import Database
 from millhand.store.history import History
 from millhand.store.outbox import Outbox
@@ -61,6 +62,7 @@ class Writer:
         self.catalog = Catalog(database)
         self.outbox = Outbox(database)
         self.alerts = AlertBook(database, self.catalog, self.outbox)
+        self.conversations = ConversationBook(database)
         self.history = History(database)
         self.rollups = Rollups(database)
         self.waveforms = WaveformRing(database, settings.waveform_bytes_cap)

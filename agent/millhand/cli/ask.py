@@ -1,0 +1,82 @@
+"""`millhand ask`: a question to the node's language model, answered from the plant's own manuals."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from millhand.cli.output import Output, json_option, wrapped
+from millhand.errors import InputError
+
+ANSWER_TIMEOUT_S = 600.0
+NEW, LAST = "new", "last"
+
+
+@click.command("ask")
+@click.argument("question", required=False)
+@click.option("--asset", default="", help="The machine that it is about: its manuals come first.")
+@click.option("--order", "order_id", default="", help="The work order that it is about (the beginning of its id).")
+@click.option(
+    "--conversation",
+    "-c",
+    "conversation",
+    default=NEW,
+    show_default=True,
+    help="Go on with this one (the beginning of its id, or 'last').",
+)
+@click.option("--language", default="en", show_default=True, help="Language of prompts and terms: en, zh.")
+@json_option
+@click.pass_context
+def command(
+    ctx: click.Context, question: str | None, asset: str, order_id: str, conversation: str, language: str
+) -> None:
+    """Ask QUESTION ('-' or nothing reads standard input); the answer comes as it is written, with its sources.
+
+    What was said is kept on this node: see 'millhand conversation'.
+    """
+    output: Output = ctx.obj
+    daemon = output.daemon(timeout_s=ANSWER_TIMEOUT_S)
+    text = sys.stdin.read() if question in (None, "-") else str(question)
+    known = "" if conversation == NEW else conversation
+    if conversation == LAST:
+        found = daemon.call("conversation.list", limit=1)
+        if not found:
+            raise InputError("there is no conversation yet", hint="leave --conversation out")
+        known = found[0]["id"]
+    events = daemon.stream(
+        "ask", question=text, asset=asset, order_id=order_id, conversation_id=known, language=language
+    )
+    if output.as_json:
+        gathered: dict[str, Any] = {"answer": "", "sources": [], "notices": []}
+        for event in events:
+            gathered["answer"] += event.get("text", "")
+            gathered["sources"] += event.get("sources", [])
+            gathered["notices"] += [event["notice"]] if "notice" in event else []
+            gathered.update(event.get("end", {}))
+        click.echo(json.dumps(gathered, ensure_ascii=False))
+        return
+    for event in events:
+        _show(event)
+
+
+def _show(event: dict[str, Any]) -> None:
+    """Print one event as it comes; what is no answer goes to stderr."""
+    if "text" in event:
+        click.echo(event["text"], nl=False)
+        sys.stdout.flush()
+    elif "notice" in event:
+        click.echo("\n".join(wrapped(event["notice"], "Note: ")), err=True)
+    elif "end" in event:
+        click.echo()
+        end = event["end"]
+        for label, place in end["citations"].items():
+            click.echo(f"  [{label}] {place}")
+        if end["unknown_citations"]:
+            text = f"the answer names sources that were not given: {', '.join(end['unknown_citations'])}"
+            click.echo("\n".join(wrapped(text, "Note: ")), err=True)
+        elif not end["citations"]:
+            click.echo("Note: the answer names no source; check it before you rely on it.", err=True)
+        click.echo(f"Conversation {end['conversation']['id'][:8]}", err=True)

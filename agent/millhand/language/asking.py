@@ -1,0 +1,192 @@
+"""A question to the node's language model: what is retrieved for it, what the model is told, and what is kept."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+
+from millhand.errors import InputError, LanguageError
+from millhand.language.client import Place
+from millhand.language.conversation import Conversation, Turn, fitting, title_of
+from millhand.language.events import REFUSED, stream
+from millhand.records import Citation, WorkOrder
+
+if TYPE_CHECKING:
+    from millhand.hookspecs import KnowledgeBase
+    from millhand.language.pack import Pack
+    from millhand.language.passages import Passage
+    from millhand.store import Store
+
+PASSAGES = 4
+PASSAGE_CHARS = 900
+"""What of a passage the model is shown: a small model loses the thread in more."""
+ANSWER_TOKENS = 384
+QUESTION_BYTES_CAP = 32 << 10
+IDLE_S = 120.0
+"""A server that says nothing for so long is given up: reading a long prompt takes its time on a slow CPU."""
+_CITED = re.compile(r"\[\s*(S\d+|order)\s*\]", re.IGNORECASE)
+ORDER = "order"
+"""The label of the work order among the sources; passages are S1, S2, ...: a small model copies those without fault."""
+
+
+class Gateway(Protocol):
+    """What is known of the language model that is asked."""
+
+    def place(self) -> Place:
+        """Where to ask. Raises LanguageError where nothing answers."""
+
+    def models(self) -> Sequence[Mapping[str, Any]]:
+        """What is served, as `language.routes` tells it; the first is asked."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a person asks."""
+
+    text: str
+    asset: str = ""
+    order: WorkOrder | None = None
+    """The work order that it is about."""
+    conversation: Conversation | None = None
+    """None begins a new one."""
+    language: str = "en"
+
+
+class Asking:
+    """Answers questions and keeps the conversations."""
+
+    def __init__(
+        self, store: Store, gateway: Gateway, knowledge: Callable[[], KnowledgeBase | None], pack: Pack
+    ) -> None:
+        self._store = store
+        self._gateway = gateway
+        self._knowledge = knowledge
+        self._pack = pack
+
+    async def ask(self, question: Question) -> AsyncIterator[dict[str, Any]]:
+        """Yield what happens: `sources` first, `notice` where something was left out, `text` piece by piece, `end` with
+        the conversation and what the answer cited. Only a whole answer is kept.
+
+        Raises InputError for a question that is empty or too long, LanguageError, RefusedError.
+        """
+        text = question.text.strip()
+        _check(text)
+        model = self._model()
+        passages = await self._passages(text, question)
+        yield {
+            "sources": [{**msgspec.to_builtins(p), "label": label, "place": p.place} for label, p in passages.items()]
+        }
+        messages, left_out = await self._messages(question, text, passages, model)
+        if left_out:
+            yield {"notice": f"{left_out} earlier turns of this conversation are too long ago for the model to see"}
+        answer: list[str] = []
+        async for piece in self._answer(model, messages):
+            answer.append(piece)
+            yield {"text": piece}
+        if not "".join(answer).strip():
+            raise LanguageError("the language model gave an empty answer", hint="ask again, or in other words")
+        yield {"end": await self._keep(question, text, "".join(answer).strip(), passages)}
+
+    def _model(self) -> Mapping[str, Any]:
+        models = self._gateway.models()
+        if not models:
+            raise LanguageError(
+                "no language model is configured",
+                hint="name one as [language] model (millhand model catalog lists what fits)",
+                retriable=False,
+            )
+        return models[0]
+
+    async def _passages(self, text: str, question: Question) -> dict[str, Passage]:
+        """What retrieval found, by the label that the model is to cite."""
+        knowledge = self._knowledge()
+        if knowledge is None:
+            return {}
+        asset = question.asset or (question.order.asset if question.order else "")
+        found = await knowledge.search(text, asset, PASSAGES)
+        return {f"S{number}": passage for number, passage in enumerate(found, 1)}
+
+    async def _messages(
+        self, question: Question, text: str, passages: Mapping[str, Passage], model: Mapping[str, Any]
+    ) -> tuple[list[Mapping[str, str]], int]:
+        known = question.conversation
+        earlier = [] if known is None else await self._store.turns(known.id)
+        language = question.language if question.language in self._pack.manifest.languages else "en"
+        tokens_cap = max(int(model.get("context_tokens") or 2048) - ANSWER_TOKENS, 256)
+        for shown in range(len(passages), -1, -1):
+            sources = _sources(dict(list(passages.items())[:shown]), question.order)
+            asked = self._pack.prompt("ask", language, sources=sources, question=text)
+            try:
+                return fitting(self._pack.prompt("policy", language), earlier, asked, tokens_cap)
+            except InputError:
+                if not shown:
+                    raise
+        raise AssertionError("unreachable")
+
+    async def _answer(self, model: Mapping[str, Any], messages: Sequence[Mapping[str, str]]) -> AsyncIterator[str]:
+        place = self._gateway.place()
+        body = {
+            "model": model["name"],
+            "messages": messages,
+            "stream": True,
+            "max_tokens": ANSWER_TOKENS,
+            "temperature": 0.0,
+        }
+        async for chunk in stream(f"{place.url}/v1/chat/completions", body, place.headers, IDLE_S):
+            for choice in chunk.get("choices") or ():
+                if piece := (choice.get("delta") or {}).get("content"):
+                    yield str(piece)
+                if choice.get("finish_reason") == REFUSED:
+                    raise LanguageError("a guard stopped the answer", hint="see the audit of the gateway")
+
+    async def _keep(
+        self, question: Question, text: str, answer: str, passages: Mapping[str, Passage]
+    ) -> dict[str, Any]:
+        now_ns = time.time_ns()
+        cited = {label.upper() for label in _CITED.findall(answer)} - {ORDER.upper()}
+        citations = tuple(Citation(passage.id, passage.place) for label, passage in passages.items() if label in cited)
+        known = question.conversation or Conversation(
+            id=str(uuid.uuid4()), title=title_of(text), created_ns=now_ns, changed_ns=now_ns
+        )
+        changed = msgspec.structs.replace(
+            known,
+            changed_ns=now_ns,
+            asset=question.asset or known.asset,
+            order_id=question.order.id if question.order else known.order_id,
+        )
+        turns = [
+            Turn(role="user", text=text, at_ns=now_ns),
+            Turn(role="assistant", text=answer, at_ns=now_ns, citations=citations),
+        ]
+        await self._store.append_turns(changed, turns)
+        return {
+            "conversation": msgspec.to_builtins(changed),
+            "citations": {label: passages[label].place for label in sorted(cited & passages.keys())},
+            "unknown_citations": sorted(cited - passages.keys()),
+        }
+
+
+def _check(text: str) -> None:
+    if not text:
+        raise InputError("the question is empty", hint="write what you want to know")
+    if len(text.encode()) > QUESTION_BYTES_CAP:
+        raise InputError(
+            f"the question has {len(text.encode())} bytes, more than {QUESTION_BYTES_CAP}",
+            hint="ask about a part of it, or add the text with: millhand knowledge add FILE",
+        )
+
+
+def _sources(passages: Mapping[str, Passage], order: WorkOrder | None) -> str:
+    """What the answer may rest on, each with the label that it is cited by."""
+    found = [f"[{label}] ({passage.place}) {passage.text[:PASSAGE_CHARS]}" for label, passage in passages.items()]
+    if order is not None:
+        steps = " ".join(f"{number}. {step}" for number, step in enumerate(order.action, 1))
+        about = f"{order.symptom} Likely cause: {order.likely_cause} Steps: {steps}"
+        found.insert(0, f"[{ORDER}] (work order for {order.asset}) {about}")
+    return "\n".join(found) or "(none)"
