@@ -1,0 +1,104 @@
+"""One process of the load: streams of chat against one server; prints one JSON line.
+
+    python benchmarks/gpu/streams.py URL MODEL STREAMS SECONDS SEED [--tokens 128] [--prompt-words 100]
+
+Each stream asks again and again, with another prompt each time so that no prefix is known, until the time is over; what
+was begun before is finished. Tokens are the server's own count (`usage`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+WORDS = ("pump", "bearing", "seal", "gland", "motor", "belt", "valve", "oil", "leak", "noise", "heat", "shaft")
+
+
+@dataclass
+class Seen:
+    """What all streams of this process saw."""
+
+    first_ms: list[float] = field(default_factory=list)
+    """From the request to the first token."""
+    token_ms: list[float] = field(default_factory=list)
+    """Of each answer the mean time from token to token."""
+    tokens: int = 0
+    answers: int = 0
+    errors: list[str] = field(default_factory=list)
+    began_s: float = 0.0
+    ended_s: float = 0.0
+
+
+async def ask(session: aiohttp.ClientSession, arguments: argparse.Namespace, dice: random.Random, seen: Seen) -> None:
+    """One request, streamed."""
+    text = " ".join(dice.choice(WORDS) for _ in range(arguments.prompt_words))
+    body: dict[str, Any] = {
+        "model": arguments.model,
+        "messages": [{"role": "user", "content": text}],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "max_tokens": arguments.tokens,
+        "temperature": 0.0,
+    }
+    began, first, last, tokens = time.perf_counter(), 0.0, 0.0, 0
+    async with session.post(f"{arguments.url}/v1/chat/completions", json=body) as answer:
+        if answer.status != 200:
+            seen.errors.append(f"{answer.status}: {(await answer.text())[:200]}")
+            return
+        async for line in answer.content:
+            if not line.startswith(b"data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            if "error" in chunk:
+                seen.errors.append(str(chunk["error"])[:200])
+                return
+            if any((choice.get("delta") or {}).get("content") for choice in chunk.get("choices", ())):
+                last = time.perf_counter()
+                first = first or last
+            if usage := chunk.get("usage"):
+                tokens = int(usage["completion_tokens"])
+    if not tokens or not first:
+        seen.errors.append("an answer without text or usage")
+        return
+    seen.tokens += tokens
+    seen.answers += 1
+    seen.first_ms.append(1e3 * (first - began))
+    if tokens > 1:
+        seen.token_ms.append(1e3 * (last - first) / (tokens - 1))
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("url")
+    parser.add_argument("model")
+    parser.add_argument("streams", type=int)
+    parser.add_argument("seconds", type=float)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--prompt-words", type=int, default=100)
+    arguments = parser.parse_args()
+    seen = Seen()
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=120)) as session:
+        end = time.monotonic() + arguments.seconds
+
+        async def stream(number: int) -> None:
+            dice = random.Random(arguments.seed * 1000 + number)
+            while time.monotonic() < end and len(seen.errors) < 10:
+                await ask(session, arguments, dice, seen)
+
+        seen.began_s = time.time()
+        await asyncio.gather(*(stream(number) for number in range(arguments.streams)))
+        seen.ended_s = time.time()
+    print(json.dumps(seen.__dict__))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
