@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from millhand.language.client import Place
 
 from millhand.conversation_calls import ConversationCalls
 from millhand.errors import InputError, LanguageError, RefusedError
 from millhand.language.asking import Asking, Question
+from millhand.language.client import LanguageClient, Place
 from millhand.language.pack import SHIPPED, read_pack
 from millhand.language.passages import Passage
 from millhand.store import Store
@@ -77,7 +77,8 @@ async def site(tmp_path) -> AsyncIterator[tuple[Server, Manuals, Store, Asking]]
     listener = await asyncio.start_server(server.answer, "127.0.0.1", 0)
     server._url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
     store = await Store.open(tmp_path / "s.db")
-    asking = Asking(store, server, lambda: manuals, read_pack(SHIPPED / "maintenance"))
+    client = LanguageClient(server.place, server.models)
+    asking = Asking(store, client, manuals.search, read_pack(SHIPPED / "maintenance"))
     async with listener:
         yield server, manuals, store, asking
     await store.close()
@@ -149,7 +150,7 @@ async def test_passages_make_room_for_a_long_question(site):
     [
         (b'data: {"error": {"message": "an override", "code": "content_filter"}}\n\n', RefusedError),
         (b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n', LanguageError),
-        (b'data: {"choices": [{"delta": {}, "finish_reason": "content_filter"}]}\n\ndata: [DONE]\n\n', LanguageError),
+        (b'data: {"choices": [{"delta": {}, "finish_reason": "content_filter"}]}\n\ndata: [DONE]\n\n', RefusedError),
         (b"data: [DONE]\n\n", LanguageError),
     ],
 )

@@ -5,20 +5,18 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from millhand.errors import InputError, LanguageError
-from millhand.language.client import Place
 from millhand.language.conversation import Conversation, Turn, fitting, title_of
-from millhand.language.events import REFUSED, stream
 from millhand.records import Citation, WorkOrder
 
 if TYPE_CHECKING:
-    from millhand.hookspecs import KnowledgeBase
+    from millhand.language.client import LanguageClient
     from millhand.language.pack import Pack
     from millhand.language.passages import Passage
     from millhand.store import Store
@@ -28,21 +26,13 @@ PASSAGE_CHARS = 900
 """What of a passage the model is shown: a small model loses the thread in more."""
 ANSWER_TOKENS = 384
 QUESTION_BYTES_CAP = 32 << 10
-IDLE_S = 120.0
-"""A server that says nothing for so long is given up: reading a long prompt takes its time on a slow CPU."""
 _CITED = re.compile(r"\[\s*(S\d+|order)\s*\]", re.IGNORECASE)
 ORDER = "order"
 """The label of the work order among the sources; passages are S1, S2, ...: a small model copies those without fault."""
 
 
-class Gateway(Protocol):
-    """What is known of the language model that is asked."""
-
-    def place(self) -> Place:
-        """Where to ask. Raises LanguageError where nothing answers."""
-
-    def models(self) -> Sequence[Mapping[str, Any]]:
-        """What is served, as `language.routes` tells it; the first is asked."""
+Search = Callable[[str, str, int], Awaitable[Sequence["Passage"]]]
+"""Query, asset, at most so many -> what the knowledge base found, best first."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +51,10 @@ class Question:
 class Asking:
     """Answers questions and keeps the conversations."""
 
-    def __init__(
-        self, store: Store, gateway: Gateway, knowledge: Callable[[], KnowledgeBase | None], pack: Pack
-    ) -> None:
+    def __init__(self, store: Store, client: LanguageClient, search: Search, pack: Pack) -> None:
         self._store = store
-        self._gateway = gateway
-        self._knowledge = knowledge
+        self._client = client
+        self._search = search
         self._pack = pack
 
     async def ask(self, question: Question) -> AsyncIterator[dict[str, Any]]:
@@ -77,7 +65,7 @@ class Asking:
         """
         text = question.text.strip()
         _check(text)
-        model = self._model()
+        model = self._client.model()
         passages = await self._passages(text, question)
         yield {
             "sources": [{**msgspec.to_builtins(p), "label": label, "place": p.place} for label, p in passages.items()]
@@ -86,30 +74,17 @@ class Asking:
         if left_out:
             yield {"notice": f"{left_out} earlier turns of this conversation are too long ago for the model to see"}
         answer: list[str] = []
-        async for piece in self._answer(model, messages):
+        async for piece in self._client.stream(messages, max_tokens=ANSWER_TOKENS):
             answer.append(piece)
             yield {"text": piece}
         if not "".join(answer).strip():
             raise LanguageError("the language model gave an empty answer", hint="ask again, or in other words")
         yield {"end": await self._keep(question, text, "".join(answer).strip(), passages)}
 
-    def _model(self) -> Mapping[str, Any]:
-        models = self._gateway.models()
-        if not models:
-            raise LanguageError(
-                "no language model is configured",
-                hint="name one as [language] model (millhand model catalog lists what fits)",
-                retriable=False,
-            )
-        return models[0]
-
     async def _passages(self, text: str, question: Question) -> dict[str, Passage]:
         """What retrieval found, by the label that the model is to cite."""
-        knowledge = self._knowledge()
-        if knowledge is None:
-            return {}
         asset = question.asset or (question.order.asset if question.order else "")
-        found = await knowledge.search(text, asset, PASSAGES)
+        found = await self._search(text, asset, PASSAGES)
         return {f"S{number}": passage for number, passage in enumerate(found, 1)}
 
     async def _messages(
@@ -128,22 +103,6 @@ class Asking:
                 if not shown:
                     raise
         raise AssertionError("unreachable")
-
-    async def _answer(self, model: Mapping[str, Any], messages: Sequence[Mapping[str, str]]) -> AsyncIterator[str]:
-        place = self._gateway.place()
-        body = {
-            "model": model["name"],
-            "messages": messages,
-            "stream": True,
-            "max_tokens": ANSWER_TOKENS,
-            "temperature": 0.0,
-        }
-        async for chunk in stream(f"{place.url}/v1/chat/completions", body, place.headers, IDLE_S):
-            for choice in chunk.get("choices") or ():
-                if piece := (choice.get("delta") or {}).get("content"):
-                    yield str(piece)
-                if choice.get("finish_reason") == REFUSED:
-                    raise LanguageError("a guard stopped the answer", hint="see the audit of the gateway")
 
     async def _keep(
         self, question: Question, text: str, answer: str, passages: Mapping[str, Passage]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
 from millhand.errors import DeadlineError, LanguageError, RefusedError
+from millhand.language.events import stream
 from millhand.language.exchange import Reply, exchange
 from millhand.language.proving import answered, message_of
 
@@ -48,7 +49,7 @@ class LanguageClient:
     @property
     def parameters(self) -> int:
         """Weights of the model; 0 where they are not known."""
-        return int(self._model().get("parameters", 0))
+        return int(self.model().get("parameters", 0))
 
     async def __call__(
         self,
@@ -65,7 +66,7 @@ class LanguageClient:
         after the client's time, RefusedError where a guard said no.
         """
         asked: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
-        if "seed" in self._model().get("abilities", ()):
+        if "seed" in self.model().get("abilities", ()):
             asked["seed"] = seed
         if schema is not None:
             asked["response_format"] = _format(schema)
@@ -83,7 +84,7 @@ class LanguageClient:
         model would have it without either (0 is certain). Elsewhere the server writes one of them, bound by a schema:
         that one has 1, the others 0. Raises as `__call__`.
         """
-        if not {"logprobs", "text_bias"} <= set(self._model().get("abilities", ())):
+        if not {"logprobs", "text_bias"} <= set(self.model().get("abilities", ())):
             schema = {"type": "string", "enum": list(candidates)}
             written = msgspec.json.decode(await self(messages, schema=schema, max_tokens=_tokens_cap(candidates)))
             return [float(candidate == written) for candidate in candidates]
@@ -104,9 +105,28 @@ class LanguageClient:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise LanguageError("the language model's answer has no log-probabilities", retriable=False) from error
 
+    async def stream(
+        self, messages: Sequence[Mapping[str, str]], *, max_tokens: int, temperature: float = 0.0
+    ) -> AsyncIterator[str]:
+        """The answer's text, piece by piece; leaving the iterator ends it. Raises LanguageError, RefusedError."""
+        place = self._place()
+        body = {
+            "model": self.model()["name"],
+            "messages": list(messages),
+            "stream": True,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+        }
+        async for chunk in stream(f"{place.url}/v1/chat/completions", body, place.headers, self._timeout_s):
+            for choice in chunk.get("choices") or ():
+                if piece := (choice.get("delta") or {}).get("content"):
+                    yield str(piece)
+                if choice.get("finish_reason") in REFUSED:
+                    raise RefusedError("a guard stopped the answer", hint="see the audit of the gateway")
+
     async def _ask(self, messages: Sequence[Mapping[str, str]], asked: Mapping[str, Any]) -> dict[str, Any]:
         place = self._place()
-        body = {"model": self._model()["name"], "messages": list(messages), **asked}
+        body = {"model": self.model()["name"], "messages": list(messages), **asked}
         try:
             reply = await exchange(
                 f"{place.url}/v1/chat/completions", body=body, headers=place.headers, timeout_s=self._timeout_s
@@ -122,7 +142,8 @@ class LanguageClient:
             raise RefusedError("a guard refused the answer", hint="see the audit of the gateway")
         return answer
 
-    def _model(self) -> Mapping[str, Any]:
+    def model(self) -> Mapping[str, Any]:
+        """What is told of the model that is asked. Raises LanguageError where none is configured."""
         models = self._models()
         if not models:
             raise LanguageError("no language model is configured", hint="name one as [language] model", retriable=False)
