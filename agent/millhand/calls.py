@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from millhand import __version__
+from millhand.conversation_calls import ConversationCalls
 from millhand.errors import InputError, suggestion
 from millhand.ids import ID_SEARCH_LIMIT, by_prefix
 from millhand.metrics import DAEMON, PAGES
@@ -47,6 +48,7 @@ class Calls:
             "alert.list": self.alert_list,
             "alert.ack": self.alert_ack,
             **OrderCalls(self._daemon.store).handlers(),
+            **ConversationCalls(self._daemon.store, self._daemon.asking).handlers(),
             "prediction.list": self.prediction_list,
             "plugin.list": self.plugin_list,
             "readings.export": self.readings_export,

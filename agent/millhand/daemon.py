@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from millhand.errors import ConfigError, LanguageError, MillhandError
 from millhand.fleet import Fleet
 from millhand.hardware import Hardware, discover
 from millhand.hardware.visible import VARIABLE, visible_devices
+from millhand.language.asking import Asking
 from millhand.language.client import LanguageClient, Place
 from millhand.language.library import open_library
 from millhand.language.pack import find_pack
@@ -56,6 +57,7 @@ from millhand.systemd import notify, notify_reloading, watchdog_interval_s
 
 if TYPE_CHECKING:
     from millhand.hookspecs import KnowledgeBase
+    from millhand.language.passages import Passage
     from millhand.telemetry.publisher import Publisher
 
 log = logging.getLogger("millhand.daemon")
@@ -208,6 +210,13 @@ class Daemon:
     def complete(self) -> LanguageClient:
         """Asks the language model as the agent itself: through the gateway, and so its guards, where there is one."""
         return self.language.client(None if self._gateway is None else self._gateway_place)
+
+    def asking(self) -> Asking:
+        """Answers people's questions. Raises ConfigError where the pack is not there."""
+        return Asking(self.store, self.complete(), self._search, find_pack(self.config.pack))
+
+    async def _search(self, query: str, asset: str, limit: int) -> Sequence[Passage]:
+        return [] if self.knowledge is None else await self.knowledge.search(query, asset, limit)
 
     def _gateway_place(self) -> Place:
         port = 0 if self._gateway is None else self._gateway.port

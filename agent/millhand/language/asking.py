@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 PASSAGES = 4
 PASSAGE_CHARS = 900
 """What of a passage the model is shown: a small model loses the thread in more."""
-ANSWER_TOKENS = 384
+ANSWER_TOKENS_CAP = 384
+CONTEXT_TOKENS = 2048
+"""Of a model that does not tell."""
 QUESTION_BYTES_CAP = 32 << 10
 _CITED = re.compile(r"\[\s*(S\d+|order)\s*\]", re.IGNORECASE)
 ORDER = "order"
@@ -65,16 +67,17 @@ class Asking:
         """
         text = question.text.strip()
         _check(text)
-        model = self._client.model()
+        context_tokens = int(self._client.model().get("context_tokens") or CONTEXT_TOKENS)
+        answer_tokens = min(ANSWER_TOKENS_CAP, context_tokens // 3)
         passages = await self._passages(text, question)
         yield {
             "sources": [{**msgspec.to_builtins(p), "label": label, "place": p.place} for label, p in passages.items()]
         }
-        messages, left_out = await self._messages(question, text, passages, model)
+        messages, left_out = await self._messages(question, text, passages, context_tokens - answer_tokens)
         if left_out:
             yield {"notice": f"{left_out} earlier turns of this conversation are too long ago for the model to see"}
         answer: list[str] = []
-        async for piece in self._client.stream(messages, max_tokens=ANSWER_TOKENS):
+        async for piece in self._client.stream(messages, max_tokens=answer_tokens):
             answer.append(piece)
             yield {"text": piece}
         if not "".join(answer).strip():
@@ -88,12 +91,11 @@ class Asking:
         return {f"S{number}": passage for number, passage in enumerate(found, 1)}
 
     async def _messages(
-        self, question: Question, text: str, passages: Mapping[str, Passage], model: Mapping[str, Any]
+        self, question: Question, text: str, passages: Mapping[str, Passage], tokens_cap: int
     ) -> tuple[list[Mapping[str, str]], int]:
         known = question.conversation
         earlier = [] if known is None else await self._store.turns(known.id)
         language = question.language if question.language in self._pack.manifest.languages else "en"
-        tokens_cap = max(int(model.get("context_tokens") or 2048) - ANSWER_TOKENS, 256)
         for shown in range(len(passages), -1, -1):
             sources = _sources(dict(list(passages.items())[:shown]), question.order)
             asked = self._pack.prompt("ask", language, sources=sources, question=text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import io
 import json
 import shutil
 import time
@@ -151,6 +152,34 @@ def test_the_agents_own_questions_go_through_the_gateway(agent: Agent, ready: di
 
     assert agent.wait(asked, "an answer")
     agent.wait(lambda: "millhand_language_request_success_total" in agent.call("metrics"), "the gateway's count")
+
+
+def test_a_person_asks_and_looks_at_it_again(
+    agent: Agent, ready: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from millhand.cli import main
+
+    def run(*words: str) -> tuple[str, str]:
+        with pytest.raises(SystemExit) as end:
+            main(["--config", str(agent.config_path), *words])
+        told = capsys.readouterr()
+        assert end.value.code == 0, told.err
+        return told.out, told.err
+
+    answer, notes = run("ask", "What does a pump do?")
+    assert answer.strip() and "Conversation " in notes
+    monkeypatch.setattr("sys.stdin", io.StringIO("And a valve?"))
+    more = json.loads(run("ask", "-", "--conversation", "last", "--json")[0])
+    assert more["answer"].strip() and more["conversation"]["id"][:8] in notes
+    listed, _ = run("conversation", "list")
+    assert "What does a pump do?" in listed
+    shown = json.loads(run("conversation", "show", more["conversation"]["id"], "--json")[0])
+    assert [turn["role"] for turn in shown["turns"]] == ["user", "assistant"] * 2
+    assert shown["turns"][0]["text"] == "What does a pump do?" and shown["turns"][1]["text"] == answer.strip()
+    assert "> And a valve?" in run("conversation", "show", more["conversation"]["id"][:6])[0]
+    assert json.loads(run("conversation", "export")[0]) == shown
+    assert run("conversation", "delete", more["conversation"]["id"])[0] == "1 conversation deleted.\n"
+    assert run("conversation", "list")[0] == "No conversations.\n"
 
 
 def test_what_it_refuses_comes_as_an_error(ready: dict[str, Any]) -> None:
