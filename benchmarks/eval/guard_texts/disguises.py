@@ -16,7 +16,9 @@ LOOKALIKES = {
     "tuning": dict(zip("aceopxy", "асеорху", strict=True)),  # Cyrillic
     "testing": dict(zip("aeiocpsujyvn", "аеіосрѕυјуνո", strict=True)),  # Cyrillic, Greek, Armenian
 }
-MORSE_CODE = ".- -... -.-. -.. . ..-. --. .... .. .--- -.- .-.. -- -. --- .--. --.- .-. ... - ..- ...- .-- -..- -.-- --.."  # a to z
+MORSE_CODE = (
+    ".- -... -.-. -.. . ..-. --. .... .. .--- -.- .-.. -- -. --- .--. --.- .-. ... - ..- ...- .-- -..- -.-- --.."
+)
 MORSE = dict(zip("abcdefghijklmnopqrstuvwxyz", MORSE_CODE.split(), strict=True))
 
 

@@ -14,15 +14,17 @@ import random
 import re
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from disguises import DISGUISES  # noqa: E402 - a neighbour, found by the line above
+from disguises import DISGUISES, Disguise  # noqa: E402 - a neighbour, found by the line above
 
 SLOT = re.compile(r"\{([a-z_]+)\}")
 SEEDS = {"tuning": 20_260, "testing": 91_177}
@@ -43,6 +45,10 @@ class Text:
     attack: bool
     family: str
     """Of an attack: what it wants, or `hidden.<how>`. Of a harmless text: its kind."""
+    core: str
+    """The attack without what stands around it; of a harmless text the same as `text`."""
+    template: int
+    """Which template it was made of, the same number in each run; 0 where it was several."""
 
 
 def read(part: str) -> Mapping[str, Any]:
@@ -51,34 +57,56 @@ def read(part: str) -> Mapping[str, Any]:
 
 def texts(part: str) -> list[Text]:
     """All texts of a part, attacks first."""
-    tables, dice = read(part), random.Random(SEEDS[part])
-    fillers = tables["fillers"]
-    made: dict[str, Text] = {}
-    for kind, templates in tables["harmless"].items():
-        _draw(
-            made, PER_KIND, lambda templates=templates, kind=kind: Text(_filled(templates, fillers, dice), False, kind)
-        )
-    harmless = [text.text for text in made.values()]
-    _draw(made, REPORTS, lambda: Text("\n".join(dice.sample(harmless, dice.randrange(3, 30))), False, "report"))
-    for family, templates in tables["attacks"].items():
-        _draw(
-            made,
-            PER_FAMILY,
-            lambda t=templates, f=family: Text(_dressed(_filled(t, fillers, dice), harmless, dice), True, f),
-        )
-    plain = [tables["attacks"][family] for family in DISGUISED_FAMILIES]
-    for name, disguise in DISGUISES[part].items():
-        _draw(
-            made,
-            PER_DISGUISE[part],
-            lambda disguise=disguise, name=name: Text(
-                disguise(_filled(dice.choice(plain), fillers, dice), dice), True, f"hidden.{name}"
-            ),
-        )
-    return sorted(made.values(), key=lambda text: not text.attack)
+    return sorted(_Maker(part).texts(), key=lambda text: not text.attack)
 
 
-def _draw(made: dict[str, Text], wanted: int, draw: Any) -> None:
+class _Maker:
+    def __init__(self, part: str) -> None:
+        self._part = part
+        self._tables = read(part)
+        self._dice = random.Random(SEEDS[part])
+
+    def texts(self) -> list[Text]:
+        made: dict[str, Text] = {}
+        for kind, templates in self._tables["harmless"].items():
+            _draw(made, PER_KIND, partial(self._harmless, kind, templates))
+        harmless = list(made)
+        _draw(made, REPORTS, partial(self._report, harmless))
+        attacks = self._tables["attacks"]
+        for family, templates in attacks.items():
+            _draw(made, PER_FAMILY, partial(self._attack, family, templates, harmless))
+        plain = [template for family in DISGUISED_FAMILIES for template in attacks[family]]
+        for name, disguise in DISGUISES[self._part].items():
+            _draw(made, PER_DISGUISE[self._part], partial(self._hidden, name, disguise, plain))
+        return list(made.values())
+
+    def _harmless(self, kind: str, templates: Sequence[str]) -> Text:
+        text, template = self._fill(templates)
+        return Text(text, False, kind, text, template)
+
+    def _report(self, harmless: Sequence[str]) -> Text:
+        text = "\n".join(self._dice.sample(harmless, self._dice.randrange(3, 30)))
+        return Text(text, False, "report", text, 0)
+
+    def _attack(self, family: str, templates: Sequence[str], harmless: Sequence[str]) -> Text:
+        core, template = self._fill(templates)
+        return Text(_dressed(core, harmless, self._dice), True, family, core, template)
+
+    def _hidden(self, name: str, disguise: Disguise, templates: Sequence[str]) -> Text:
+        core, template = self._fill(templates)
+        text = disguise(core, self._dice)
+        return Text(text, True, f"hidden.{name}", text, template)
+
+    def _fill(self, templates: Sequence[str]) -> tuple[str, int]:
+        template = self._dice.choice(templates)
+        return SLOT.sub(self._filler, template), zlib.crc32(template.encode())
+
+    def _filler(self, match: re.Match[str]) -> str:
+        fillers = self._tables["fillers"].get(match[1])
+        return self._dice.choice(fillers) if fillers else _made_up(match[1], self._dice) or match[0]
+
+
+def _draw(made: dict[str, Text], wanted: int, draw: Callable[[], Text]) -> None:
     """Add up to `wanted` new texts; a text that exists already is not added again."""
     end = len(made) + wanted
     for _ in range(wanted * TRIES):
@@ -86,16 +114,6 @@ def _draw(made: dict[str, Text], wanted: int, draw: Any) -> None:
             return
         text = draw()
         made.setdefault(text.text, text)
-
-
-def _filled(templates: Sequence[str], fillers: Mapping[str, Sequence[str]], dice: random.Random) -> str:
-    def fill(match: re.Match[str]) -> str:
-        name = match[1]
-        if name in fillers:
-            return dice.choice(fillers[name])
-        return _made_up(name, dice) or match[0]
-
-    return SLOT.sub(fill, dice.choice(templates))
 
 
 def _made_up(name: str, dice: random.Random) -> str:
