@@ -32,25 +32,24 @@ from figures import Figure, parser, percentile, progress, report  # noqa: E402 -
 from generate import Text, texts  # noqa: E402
 
 from millhand.language.guarding import GuardContext  # noqa: E402
+from millhand.language.pack import PackSettings, find_pack  # noqa: E402
 from millhand_plugins.guard.input import InputGuard  # noqa: E402
 from millhand_plugins.guard.output import OutputGuard  # noqa: E402
 from millhand_plugins.guard.settings import GuardSettings  # noqa: E402
 
+FIELD = find_pack(PackSettings()).guard
 CLIENT = GuardContext(model="eval")
 SECOND = HERE / "guard_texts" / "second.jsonl"
 CANNOT = (
-    "Both parts were written by one author, who knew both when the detector was written: templates and fillers differ, "
-    "the author's idea of an attack does not.",
+    "The author of the detector wrote both parts: templates and fillers differ, the idea of an attack does not.",
     "Texts are short and single: no attack that is spread over several turns, none that grows slowly over a dialogue.",
     "No attack found by optimisation against a model (suffixes of odd tokens), none in images or sound.",
-    "Languages: English, German, Chinese in some breadth; French, Spanish, Italian, Portuguese, Russian, Dutch, "
-    "Japanese in a few sentences; no others.",
+    (
+        "Languages: English, German, Chinese in some breadth; French, Spanish, Italian, Portuguese, Russian, Dutch, "
+        "Japanese in a few sentences; no others."
+    ),
     "Harmful wishes are some dozens of written-out deeds; the guard knows words, it does not understand plans.",
     "Harmless texts are a shop floor's. On other subjects (crime novels, security training) it will err more often.",
-)
-LOOKS = (
-    "The testing part was looked at after the detector had been tuned; see `looks` for what was found each time. "
-    "From the second look on it is no longer unseen."
 )
 
 
@@ -151,7 +150,7 @@ def timed_us(work: Callable[[], object]) -> float:
 
 def speeds(settings: GuardSettings, found: list[Text]) -> list[Figure]:
     """What a text costs once the process is warm, and whether length and hostility only cost in proportion."""
-    guard = InputGuard(settings.input)
+    guard = InputGuard(settings.input, FIELD)
     dice = random.Random(7)
     sample = [text.text for text in dice.sample([text for text in found if not text.attack], 1200)]
     for text in sample[:200]:
@@ -161,7 +160,7 @@ def speeds(settings: GuardSettings, found: list[Text]) -> list[Figure]:
         Figure("input, usual text, median", percentile(costs, 50), "us", "<= 1000"),
         Figure("input, usual text, 95th percentile", percentile(costs, 95), "us"),
     ]
-    open_guard = InputGuard(settings.input.model_copy(update={"chars_cap": 1 << 30}))
+    open_guard = InputGuard(settings.input.model_copy(update={"chars_cap": 1 << 30}), FIELD)
     page = "\n".join(sample)
     for label, text in {
         "harmless pages": page * (1 + 10_000_000 // len(page)),
@@ -177,7 +176,7 @@ def speeds(settings: GuardSettings, found: list[Text]) -> list[Figure]:
         large = timed_us(lambda text=text[:10_000_000]: open_guard.check("input", text, CLIENT)) / 1e6
         figures.append(Figure(f"input, 10 MB of {label}", round(large, 2), "s"))
         figures.append(Figure(f"input, 10 MB over 1 MB of {label}", round(large / max(small, 0.005), 1), "x", "<= 20"))
-    capped = InputGuard(settings.input)
+    capped = InputGuard(settings.input, FIELD)
     refusal = timed_us(lambda: capped.check("input", "a" * 10_000_000, CLIENT))
     figures.append(Figure("input, 10 MB at the size rule", round(refusal, 1), "us"))
     output = OutputGuard(settings.output)
@@ -203,7 +202,7 @@ def main() -> int:
     options_parser.add_argument("--no-speed", action="store_true")
     options = options_parser.parse_args()
     settings = GuardSettings()
-    guard = InputGuard(settings.input)
+    guard = InputGuard(settings.input, FIELD)
     found = texts("testing")
     progress("the testing part")
     testing = judge(guard, found)
@@ -217,7 +216,9 @@ def main() -> int:
     about: dict[str, object] = {"testing": testing.document()}
     if options.data:
         progress("maintenance texts")
-        real = judge(guard, (Text(text, False, name, text, 0) for name, text in set(maintenance_texts(Path(options.data)))))
+        real = judge(
+            guard, (Text(text, False, name, text, 0) for name, text in set(maintenance_texts(Path(options.data))))
+        )
         real.tell("maintenance texts", options.misses)
         figures.append(Figure("false alarms on maintenance texts", round(real.false_alarms, 3), "%", "<= 0.3"))
         about["maintenance"] = real.document()

@@ -22,8 +22,12 @@ def millhand_config() -> type[BaseModel]:
 
 @hookimpl
 def millhand_guards(config: Any) -> Sequence[Guard]:
+    from millhand.language.pack import GuardTerms, PackSettings, find_pack
     from millhand_plugins.guard.input import InputGuard
     from millhand_plugins.guard.output import OutputGuard
     from millhand_plugins.guard.policy import PolicyGuard
 
-    return [InputGuard(config.input), PolicyGuard(config.model), OutputGuard(config.output)]
+    field = (
+        find_pack(PackSettings(name=config.pack, folders=config.pack_folders)).guard if config.pack else GuardTerms()
+    )
+    return [InputGuard(config.input, field), PolicyGuard(config.model), OutputGuard(config.output)]

@@ -19,6 +19,8 @@ WINDOW = 160
 """Bytes that are judged together; windows begin at each half."""
 SCALE = 40.0
 """Logits are shares of n-grams times their weights; the scale keeps weights near 1."""
+FULL_EVIDENCE = 180
+"""A text of fewer n-grams counts as if it had so many, the rest of them saying nothing: a word proves little."""
 DIGITS = re.compile(rb"[0-9]+")
 SPACES = re.compile(rb"\s+")
 
@@ -69,5 +71,5 @@ class Classifier:
         sums, counts = sums.cumsum(), counts.cumsum()
         starts = np.arange(0, max(1, len(letters) - WINDOW // 2), WINDOW // 2)
         ends = np.minimum(starts + WINDOW, len(letters))
-        shares = (sums[ends] - sums[starts]) / np.maximum(counts[ends] - counts[starts], 1)
+        shares = (sums[ends] - sums[starts]) / np.maximum(counts[ends] - counts[starts], FULL_EVIDENCE)
         return float(shares.max() * SCALE + self._bias)

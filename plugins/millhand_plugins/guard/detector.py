@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from millhand.language.pack import GuardTerms
 from millhand_plugins.guard.classifier import Classifier
 from millhand_plugins.guard.lexicon import Lexicon
-from millhand_plugins.guard.patterns import patterns_in
-from millhand_plugins.guard.readings import readings
+from millhand_plugins.guard.patterns import form_in
+from millhand_plugins.guard.readings import clean, readings
+from millhand_plugins.guard.settings import InputTable
 
 
 @dataclass(frozen=True)
@@ -34,29 +35,41 @@ REASONS = {
 class Detector:
     """Thread-safe but for the dictionary's cache, which only ever gains."""
 
-    def __init__(self, threshold: float, terms: Sequence[str] = (), patterns: Sequence[str] = ()) -> None:
-        self._threshold = threshold
-        self._lexicon = Lexicon.shipped(terms)
+    def __init__(self, settings: InputTable, field: GuardTerms) -> None:
+        self._threshold = settings.threshold
+        self._lexicon = Lexicon.shipped(settings.terms, field.harmless)
         self._classifier = Classifier.shipped()
-        self._own = [re.compile(pattern) for pattern in patterns]
+        self._own = [re.compile(pattern) for pattern in settings.patterns]
 
     def attack(self, text: str) -> Attack | None:
         """The first rule that speaks, or None."""
         rule = self._rule(text)
         return Attack(rule, REASONS[rule.partition(".")[0]]) if rule else None
 
-    def score(self, text: str) -> float:
-        """The classifier's logit alone, for evaluation."""
-        return self._classifier.score(text)
-
     def _rule(self, text: str) -> str:
         if any(pattern.search(text) for pattern in self._own):
             return "terms.pattern"
         for reading in readings(text):
-            for name, _, _ in patterns_in(reading):
-                return name
-            for finding in self._lexicon.findings(reading):
-                return finding.rule
-            if self._classifier.score(reading) > self._threshold:
+            form = form_in(reading)
+            if form:
+                return form
+            found = self._lexicon.read(reading)
+            if found.rule:
+                return found.rule
+            if found.telling and self._classifier.score(reading) > self._threshold:
                 return "classifier.text"
         return ""
+
+
+class Forbidden:
+    """What the field's pack never answers: a text with one phrase of every group of a rule."""
+
+    def __init__(self, field: GuardTerms) -> None:
+        self._rules = field.forbidden
+
+    def attack(self, text: str) -> Attack | None:
+        lowered = clean(text).lower()
+        for rule in self._rules:
+            if all(any(phrase in lowered for phrase in group) for group in rule.all):
+                return Attack(rule.rule, next(iter(rule.reason.values())))
+        return None

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 ID = re.compile(r"(?<![\w.-])(?=[\w./-]{0,60}\d)(?=[\w./-]{0,60}[^\W\d_])[\w][\w./-]{1,60}(?<![./-])", re.ASCII)
 """Letters and digits in one word: part numbers, codes, names of assets."""
 NUMBER = re.compile(
-    r"(?<![\w.,])[-+]?\d{1,3}(?:[,' \u202f]\d{3})+(?:\.\d+)?(?![\w])|(?<![\w.,])[-+]?\d{1,18}(?:[.,]\d{1,12})?(?![\w]|[.,]\d)"
+    r"(?<![\w.,])[-+]?\d{1,3}(?:[,' \u202f]\d{3})+(?:\.\d+)?(?![\w])"
+    r"|(?<![\w.,])[-+]?\d{1,18}(?:[.,]\d{1,12})?(?![\w]|[.,]\d)"
 )
 UNIT = re.compile(
     r"^[-+]?[\d.,]{1,20}(?:mm|cm|m|nm|bar|kpa|mpa|pa|v|a|ma|kw|w|hz|khz|rpm|h|s|ms|min|kg|g|l|ml|c|f|k|d|x|%)$",

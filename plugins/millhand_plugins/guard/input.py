@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 from millhand.language.guarding import GuardContext, Stage, Verdict
-from millhand_plugins.guard.detector import Detector
+from millhand.language.pack import GuardTerms
+from millhand_plugins.guard.detector import Detector, Forbidden
 from millhand_plugins.guard.personal import masked, personal_data
 from millhand_plugins.guard.settings import InputTable
 
@@ -25,9 +26,10 @@ class InputGuard:
     name = "guard.input"
     stages: Sequence[Stage] = ("input",)
 
-    def __init__(self, settings: InputTable) -> None:
+    def __init__(self, settings: InputTable, field: GuardTerms) -> None:
         self._settings = settings
-        self._detector = Detector(settings.threshold, settings.terms, settings.patterns)
+        self._detector = Detector(settings, field)
+        self._forbidden = Forbidden(field)
         self._known: dict[bytes, None] = {}
 
     def check(self, stage: Stage, text: str, context: GuardContext) -> Verdict:
@@ -45,7 +47,9 @@ class InputGuard:
         return verdict
 
     def _client(self, text: str) -> Verdict:
-        attack = self._detector.attack(text) if self._settings.attacks == "refuse" else None
+        attack = None
+        if self._settings.attacks == "refuse":
+            attack = self._forbidden.attack(text) or self._detector.attack(text)
         if attack:
             return Verdict(action="refuse", text=text, rule=attack.rule, reason=attack.reason)
         if self._settings.personal == "pass":

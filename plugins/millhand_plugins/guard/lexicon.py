@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,14 @@ NEAR_WORDS = 3
 """What speaks against a rule must stand among its words, or so near."""
 CHANNELS = 6
 PLAIN, LEETED, SLIPPED, BACKWARDS, ROTATED, MIRRORED = range(CHANNELS)
+OWN_HITS = (0, 1, 1, 2, 2, 2)
+"""So many words must mean something in a channel alone, before it is believed."""
+HOST = re.compile(
+    r"(?<![\w.-])(?:[\w-]{1,63}\.){1,4}(?:com|org|net|io|info|biz|ru|cn|xyz|top|example|dev|app|me|to|de)\b"
+    r"|(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}\b",
+    re.IGNORECASE,
+)
+"""Hosts and addresses, for rules that ask where something shall be sent."""
 CACHED_WORDS = 60_000
 LONG_WORD = 12
 """From this length on a word is searched for words that were glued together."""
@@ -57,11 +65,11 @@ class Rule:
     """Concepts that speak against it where they stand among its words."""
 
 
-class Finding(NamedTuple):
+class Reading(NamedTuple):
     rule: str
-    start: int
-    end: int
-    """Where in the text that was read, in characters."""
+    """Its name; empty where none holds."""
+    telling: bool
+    """Whether any word speaks of what attacks are made of."""
 
 
 class _Meaning(NamedTuple):
@@ -84,7 +92,7 @@ def fold(word: str) -> str:
 class Lexicon:
     """The dictionary and the rules of lexicon.toml, with the owner's terms."""
 
-    def __init__(self, table: Mapping[str, Any], terms: Iterable[str] = ()) -> None:
+    def __init__(self, table: Mapping[str, Any], terms: Iterable[str] = (), harmless: Iterable[str] = ()) -> None:
         self._bits = {name: 1 << index for index, name in enumerate(table["concepts"])}
         self._words: dict[str, int] = {}
         self._stems: dict[str, int] = {}
@@ -93,31 +101,49 @@ class Lexicon:
         for name, text in table["concepts"].items():
             for phrase, word in ENTRY.findall(text):
                 self._add(phrase or word, self._bits[name])
+        self._telling = sum(self._bits[name] for name in table["telling"])
         self.rules = [self._rule(rule) for rule in table["rules"]]
         for index, term in enumerate(terms):
             bit = 1 << (len(table["concepts"]) + index)
             self._add(term, bit)
             self.rules.append(Rule("terms.own", (bit,), 1, 0))
+        self._harmless = 1 << (len(table["concepts"]) + len(self.rules))
+        for phrase in harmless:
+            self._add(phrase, self._harmless)
         self._finish()
         self._cache: dict[str, _Meaning] = {}
 
     @classmethod
-    def shipped(cls, terms: Iterable[str] = ()) -> Lexicon:
-        return cls(read_toml(Path(__file__).with_name("lexicon.toml")), terms)
+    def shipped(cls, terms: Iterable[str] = (), harmless: Iterable[str] = ()) -> Lexicon:
+        return cls(read_toml(Path(__file__).with_name("lexicon.toml")), terms, harmless)
 
-    def findings(self, text: str) -> Iterator[Finding]:
-        """Each rule that holds somewhere, the first place of it; channel after channel."""
-        for channel, hits in enumerate(self._hits(text)):
-            if channel and not any(channel_only for *_, channel_only in hits):
+    def read(self, text: str) -> Reading:
+        """The first rule that holds somewhere, channel after channel; and whether the text is telling at all."""
+        if "." in text:
+            text = HOST.sub(" www ", text)
+        telling = False
+        channels = self._hits(text)
+        channels[PLAIN] = self._without_harmless(channels[PLAIN])
+        for channel, hits in enumerate(channels):
+            if sum(channel_only for *_, channel_only in hits) < OWN_HITS[channel]:
                 continue
             union = 0
             for hit, _ in hits:
                 union |= hit.concepts
+            telling = telling or bool(union & self._telling)
             for rule in self.rules:
-                if all(union & mask for mask in rule.wanted):
-                    place = _find(rule, [hit for hit, _ in hits])
-                    if place is not None:
-                        yield Finding(rule.name, *place)
+                if all(union & mask for mask in rule.wanted) and _holds(rule, [hit for hit, _ in hits]):
+                    return Reading(rule.name, True)
+        return Reading("", telling)
+
+    def _without_harmless(self, hits: list[tuple[Hit, bool]]) -> list[tuple[Hit, bool]]:
+        """Phrases of the trade mean nothing else: `bypass valve` bypasses nothing."""
+        spans = [(hit.start, hit.end) for hit, _ in hits if hit.concepts & self._harmless]
+        if not spans:
+            return hits
+        return [
+            (hit, only) for hit, only in hits if not any(start <= hit.start and hit.end <= end for start, end in spans)
+        ]
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
@@ -125,12 +151,15 @@ class Lexicon:
         """For each channel what the words mean there; True: only in that channel."""
         channels: list[list[tuple[Hit, bool]]] = [[] for _ in range(CHANNELS)]
         tokens: list[tuple[_Meaning, int, int, int]] = []
-        place = 0
+        place, fence = 0, -SENTENCE_WORDS
         for match in TOKEN.finditer(text):
             token = match[0]
             first = token[0]
-            if first in ".?!;。？！；\n":
-                place += LINE_WORDS if "\n" in token else SENTENCE_WORDS
+            if first in ".?!;。？！；\n" and not token[-1].isalnum():
+                # Marks after each word or two part nothing: they are there to be in the way.
+                if place - fence > SENTENCE_WORDS // 2:
+                    place += LINE_WORDS if "\n" in token else SENTENCE_WORDS
+                fence = place
                 continue
             if "\u3040" <= first <= "\u9fff" or "\uac00" <= first <= "\ud7af":
                 self._read_glyphs(token, place, match.start(), channels)
@@ -188,31 +217,34 @@ class Lexicon:
 
     def _learn(self, token: str) -> _Meaning:
         """What a word means in each channel, kept for the next time."""
-        word = fold(token).strip("!|")
+        folded = fold(token)
+        word = folded.strip("!|@$")
         if len(self._cache) >= CACHED_WORDS:
             self._cache.clear()
         meaning = _NOTHING
         if not word.isdigit() and len(word) <= LONGEST_WORD:
             letters = word.isalpha()
-            leeted = "" if letters and "l" not in word else word.translate(LEET)
+            signs = folded.rstrip("!|")
+            leeted = signs.translate(LEET)
             backwards = word[::-1]
             rotated, mirrored = word.translate(_ROT13), word.translate(_ATBASH)
             plain = self._concepts(word)
-            leet = self._leet.get(leeted, 0) if leeted and not letters else 0
-            slipped = 0 if plain or not letters else self._slip(word)
+            leet = 0 if signs.isalpha() else self._leet.get(leeted, 0)
+            meant = word if plain or not letters or word in self._tails else self._meant(word)
+            slipped = self._words.get(meant, 0) if meant != word else 0
             glued = self._glued(word) if not plain and len(word) >= LONG_WORD else 0
             concepts = (
-                plain | glued | (self._bits["url"] if "@" in word else 0),
+                plain | glued,
                 plain | leet,
                 plain | slipped,
-                self._concepts(backwards),
-                self._words.get(rotated, 0) if len(word) > 1 else 0,
-                self._words.get(mirrored, 0) if len(word) > 1 else 0,
+                self._concepts(backwards) if len(word) > 2 else 0,
+                self._words.get(rotated, 0) if len(word) > 2 else 0,
+                self._words.get(mirrored, 0) if len(word) > 2 else 0,
             )
             forms = (
                 word,
                 self._leet_forms.get(leeted, word),
-                self._slip_form(word, slipped),
+                meant,
                 backwards,
                 rotated,
                 mirrored,
@@ -230,17 +262,13 @@ class Lexicon:
                 found |= self._stems.get(word[:length], 0)
         return found
 
-    def _slip(self, word: str) -> int:
-        return self._words.get(self._slip_form(word, 1), 0)
-
-    def _slip_form(self, word: str, wanted: int) -> str:
+    def _meant(self, word: str) -> str:
         """The dictionary's word that this one may have been meant to be: one letter more, less, other, or swapped."""
-        if not wanted or len(word) < 5 or len(word) > 20 or word in self._words:
-            return word
-        for key in (word, *(_without(word, index) for index in range(len(word)))):
-            for meant in self._slips.get(key, ()):
-                if _one_slip(word, meant):
-                    return meant
+        if 5 <= len(word) <= 20:
+            for key in (word, *(_without(word, index) for index in range(len(word)))):
+                for meant in self._slips.get(key, ()):
+                    if _one_slip(word, meant):
+                        return meant
         return word
 
     def _glued(self, word: str) -> int:
@@ -272,7 +300,7 @@ class Lexicon:
         self._leet = {word.translate(LEET): concepts for word, concepts in self._words.items()}
         self._leet_forms = {word.translate(LEET): word for word in known}
         self._slips: dict[str, list[str]] = {}
-        for word in self._words:
+        for word in sorted(known):
             if len(word) >= 6 and word.isalpha():
                 for key in {word, *(_without(word, index) for index in range(len(word)))}:
                     self._slips.setdefault(key, []).append(word)
@@ -309,26 +337,26 @@ def _by_place(hit: tuple[Hit, bool]) -> float:
     return hit[0].place
 
 
-def _find(rule: Rule, hits: Sequence[Hit]) -> tuple[int, int] | None:
-    """The first place where all that the rule wants stands within its span; None where there is none. Linear."""
-    last: list[Hit | None] = [None] * len(rule.wanted)
+def _holds(rule: Rule, hits: Sequence[Hit]) -> bool:
+    """Whether all that the rule wants stands somewhere within its span. Linear."""
+    last: list[float | None] = [None] * len(rule.wanted)
     against = [hit.place for hit in hits if hit.concepts & rule.unless] if rule.unless else []
     for hit in hits:
         touched = False
         for index, mask in enumerate(rule.wanted):
             if hit.concepts & mask:
-                last[index] = hit
+                last[index] = hit.place
                 touched = True
-        if not touched or None in last:
+        if not touched:
             continue
-        found = [one for one in last if one is not None]
-        first = min(one.place for one in found)
-        if hit.place - first > rule.span:
+        places = [place for place in last if place is not None]
+        first = min(places)
+        if len(places) < len(last) or hit.place - first > rule.span:
             continue
         after = bisect_left(against, first - NEAR_WORDS)
         if after == len(against) or against[after] > hit.place + NEAR_WORDS:
-            return min(one.start for one in found), max(one.end for one in found)
-    return None
+            return True
+    return False
 
 
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"

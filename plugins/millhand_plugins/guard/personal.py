@@ -27,7 +27,10 @@ def personal_data(text: str) -> Iterator[Spot]:
     yield from _spots("card", _CARD, text, _luhn_holds)
     yield from _spots("identity number", _CHINESE_ID, text, _chinese_id_holds)
     yield from _spots("identity number", _SSN, text)
-    yield from _spots("telephone", _PHONE, text, _phone_holds)
+    for match in _PHONE.finditer(text):
+        group = match.lastindex or 0
+        if _phone_holds(match[group]):
+            yield Spot("telephone", match.start(group), match.end(group))
 
 
 def secrets(text: str) -> Iterator[Spot]:
@@ -60,7 +63,7 @@ def _luhn_holds(found: str) -> bool:
     """Payment cards (ISO/IEC 7812): 13 to 19 digits and Luhn's check. Ungrouped ones also occur as serial numbers."""
     digits = [int(char) for char in found if char.isdigit()]
     doubled = [digit if index % 2 == 0 else digit * 2 - 9 * (digit > 4) for index, digit in enumerate(reversed(digits))]
-    return 13 <= len(digits) <= 19 and sum(doubled) % 10 == 0 and len(set(digits)) > 2
+    return 13 <= len(digits) <= 19 and sum(doubled) % 10 == 0 and len(set(digits)) > 1
 
 
 def _iban_holds(found: str) -> bool:
@@ -85,7 +88,8 @@ _FOUR_DIGITS = re.compile(r"\d[ .()/-]{0,2}\d[ .()/-]{0,2}\d[ .()/-]{0,2}\d")
 _EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,5}", re.ASCII)
 _IBAN = re.compile(r"(?<![A-Z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])")
 _CARD = re.compile(
-    r"(?<![\w.-])(?:[3-6]\d{3}([ -])\d{4}\1\d{4}\1\d{1,7}|3[47]\d{2}[ -]\d{6}[ -]\d{5}|(?:4\d{3}|5[1-5]\d{2})\d{12})(?![\w.-]?\d)"
+    r"(?<![\w.-])(?:[3-6]\d{3}([ -])\d{4}\1\d{4}\1\d{1,7}|3[47]\d{2}[ -]\d{6}[ -]\d{5}"
+    r"|(?:4\d{3}|5[1-5]\d{2})\d{12})(?![\w.-]?\d)"
 )
 _CHINESE_ID = re.compile(
     r"(?<!\d)[1-9]\d{5}(?:19|20)\d{2}(?:0[1-9]|1[0-2])(?:[0-2][1-9]|[123]0|31)\d{3}[\dXx](?![\dA-Za-z])"
@@ -94,7 +98,7 @@ _SSN = re.compile(r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w
 _PHONE = re.compile(
     r"(?<![\w+])\+[1-9]\d{0,2}[ ./()-]{0,3}(?:\d{1,5}[ ./()-]{0,2}){2,6}\d{1,5}(?!\w)"
     r"|(?:(?<=tel)|(?<=phone)|(?<=mobile)|(?<=call)|(?<=Tel)|(?<=Phone)|(?<=telefon)|(?<=Telefon)|(?<=Handy)|(?<=电话)|(?<=手机))"
-    r"[.:： ]{1,3}\(?0?\d{2,5}\)?[ ./-]{0,2}\d{2,5}(?:[ ./-]{0,2}\d{2,5}){0,3}(?!\w)"
+    r"[.:： ]{1,3}(\(?0?\d{2,5}\)?[ ./-]{0,2}\d{2,5}(?:[ ./-]{0,2}\d{2,5}){0,3})(?!\w)"
     r"|(?<![\w.+-])1[3-9]\d{9}(?![\w.-])"
 )
 _SECRETS = tuple(
@@ -106,8 +110,10 @@ _SECRETS = tuple(
         r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{35}|\bxox[abprs]-[A-Za-z0-9-]{10,100}",
         r"\beyJ[A-Za-z0-9_-]{8,2000}\.eyJ[A-Za-z0-9_-]{8,4000}\.[A-Za-z0-9_-]{8,2000}",
         r"(?i)\bbearer {1,2}([A-Za-z0-9._~+/-]{16,2000}={0,2})",
-        r"(?i)\b(?:password|passwd|passphrase|passwort|kennwort|api[_ -]?key|secret[_ -]?key|access[_ -]?token)\b[\"']?"
-        r"(?: is| lautet)?\s{0,2}[:=]\s{0,2}[\"']?([^\s\"',;]{4,200})",
+        (
+            r"(?i)\b(?:password|passwd|passphrase|passwort|kennwort|api[_ -]?key|secret[_ -]?key|access[_ -]?token)\b"
+            r"[\"']?(?: is| lautet)?\s{0,2}[:=]\s{0,2}[\"']?([^\s\"',;]{4,200})"
+        ),
         r"(?:密码|口令|密钥)(?:是|为)?\s{0,2}[:：=]?\s{0,2}([A-Za-z0-9!@#$%^&*._-]{4,200})",
     )
 )

@@ -16,6 +16,10 @@ DEPTH = 3
 """Codes within codes are opened so often."""
 DECODED_CAP = 200_000
 """Characters that all decoded parts of one text may have together."""
+CIPHER_CAP, CIPHER_PARTS, CIPHER_LETTERS = 2000, 8, 16
+"""Ciphers are looked for in so many characters and parts, and in parts with so many letters."""
+# Letters of English text, in tenths of a percent, a to z (the usual table, as in Lewand, Cryptological Mathematics).
+_ENGLISH = (82, 15, 28, 43, 127, 22, 20, 61, 70, 2, 8, 40, 24, 67, 75, 19, 1, 60, 63, 91, 28, 10, 24, 2, 20, 1)
 READABLE_SHARE = 0.85
 """So much of a decoded part must be letters, digits, spaces and usual punctuation, else it is no text."""
 
@@ -47,6 +51,8 @@ SPACED = re.compile(r"(?<![^\W_])([^\W_])[ .\-_*·/|~](?=[^\W_](?![^\W_]))")
 """A letter by itself, a separator, and another letter by itself."""
 SPACED_GATE = re.compile(r"(?<![^\W_])[^\W_]([ .\-_*·/|~])[^\W_]\1[^\W_]\1[^\W_](?![^\W_])")
 BROKEN = re.compile(r"(?<=[^\W\d_])(?:[-._*·|~+'#/]{1,3}|\.\.\.)(?=[^\W\d_])")
+MIRRORED = re.compile(r"//:s?(?:ptth|ptf|tqm)|(?:gro|moc|ten|oi)\.[\w-]|\][^\]\n]{0,80}\[!|fr- mr")
+"""Links and commands from right to left; words are read backwards anyway."""
 QUOTED = re.compile(r"'([^'\n]{1,200})'|\"([^\"\n]{1,200})\"")
 CODED_GATE = re.compile(
     r"[A-Za-z0-9+/_-]{16}|[&%\\][#xu0-9A-F]|[01]{8}|[.-] |\d[ ,;:]\d|[0-9a-fA-F]{2}[ :][0-9a-fA-F]{2}"
@@ -79,10 +85,36 @@ def readings(text: str, depth: int = DEPTH) -> Iterator[str]:
         yield re.sub(r" {2,}", " ", SPACED.sub(r"\1", plain))
     if BROKEN.search(plain):
         yield BROKEN.sub("", plain)
+    yield from unshifted(plain)
+    if MIRRORED.search(plain):
+        yield plain[::-1]
+        yield " ".join(word[::-1] for word in plain.split())
     quoted = ["".join(pair) for pair in QUOTED.findall(plain)]
     if len(quoted) > 1:
         yield "".join(quoted)
         yield " ".join(quoted)
+
+
+def unshifted(text: str) -> Iterator[str]:
+    """A Caesar cipher's plain text, where the letters are spread as English is, but moved in the alphabet.
+
+    Each line, and what follows a colon, is looked at by itself, since a sentence in plain words may stand before.
+    """
+    for part in re.split("[\n:]", text[:CIPHER_CAP])[:CIPHER_PARTS]:
+        letters = [ord(char) - 97 for char in part.lower() if "a" <= char <= "z"]
+        if len(letters) < CIPHER_LETTERS:
+            continue
+        counts = [0] * 26
+        for letter in letters:
+            counts[letter] += 1
+        fits = [sum(counts[(letter + by) % 26] * share for letter, share in enumerate(_ENGLISH)) for by in range(26)]
+        likely = sorted(range(26), key=fits.__getitem__, reverse=True)[:3]
+        if likely[0] != 0:
+            yield from (_shifted(part, by) for by in likely if by)
+
+
+def _shifted(text: str, by: int) -> str:
+    return "".join(chr((ord(char) - 97 - by) % 26 + 97) if "a" <= char <= "z" else char for char in text.lower())
 
 
 def hidden_in(text: str) -> Iterator[str]:
@@ -149,7 +181,8 @@ def _from_decimal(code: str) -> str:
 
 
 def _from_morse(code: str) -> str:
-    words = re.split(r"\s*[/|]\s*|\s{2,}", code.replace("–", "-").replace("_", "-"))
+    between = r"\s*[/|]\s*" if "/" in code or "|" in code else r"\s{2,}"
+    words = re.split(between, code.replace("–", "-").replace("_", "-"))
     return " ".join("".join(_MORSE.get(sign, "") for sign in word.split()) for word in words)
 
 
@@ -179,14 +212,14 @@ _MORSE = {sign: chr(97 + index) for index, sign in enumerate(_MORSE_CODE.split()
 _CODES: tuple[tuple[re.Pattern[str], Callable[[str], str]], ...] = (
     (re.compile(r"[A-Za-z0-9+/_-]{16,}={0,2}"), _from_base64),
     (
-        re.compile(r"(?:[A-Za-z0-9+/]{40,}\r?\n)+[A-Za-z0-9+/]{4,}={0,2}"),
+        re.compile(r"(?<![A-Za-z0-9+/])(?:[A-Za-z0-9+/]{40,}\r?\n)+[A-Za-z0-9+/]{4,}={0,2}"),
         lambda code: _from_base64(re.sub(r"\s", "", code)),
     ),
     (re.compile(r"[A-Z2-7]{16,}={0,6}"), _from_base32),
     (re.compile(r"(?:(?:0x|\\x)?[0-9a-fA-F]{2}[ :,]?){8,}"), _from_hex),
     (re.compile(r"(?:[01]{8}[ ,]?){6,}"), _from_binary),
     (re.compile(r"(?:\d{2,3}[ ,;]{1,2}){7,}\d{2,3}"), _from_decimal),
-    (re.compile(r"(?:[.\-–_]{1,4}[ /|]{1,3}){8,}[.\-–_]{1,4}"), _from_morse),
+    (re.compile(r"(?:[.\-–_]{1,4}[ /|]{1,6}){8,}[.\-–_]{1,4}"), _from_morse),
 )
 _ESCAPES: tuple[tuple[re.Pattern[str], Callable[[str], str]], ...] = (
     (re.compile(r"&(?:#x?[0-9A-Fa-f]{2,6}|[a-z]{2,8});"), html.unescape),

@@ -10,10 +10,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u3001-\u303f\uff00-\uff65]|\s+|[^\s\u3001-\u30ff\u3400-\u9fff\uac00-\ud7af\uff00-\uff65]+")  # fmt: skip
-GLUE_WORDS = ("bearer", "is", "lautet", "key", "key:", "token", "(", "+", "tel", "tel.", "tel:", "phone", "telefon", "api", "secret", "access", "private")  # fmt: skip
+WORD = re.compile(
+    r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u3001-\u303f\uff00-\uff65]"
+    r"|\s+|[^\s\u3001-\u30ff\u3400-\u9fff\uac00-\ud7af\uff00-\uff65]+"
+)
+GLUE_WORDS = frozenset(
+    {"bearer", "is", "lautet", "key", "token", "(", "+", "tel", "tel.", "phone", "mobile", "call", "telefon", "handy"}
+    | {"api", "secret", "access", "private"}
+)
+CAREFUL_STARTS = GLUE_WORDS | {"pass", "pwd", "kennwort", "ey", "sk", "pk", "rk", "gh", "gl", "hf"}
+CAREFUL_STARTS |= {"akia", "asia", "aiza", "xox"}
 GLUE_GLYPHS = "是为密码口令钥电话手机：:"
-KEY_BEGIN, KEY_END = "-----BEGIN", "-----END"
+KEY_BEGIN, KEY_END, KEY_CLOSES = "-----BEGIN", "-----END", "KEY-----"
 SEGMENT_CAP = 4096
 """A segment ends here whatever stands there: nothing is held for ever."""
 
@@ -24,24 +32,23 @@ class Segments:
     def __init__(self) -> None:
         self._held = ""
         self._first = True
+        self._begun = False
 
     def feed(self, text: str) -> Iterator[str]:
         """Segments that are complete now."""
-        if self._first:
-            text = self._held + text
-            self._held = ""
-            letters = _leading_letters(text)
-            if letters == len(text):
-                # The first word goes out at once: the time to the first token is what people feel.
-                yield text
-                return
-            self._first = False
-            if letters:
-                yield text[:letters]
-            text = text[letters:]
         self._held += text
-        if "\n" not in text and not text[-1:].isspace() and len(self._held) == len(text) and len(text) < 2:
-            return
+        if self._first:
+            letters = _leading_letters(self._held)
+            ended = letters < len(self._held)
+            careful = not self._begun and _careful(self._held[:letters])
+            if careful and not ended:
+                return
+            if letters and not careful:
+                # The first word goes out letter by letter: the time to the first token is what people feel.
+                yield self._held[:letters]
+                self._held = self._held[letters:]
+                self._begun = True
+            self._first = not ended
         end = 0
         for cut in _cuts(self._held):
             yield self._held[end:cut]
@@ -56,21 +63,27 @@ class Segments:
 
 def _leading_letters(text: str) -> int:
     for index, char in enumerate(text):
-        if not char.isalpha():
+        if not (char.isascii() and char.isalpha()):
             return index
     return len(text)
 
 
+def _careful(word: str) -> bool:
+    """Whether it may become a secret, or a word before one. What may not, may not with more letters either."""
+    lowered = word.lower()
+    return any(start.startswith(lowered) or lowered.startswith(start) for start in CAREFUL_STARTS)
+
+
 def _cuts(text: str) -> Iterator[int]:
     """Where segments end. The last word may still grow, and so does white space: neither ends one."""
-    start, glued, key = 0, False, False
+    start, glued, key = 0, False, ""
     for match in WORD.finditer(text):
         word = match[0]
         if match.end() == len(text) and not _is_glyph(word):
             return
         if match.end() - start > SEGMENT_CAP:
             yield match.end()
-            start, glued, key = match.end(), False, False
+            start, glued, key = match.end(), False, ""
         elif word.isspace():
             if not key and ("\n" in word or not glued):
                 yield match.end()
@@ -81,8 +94,17 @@ def _cuts(text: str) -> Iterator[int]:
                 yield match.end()
                 start = match.end()
         else:
-            key = (key or KEY_BEGIN in word) and KEY_END not in word
+            key = _key_state(key, word)
             glued = _glues(word)
+
+
+def _key_state(state: str, word: str) -> str:
+    """Where a private key stands after a word: not in one, in it, or in its last line."""
+    if KEY_BEGIN in word:
+        return KEY_BEGIN
+    if state and KEY_END in word:
+        return KEY_END
+    return "" if state == KEY_END and KEY_CLOSES in word else state
 
 
 def _is_glyph(word: str) -> bool:

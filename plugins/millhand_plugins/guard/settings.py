@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -19,9 +20,9 @@ class InputTable(StrictTable):
     """What comes in."""
 
     attacks: Literal["refuse", "pass"] = "refuse"
-    """What happens to a client's text that attacks the model. In passages and order fields such text is always cut out."""
+    """What happens to a client's text that attacks the model. In passages and order fields it is always cut out."""
     threshold: float = 7.0
-    """The classifier's logit from which a text counts as an attack without any rule; lower catches more, and errs more."""
+    """The classifier's logit from which a text is an attack without any rule; lower catches more, and errs more."""
     terms: tuple[str, ...] = ()
     """Words and phrases of your own that are refused; `*` at a word's end stands for any ending."""
     patterns: tuple[str, ...] = ()
@@ -74,6 +75,10 @@ class OutputTable(StrictTable):
 
 
 class GuardSettings(StrictTable):
+    pack: str = "maintenance"
+    """The domain pack whose guard terms are used; the same as `[pack] name`, or empty for none."""
+    pack_folders: tuple[Path, ...] = ()
+    """Folders of your own packs, as in `[pack] folders`."""
     input: InputTable = InputTable()
     model: ModelTable = ModelTable()
     output: OutputTable = OutputTable()
