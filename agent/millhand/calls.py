@@ -90,6 +90,7 @@ class Calls:
             "gateway": daemon.gateway_url,
             "alerts": {"open": opened, "acked": sum(alert.state is AlertState.ACKED for alert in alerts)},
             "orders": len(await daemon.store.orders(limit=ID_SEARCH_LIMIT)),
+            "revision": daemon.revision.status(),
             "telemetry": await self.telemetry_status(),
             "sinks": daemon.fleet.sink_statuses(),
             "store": await daemon.store.status(),

@@ -59,8 +59,8 @@ def diagnose(config_path: Path | None) -> list[Finding]:
         return [_of_error("config", error)]
     findings = [Finding("config", "ok", f"valid, {len(config.assets)} assets")]
     checks: list[Callable[[Config], Iterator[Finding]]] = [
-        _folders, _clock, _hardware, _plugins, _keys, _models, _worker, _backends, _language, _tokens, _tracing,
-        _listeners, _broker, _daemon,
+        _folders, _clock, _hardware, _plugins, _keys, _models, _worker, _backends, _language, _orders, _tokens,
+        _tracing, _listeners, _broker, _daemon,
     ]  # fmt: skip
     for check in checks:
         try:
@@ -310,6 +310,12 @@ def _language(config: Config) -> Iterator[Finding]:
             f"models may take {_mib(room)} of '{device}'"
         )
         yield Finding("language memory", "error", text, "take a smaller model or precision: millhand model catalog")
+
+
+def _orders(config: Config) -> Iterator[Finding]:
+    from millhand.order_rules import order_problems
+
+    yield from (_of_error("orders", error) for error in order_problems(config))
 
 
 def _tokens(config: Config) -> Iterator[Finding]:

@@ -303,6 +303,16 @@ def test_tokens_that_cannot_be_read(node: Node) -> None:
     assert not [finding for finding in node.check() if finding.name == "http admin_token_file"]
 
 
+def test_orders_that_nothing_would_write_or_make_better(node: Node) -> None:
+    assert "orders" not in [finding.name for finding in node.check()]
+    node.set("orders", writer="determinstic", reviser="modell").set("pack", name="no-such-field")
+    found = [finding for finding in node.check() if finding.name == "orders"]
+    assert {(finding.level, bool(finding.hint)) for finding in found} == {("error", True)}
+    said = " ".join(finding.message for finding in found)
+    for part in ("did you mean 'deterministic'", "did you mean 'model'", "no language model to ask", "no-such-field"):
+        assert part in said, part
+
+
 def test_tracing_without_its_package(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     node.set("http", enabled=True, port=0).set("tracing", enabled=True)
     assert node.only("tracing").level == "ok"

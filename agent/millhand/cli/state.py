@@ -44,11 +44,21 @@ def state_lines(state: dict[str, Any]) -> list[str]:
         *_broken(state["self_test"]),
         *_language(state["language"]),
         *([f"Gateway    {state['gateway']}/v1"] if state.get("gateway") else []),
-        f"Alerts     {alerts['open']} open, {alerts['acked']} acknowledged; {state['orders']} work orders",
+        f"Alerts     {alerts['open']} open, {alerts['acked']} acknowledged; {state['orders']} work orders"
+        + _revision(state["revision"]),
         f"Telemetry  {telemetry_text(telemetry)}",
         f"Next step  {state['next_step']}",
     ]
     return [part for line in lines for part in wrapped(line, rest=" " * 11)]
+
+
+def _revision(revision: dict[str, Any]) -> str:
+    """What the reviser made of orders since the start, and what holds it up; nothing where there is none."""
+    if not revision["reviser"]:
+        return ""
+    stands = sum(count for outcome, count in revision["outcomes"].items() if outcome not in ("revised", "unchanged"))
+    text = f", {revision['outcomes']['revised']} made better" + (f", {stands} left as they were" if stands else "")
+    return text + (f" ({revision['error']})" if revision["error"] else "")
 
 
 def duration(seconds: float) -> str:
