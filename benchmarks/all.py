@@ -24,6 +24,7 @@ SCRIPTS: list[tuple[str, list[str]]] = [
     ("soak_serving", ["soak_serving.py"]),
     ("rig", ["eval/rig.py"]),
     ("rig_wave", ["eval/rig.py", "--model", "rig-wave"]),
+    ("orders", ["eval/orders.py"]),  # judges anew what the model wrote once
 ]
 SUBSETS = ("FD001", "FD002", "FD003", "FD004")
 

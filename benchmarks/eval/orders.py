@@ -60,14 +60,16 @@ WRITTEN = (
     "evidence_ids",
     "citations",
 )
-UNWRITTEN: dict[str, Any] = {"id": "", "alert_id": "", "asset": "", "created_ns": 0}
+VERSIONS = Path(__file__).parents[1] / "results" / "orders_versions.jsonl"
 SERVE = """
-import sys, xllamacpp, signal
+import os, sys, time, xllamacpp
+parent = os.getppid()
 p = xllamacpp.CommonParams(); p.model.path = sys.argv[1]; p.port = int(sys.argv[2]); p.hostnames = ["127.0.0.1"]
 p.n_ctx = 4096; p.n_parallel = 1; p.verbosity = 1; p.ui = False; p.offline = True
 p.cpuparams.n_threads = p.cpuparams_batch.n_threads = int(sys.argv[3])
 server = xllamacpp.Server(p)
-while True: signal.pause()
+while os.getppid() == parent: time.sleep(1)
+os._exit(0)
 """
 
 
@@ -265,15 +267,15 @@ def count(tally: Tally, case: Case, version: WorkOrder, order: WorkOrder, keep: 
 class Versions:
     """What the model wrote, a line each, as it came: a run goes on where the last one stopped, and all are judged anew.
 
-    A line is `{"way", "case", "seed", "version" or "failed"}`.
+    A line is `{"way", "alert", "seed"}` with `version` (the fields in which it differs from the draft) or `failed`.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
-    def has(self, way: str, case: int, seed: int) -> bool:
-        return any((row["way"], row["case"], row["seed"]) == (way, case, seed) for row in self.rows)
+    def has(self, way: str, alert: str, seed: int) -> bool:
+        return any((row["way"], row["alert"], row["seed"]) == (way, alert, seed) for row in self.rows)
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -287,38 +289,43 @@ async def generate(
     """Orders alert by alert, so that the server reads each alert's prompt once, until all are there or time is up."""
     seed = 0
     reviser = ModelReviser(1.0, lambda _: seed)
-    for place, case in enumerate(found):
+    for case in found:
         for way, count in wanted.items():
             server.parameters = LARGE if way == "whole" else PARAMETERS
             for seed in range(1, 1 + -(-count // len(found))):
-                if versions.has(way, place, seed):
+                if versions.has(way, case.alert.id, seed):
                     continue
                 if time.monotonic() > end:
                     return
-                row: dict[str, Any] = {"way": way, "case": place, "seed": seed}
+                row: dict[str, Any] = {"way": way, "alert": case.alert.id, "seed": seed}
                 try:
                     version = await reviser.revise(case.draft, case.alert, [], case.passages, pack, server)
-                    row["version"] = {name: msgspec.to_builtins(getattr(version, name)) for name in WRITTEN}
+                    row["version"] = {
+                        name: msgspec.to_builtins(getattr(version, name))
+                        for name in WRITTEN
+                        if getattr(version, name) != getattr(case.draft, name)
+                    }
                 except MillhandError as error:
                     row["failed"] = error.message
                 versions.add(row)
         progress(f"{len(versions.rows)} answers, {server.tokens} tokens")
 
 
-def judge(found: list[Case], versions: Versions, keep: list[dict[str, Any]]) -> dict[str, Tally]:
-    """Validate every version and count."""
+def judge(found: list[Case], versions: Versions, keep: list[dict[str, Any]]) -> dict[str, tuple[Tally, float]]:
+    """Validate every version and count, by way; with each the share of right drafts under the same orders."""
     tallies = {way: Tally() for way in WAYS}
-    assets = [case.alert.asset for case in found]
+    drafts: Counter[str] = Counter()
+    assets, by_id = [case.alert.asset for case in found], {case.alert.id: case for case in found}
     for row in versions.rows:
-        case, tally = found[row["case"]], tallies[row["way"]]
+        case, tally = by_id[row["alert"]], tallies[row["way"]]
+        drafts[row["way"]] += right(case.draft, case.fault)
         if "failed" in row:
             tally.failed += 1
             tally.right += right(case.draft, case.fault)  # the draft stands
             continue
-        written = msgspec.convert(row["version"] | UNWRITTEN, WorkOrder)
-        version = msgspec.structs.replace(case.draft, **{name: getattr(written, name) for name in WRITTEN})
+        version = msgspec.convert(msgspec.to_builtins(case.draft) | row["version"], WorkOrder)
         count(tally, case, version, ground(version, case.draft, case.passages, case.known, assets), keep)
-    return tallies
+    return {way: (tally, share(drafts[way], tally.orders + tally.failed)) for way, tally in tallies.items()}
 
 
 def share(part: int, whole: int) -> float:
@@ -356,7 +363,7 @@ def main() -> int:
     arguments.add_argument("--every", type=int, default=1, help="generate for each so-manieth alert only")
     arguments.add_argument("--minutes", type=float, default=45, help="stop generating after so long")
     arguments.add_argument("--threads", type=int, default=2)
-    arguments.add_argument("--versions", type=Path, default=Path("orders_versions.jsonl"), help="what the model wrote")
+    arguments.add_argument("--versions", type=Path, default=VERSIONS, help="what the model wrote; more is appended")
     arguments.add_argument("--keep", type=Path, help="write the validated orders there, with their grounds")
     options = arguments.parse_args()
     pack = find_pack(PackSettings())
@@ -368,18 +375,18 @@ def main() -> int:
         Figure("causes swapped by a reviser: right after validation", swapped(every), "%"),
     ]
     about: dict[str, Any] = {"wrong": [c.alert.asset for c in every if not right(c.draft, c.fault)]}
-    found, versions = every[:: options.every], Versions(options.versions)
+    versions = Versions(options.versions)
     if options.gguf:
         with served(options.gguf, options.threads) as server:
             wanted, end = {"chosen": options.orders, "whole": options.whole}, time.monotonic() + 60 * options.minutes
-            asyncio.run(generate(found, server, wanted, end, pack, versions))
+            asyncio.run(generate(every[:: options.every], server, wanted, end, pack, versions))
     if versions.rows:
         keep: list[dict[str, Any]] = []
-        for way, tally in judge(found, versions, keep).items():
-            drafts = [found[row["case"]] for row in versions.rows if row["way"] == way]
-            peer = share(sum(right(case.draft, case.fault) for case in drafts), len(drafts))
+        for way, (tally, peer) in judge(every, versions, keep).items():
             figures += model_figures(way, tally, peer, 500 if way == "chosen" else 0)
             about[f"struck, {way}"] = dict(tally.why)
+        about["model"] = "SmolLM2-135M-Instruct Q4_1, temperature 1"
+        about["alerts asked about"] = len({row["alert"] for row in versions.rows})
         if options.keep:
             options.keep.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in keep), "utf-8")
     return report("orders", figures, **about)

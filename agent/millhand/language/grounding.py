@@ -36,15 +36,17 @@ SUPPORT_LEAST_HAN = 0.4
 
 SPEAKS_TO_A_MODEL = re.compile(
     r"\b(ignore|disregard|forget|override)\b.{0,40}\b(above|previous|prior|earlier|all|instructions?|rules?|prompt)\b"
-    r"|\b(system|developer)\s+(prompt|message)\b|\byou are (now|an?|the)\b|<\|?\w+\|?>|\bas an ai\b|\bassistant\b"
-    r"|\b(set|change|lower|raise|make)\b.{0,30}\bpriority\b|\bpriority\s*(=|:|to|is|must)"
-    r"|忽略.{0,12}(指令|以上|之前|规则|提示)|无视.{0,12}(指令|以上|之前|规则|提示)|系统提示|(设置|修改|改为|降低|提高).{0,8}优先级|你(现在)?是",
+    r"|\b(system|developer)\s+(prompt|message)\b|<\|?\w+\|?>|\bas an ai\b|\bassistant\b"
+    r"|\byou are (now\b|an? (\w+ ){0,2}(ai|model|bot)\b)"
+    r"|\b(set|change|lower)\b.{0,30}\bpriority\b|\bpriority\s*(=|:|is|must)"
+    r"|忽略.{0,12}(指令|以上|之前|规则|提示)|无视.{0,12}(指令|以上|之前|规则|提示)|系统提示|(设置|修改|改为|降低|提高).{0,8}优先级|你现在是",
     re.IGNORECASE,
 )
 DEFEATS_A_PROTECTION = re.compile(
-    r"\b(bypass|disabl|defeat|overrid|jumper|short out|silenc|mut|deactivat|turn off|switch off|unplug)\w*\b.{0,60}"
-    r"\b(guards?|interlocks?|alarms?|protections?|safety|e-?stops?|emergency|trips?|relief|sensors?|lock-?out)\b"
-    r"|(旁路|短接|屏蔽|取消|关闭|停用|拆除).{0,12}(联锁|保护|报警|急停|安全|防护)",
+    r"\b(bypass|disabl|defeat|overrid|jumper|short out|deactivat|silenc|mut)\w*\b.{0,40}"
+    r"\b(guards?|interlocks?|alarms?|protections?|safety|e-?stops?|emergency|trips?|relief)\b"
+    r"|\b(turn|switch) off\b.{0,40}\b(guards?|interlocks?|alarms?|protections?)\b"
+    r"|(旁路|短接|屏蔽|取消|停用).{0,12}(联锁|保护|报警|急停|安全|防护)",
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(r"(?<=[.!?;])\s+|(?<=[。！？；])")
