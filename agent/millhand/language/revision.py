@@ -224,4 +224,5 @@ def fault_texts(pack: Pack, kind: str, language: str) -> list[str]:
         *(pack.say(cause.text, language) for cause in fault.causes),
         *pack.steps(kind, language),
         *(pack.term(term, language) for term in dict.fromkeys(terms)),
+        *([f"{fault.minutes} min"] if fault.minutes else []),
     ]

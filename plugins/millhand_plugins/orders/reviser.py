@@ -112,8 +112,10 @@ class ModelReviser:
 
     async def _chosen(self, question: Question) -> WorkOrder:
         draft, language = question.draft, question.draft.language
-        version = msgspec.structs.replace(draft, **await self._cause(question))
-        steps = {step: passage for passage in question.passages for step in _steps(passage) if step not in draft.action}
+        version = msgspec.structs.replace(draft, **_needs(question), **await self._cause(question))
+        steps = {
+            step: passage for passage in question.passages for step in _steps(passage) if step not in version.action
+        }
         if steps:
             chosen = await self._choose(
                 question, question.phrases.step_field, [*list(steps)[:STEPS_CAP], question.phrases.none]
@@ -121,7 +123,7 @@ class ModelReviser:
             if chosen in steps:
                 passage = steps[chosen]
                 cited = (*version.citations, Citation(passage.id, passage.place))
-                version = msgspec.structs.replace(version, action=(*draft.action, chosen), citations=cited)
+                version = msgspec.structs.replace(version, action=(*version.action, chosen), citations=cited)
         if language == "en":  # models this small write no Chinese worth reading
             sentence = await self._sentence(question)
             version = msgspec.structs.replace(version, symptom=f"{draft.symptom} {sentence}".strip())
@@ -190,6 +192,29 @@ class ModelReviser:
         return await question.complete(
             messages, schema=schema, max_tokens=tokens, temperature=self._temperature, seed=self._seed(question.draft)
         )
+
+
+def _needs(question: Question) -> dict[str, Any]:
+    """What the pack adds where the writer's table had nothing: steps, parts, tools, skill, time, and a symptom in the
+    order's language where the draft's is the rule's own English message.
+    """
+    draft, pack, language = question.draft, question.pack, question.draft.language
+    fault = pack.faults.get(question.alert.kind)
+    if fault is None:
+        return {}
+    found = {
+        "parts": tuple(pack.term(part, language) for part in fault.parts),
+        "tools": tuple(pack.term(tool, language) for tool in fault.tools),
+        "skill": pack.term(fault.skill, language) if fault.skill else "",
+        "minutes": fault.minutes,
+    }
+    needs: dict[str, Any] = {name: value for name, value in found.items() if value and not getattr(draft, name)}
+    if not (draft.tools or draft.skill):
+        steps = pack.steps(question.alert.kind, language)
+        needs["action"] = (*steps, *(step for step in draft.action if step not in steps))
+    if language != "en" and question.alert.message in draft.symptom:
+        needs["symptom"] = pack.say(fault.symptom, language) + draft.symptom
+    return needs
 
 
 def _text_of(answer: str) -> str:

@@ -10,8 +10,10 @@ import msgspec
 import pytest
 
 from millhand.errors import LanguageError
+from millhand.language.grounding import ground
 from millhand.language.pack import PackSettings, find_pack
 from millhand.language.passages import Passage
+from millhand.language.revision import fault_texts
 from millhand.records import Alert, Citation, Severity, WorkOrder
 from millhand_plugins.orders.reviser import PHRASES, ModelReviser
 from millhand_plugins.orders.writer import DeterministicWriter, read_knowledge
@@ -118,6 +120,23 @@ async def test_a_kind_that_the_pack_does_not_know_keeps_its_cause() -> None:
     script = Script(1, ["It slips."])
     order = await ModelReviser().revise(draft(), alert, [], (), PACK, script)
     assert (order.likely_cause, len(script.asked)) == (draft().likely_cause, 1)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+async def test_what_the_table_does_not_know_comes_from_the_pack_and_holds(language: str) -> None:
+    """An owner's table may lack a kind that the pack has: then the draft is a general one."""
+    kinds = {name: kind for name, kind in read_knowledge(language=language).items() if name != "cavitation"}
+    alert = msgspec.structs.replace(ALERT, kind="cavitation", message="pump-3: cavitation, certainty 0.9")
+    general = DeterministicWriter(kinds, language).write(alert, [])
+    script = Script(1, ["And so on"], prefer="strainer" if language == "en" else "过滤器")
+    version = await ModelReviser().revise(general, alert, [], (), PACK, script)
+    order = ground(version, general, [], fault_texts(PACK, "cavitation", language))
+    assert order.struck == ()
+    assert order.action[:3] == tuple(PACK.steps("cavitation", language))
+    assert (order.minutes, order.skill) == (60, PACK.term("mechanic", language))
+    assert order.parts == (PACK.term("filter", language),)
+    assert PACK.faults["cavitation"].causes[0].text[language] in order.likely_cause
+    assert (PACK.faults["cavitation"].symptom["zh"] in order.symptom) == (language == "zh")
 
 
 WRITTEN = {
