@@ -125,6 +125,19 @@ def test_thoughts_are_guarded_too(guarded):
         assert (said(events, "reasoning_content"), said(events)) == ("my ***", "So.")
 
 
+def test_arguments_of_tools_are_guarded_too(guarded):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    # The script itself is guarded on its way in, so the word comes in two halves.
+    script = '{"calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{\\"a\\": \\"hunt\\u0065r2\\"}"}}]}'
+    events = guarded.events(script, tools=tools)
+    calls = [
+        call for event in events[:-1] for choice in event["choices"] for call in choice["delta"].get("tool_calls", [])
+    ]
+    assert "".join(call["function"]["arguments"] for call in calls) == '{"a": "***"}'
+    message = guarded.chat(script, tools=tools).json()["choices"][0]["message"]
+    assert message["tool_calls"][0]["function"]["arguments"] == '{"a": "***"}'
+
+
 def test_decisions_are_kept_without_the_text(guarded):
     guarded.chat("a hunter2 b", headers={"Authorization": "Bearer the-agent-s-own"})
     found = [line for line in kept(guarded) if line["action"] == "change" and line["stage"] == "input"][-1]

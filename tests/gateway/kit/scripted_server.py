@@ -2,7 +2,7 @@
 
 A script's keys: `tokens` (texts to send, or how many, of so many `characters`), `every_s` (pause between them),
 `first_s` (pause before the first), `field` (of the delta), `stop_after` (tokens after which it dies or hangs), `ending`
-(`die`, `hang`, `garbage`, `error`), `status` and `error` (an answer that is none), `finish`, `raw` (a whole answer).
+(`die`, `hang`, `garbage`, `error`), `status` and `error` (an answer that is none), `finish`, `raw` (a whole answer), `calls` (of tools).
 
 Run as `python scripted_server.py PORT` it serves alone, for benchmarks.
 """
@@ -73,6 +73,10 @@ class ScriptedServer:
         await answer.write(_event(body, {"role": "assistant", "content": ""}) if chat else b": begin\n\n")
         every_s = script.get("every_s", 0)
         start_s = asyncio.get_running_loop().time()
+        if "calls" in script:
+            tokens = []
+            for place, call in enumerate(script["calls"]):
+                await _send_call(answer, body, place, call)
         for number, token in enumerate(tokens):
             if number == script.get("stop_after"):
                 await _end_badly(request, answer, script["ending"])
@@ -86,6 +90,15 @@ class ScriptedServer:
         await answer.write(b"data: [DONE]\n\n")
         await answer.write_eof()
         return answer
+
+
+async def _send_call(answer: web.StreamResponse, body: dict[str, Any], place: int, call: dict[str, Any]) -> None:
+    """A call of a tool in pieces, as servers stream them."""
+    function = call["function"]
+    first = {**call, "index": place, "function": {"name": function["name"], "arguments": ""}}
+    await answer.write(_event(body, {"tool_calls": [first]}))
+    for letter in function["arguments"]:
+        await answer.write(_event(body, {"tool_calls": [{"index": place, "function": {"arguments": letter}}]}))
 
 
 async def _end_badly(request: web.BaseRequest, answer: web.StreamResponse, ending: str) -> None:
@@ -129,6 +142,8 @@ def _data(content: dict[str, Any]) -> bytes:
 def _whole(body: dict[str, Any], script: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
     text = script.get("raw", "".join(tokens))
     said = {"message": {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
+    if "calls" in script:
+        said["message"] = {"role": "assistant", "content": None, "tool_calls": script["calls"]}
     choice = {"index": 0, **said, "finish_reason": script.get("finish", "stop")}
     return {**_head(body), "object": "chat.completion", "choices": [choice], "usage": _usage(tokens)}
 

@@ -104,9 +104,9 @@ class Gateway:
             answer = await self._answered(request, pattern)
             status = answer.status
             return answer
-        except ConnectionResetError:
+        except ConnectionResetError:  # while it was written to
             metrics.ENDINGS.inc(model_name="", code="client_left")
-            raise
+            return web.Response(status=CLIENT_LEFT)  # which goes nowhere
         except asyncio.CancelledError:
             metrics.ENDINGS.inc(model_name="", code="client_left")
             raise
