@@ -1,8 +1,8 @@
-"""What the gateway costs: the same streams straight to a language server and through the gateway, in alternating pairs.
+"""What the gateway costs: the same streams straight to a server and through the gateway, in alternating pairs.
 
-Two servers: one without a model that decodes in steps (step_server.py; a step takes as long as one of a 1.5B model on an
-H100), and the real SmolLM2-135M in llama.cpp's server (needs xllamacpp and `--gguf FILE`). Client, gateway and server are
-processes of their own on one machine and share its CPUs. The gateway runs the plugins that `--guards` names.
+Two servers: one without a model that decodes in steps (step_server.py; a step takes as long as one of a 1.5B model on
+an H100), and the real SmolLM2-135M in llama.cpp's server (needs xllamacpp and `--gguf FILE`). Client, gateway and
+server are processes of their own on one machine and share its CPUs. The gateway runs the plugins that `--guards` names.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ async def abort(client: Client, url: str) -> None:
 async def settled(count: Any, start: Any) -> Any:
     """What `count` says once it is as at the start, or after 20 s."""
     end = time.monotonic() + 20
-    while (now := await count()) != start and time.monotonic() < end:
+    while (now := await count()) != start and time.monotonic() < end:  # noqa: ASYNC110 - another process counts
         await asyncio.sleep(0.1)
     return now
 
@@ -195,8 +195,11 @@ async def get(session: aiohttp.ClientSession, url: str) -> Any:
         return json.loads(await answer.text())
 
 
-def ratio(found: list[tuple[float, float]]) -> float:
-    return statistics.median(through / alone for alone, through in found)
+def _share(what: str, streams: int, found: list[tuple[float, float]]) -> Figure:
+    """Throughput through the gateway over throughput without: the median over the pairs."""
+    share = statistics.median(through / alone for alone, through in found)
+    alone = statistics.median(pair[0] for pair in found)
+    return Figure(f"{what}, {streams} streams: throughput, share", share, "", ">= 0.95", f"{alone:.1f} tokens/s alone")
 
 
 async def steps(guards: list[str], repeats: int) -> list[Figure]:
@@ -210,8 +213,7 @@ async def steps(guards: list[str], repeats: int) -> list[Figure]:
                 await ready(client, through)
                 await client.throughput(through, streams, 1)
                 found = await pairs(client, alone, through, streams, 4 if streams < 128 else 2, repeats)
-                figures.append(Figure(f"steps, {streams} streams: throughput, share", ratio(found), "", ">= 0.95",
-                                      f"{statistics.median(pair[0] for pair in found):.0f} tokens/s alone"))  # fmt: skip
+                figures.append(_share("steps", streams, found))
                 if streams == 1:
                     first, token = await single(client, alone, through, 10 * repeats)
                     figures += _single("steps", first, token)
@@ -249,7 +251,7 @@ async def llama(gguf: str, guards: list[str], repeats: int, threads: int) -> lis
         script.flush()
         with server(script.name, gguf, "0", str(threads)) as alone:
             async with (
-                gateway(alone, guards) as (_, daemon, through),
+                gateway(alone, guards) as (_, _, through),
                 aiohttp.ClientSession(connector=_many()) as session,
             ):
                 client = Client(session, 64)
@@ -257,8 +259,7 @@ async def llama(gguf: str, guards: list[str], repeats: int, threads: int) -> lis
                 for streams in (1, 4):
                     progress(f"llama.cpp, {streams} streams")
                     found = await pairs(client, alone, through, streams, 2, repeats)
-                    figures.append(Figure(f"SmolLM2, {streams} streams: throughput, share", ratio(found), "", ">= 0.95",
-                                          f"{statistics.median(pair[0] for pair in found):.1f} tokens/s alone"))  # fmt: skip
+                    figures.append(_share("SmolLM2", streams, found))
                 first, token = await single(client, alone, through, 2 * repeats)
                 figures += _single("SmolLM2", first, token)
                 progress(f"llama.cpp, {ABORTS} aborted streams")
@@ -270,9 +271,9 @@ async def llama(gguf: str, guards: list[str], repeats: int, threads: int) -> lis
 
                 after = await settled(left, before)
                 figures += [
-                    Figure("SmolLM2, 1000 aborted streams: slots that are busy more than before", after[0] - before[0], "", "== 0"),
+                    Figure("SmolLM2, 1000 aborted streams: slots busy after", after[0], "", "== 0"),
                     Figure("SmolLM2, 1000 aborted streams: requests deferred after", after[1], "", "== 0"),
-                ]  # fmt: skip
+                ]
     return figures
 
 

@@ -1,5 +1,5 @@
-"""A language server without a model that decodes in steps, as vLLM and llama.cpp do: at each step every open stream gets
-its next token. For what a gateway costs, apart from what a model costs. `python step_server.py STEP_MS`; 0 never waits.
+"""A language server without a model that decodes in steps, as vLLM and llama.cpp do: at each step every open stream
+gets its next token. For what a gateway costs, apart from a model. `python step_server.py STEP_MS`; 0 never waits.
 
 It prints its URL. `GET /state` says how many streams are open.
 """

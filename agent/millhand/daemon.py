@@ -205,7 +205,10 @@ class Daemon:
     @property
     def gateway_url(self) -> str:
         """Where the gateway listens; empty where it is switched off."""
-        return "" if self._gateway is None else f"http://{self.config.gateway.host}:{self._gateway.port}"
+        if self._gateway is None:
+            return ""
+        host = self.config.gateway.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self._gateway.port}"
 
     def complete(self) -> LanguageClient:
         """Asks the language model as the agent itself: through the gateway, and so its guards, where there is one."""
@@ -219,10 +222,9 @@ class Daemon:
         return [] if self.knowledge is None else await self.knowledge.search(query, asset, limit)
 
     def _gateway_place(self) -> Place:
-        port = 0 if self._gateway is None else self._gateway.port
-        if not port:
+        if self._gateway is None or not self._gateway.port:
             raise LanguageError("the gateway does not listen yet", hint="ask again later")
-        return Place(f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {self._agent_token}"})
+        return Place(self.gateway_url, {"Authorization": f"Bearer {self._agent_token}"})
 
     async def load_model(self, model: str, version: int | None = None, by: str = UNNAMED) -> dict[str, Any]:
         """As `ModelCalls.load`; assets that use the model or waited for it go on with what its model.toml says now."""

@@ -1,7 +1,7 @@
 """OpenAI's own client against a gateway: prints one JSON object, check -> "ok" or what went wrong.
 
-`python openai_conformance.py --url URL --model MODEL --token TOKEN [--scripted]`. Against a real model it checks forms; with
-`--scripted` the server does what the last message asks of it, and texts are checked too.
+`python openai_conformance.py --url URL --model MODEL --token TOKEN [--scripted]`. Against a real model it checks forms;
+with `--scripted` the server does what the last message asks of it, and texts are checked too.
 """
 
 from __future__ import annotations

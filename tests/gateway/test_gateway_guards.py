@@ -127,8 +127,8 @@ def test_thoughts_are_guarded_too(guarded):
 
 def test_arguments_of_tools_are_guarded_too(guarded):
     tools = [{"type": "function", "function": {"name": "f"}}]
-    # The script itself is guarded on its way in, so the word comes in two halves.
-    script = '{"calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{\\"a\\": \\"hunt\\u0065r2\\"}"}}]}'
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": "hunter2"}'}}
+    script = json.dumps({"calls": [call]}).replace("hunter2", "hunt\\u0065r2")  # the script is guarded on its way in
     events = guarded.events(script, tools=tools)
     calls = [
         call for event in events[:-1] for choice in event["choices"] for call in choice["delta"].get("tool_calls", [])

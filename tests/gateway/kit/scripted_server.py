@@ -2,7 +2,8 @@
 
 A script's keys: `tokens` (texts to send, or how many, of so many `characters`), `every_s` (pause between them),
 `first_s` (pause before the first), `field` (of the delta), `stop_after` (tokens after which it dies or hangs), `ending`
-(`die`, `hang`, `garbage`, `error`), `status` and `error` (an answer that is none), `finish`, `raw` (a whole answer), `calls` (of tools).
+(`die`, `hang`, `garbage`, `error`), `status` and `error` (an answer that is none), `finish`, `raw` (a whole answer),
+`calls` (of tools).
 
 Run as `python scripted_server.py PORT` it serves alone, for benchmarks.
 """
