@@ -11,6 +11,7 @@ import re
 import socket
 import tomllib
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,9 @@ class Config(StrictTable):
     @property
     def serves_gateway(self) -> bool:
         """Whether OpenAI's API is served."""
-        return bool(self.language.model) if self.gateway.enabled == "auto" else self.gateway.enabled
+        if self.gateway.enabled == "auto":  # a node must not fail for what it did not ask for
+            return bool(self.language.model) and find_spec("aiohttp") is not None
+        return self.gateway.enabled
 
     def models_needed(self) -> list[str]:
         """The models that assets name."""

@@ -299,6 +299,9 @@ def _language(config: Config) -> Iterator[Finding]:
     spread = f" on {len(plan.head.accelerators)} GPUs each" if len(plan.head.accelerators) > 1 else ""
     text = f"'{plan.model.name}' in {processes}{spread}; {'; '.join(plan.reasons)}"
     yield Finding("language", "ok", text)
+    if config.gateway.enabled == "auto" and not config.serves_gateway:
+        hint = "pip install 'millhand[gateway]', or set [gateway] enabled = false"
+        yield Finding("gateway", "warning", "off: the package aiohttp is not installed", hint)
     device = plan.head.accelerators[0] if plan.head.accelerators else "cpu"
     budget = match.profile.budget_bytes(hardware, find_device(hardware, device))
     room = None if budget is None else budget * max(1, len(plan.head.accelerators))

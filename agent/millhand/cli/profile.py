@@ -67,7 +67,10 @@ def match_(ctx: click.Context, root: Path | None) -> None:
     output: Output = ctx.obj
     hardware = discover(root or output.config().node.hardware_root)
     found = match(_load(output), hardware, visible_devices(hardware, os.environ.get(VARIABLE)))
-    output.emit(_match_data(found, hardware), [*_match_lines(found, hardware), *served_by(output, found, hardware)])
+    lines = _match_lines(found, hardware)
+    if root is None:  # what is installed here says nothing of another node
+        lines += served_by(output, found, hardware)
+    output.emit(_match_data(found, hardware), lines)
 
 
 def _load(output: Output) -> list[Profile]:

@@ -10,12 +10,15 @@ from typing import Any
 
 from millhand.errors import InputError, LanguageError, MillhandError
 from millhand.language.client import LanguageClient, Place
+from millhand.language.launch import Ability
 from millhand.language.plan import Plan
 from millhand.language.replica import Replica
 from millhand.language.settings import LanguageSettings
 
 log = logging.getLogger("millhand.language")
 
+EMBEDS: frozenset[Ability] = frozenset({"embeddings", "usage"})
+"""All that a server does with a model that embeds."""
 RANK = {"ready": 0, "starting": 1, "restarting": 2, "failed": 3}
 
 
@@ -142,7 +145,7 @@ class LanguageServers:
             "reason": fault.message if fault else worst.reason if worst else "",
             "hint": fault.hint if fault else worst.hint if worst else "",
             "server": plan.server.name if plan else "",
-            "abilities": sorted(plan.server.abilities) if plan else [],
+            "abilities": sorted(_abilities(plan)) if plan else [],
             "context_tokens": plan.head.context_tokens if plan else 0,
             "slots": plan.head.slots if plan else 0,
             "reasoning": plan.head.reasoning if plan else False,
@@ -170,3 +173,9 @@ class LanguageServers:
             )
         self._turn += 1
         return Place(told["urls"][self._turn % len(told["urls"])])
+
+
+def _abilities(plan: Plan) -> frozenset[Ability]:
+    """What the server can do with this model: it chats, or it embeds."""
+    abilities = plan.server.abilities
+    return abilities & EMBEDS if plan.head.embeddings else abilities - {"embeddings"}

@@ -44,10 +44,13 @@ async def test_starts_proves_and_leaves_nothing_behind(replica: Start, until: Un
 
 
 async def test_killed_it_comes_back_at_another_place(replica: Start, until: Until) -> None:
-    server = replica()
+    server = replica(restart_delay_s=0.5)
     await until(lambda: server.state == "ready", "ready")
     first = server.url
     server_of(server.pid).kill()
+    await until(lambda: server.state == "restarting", "the death")
+    assert server.reason == "died of SIGKILL" and server.hint.startswith("most likely memory ran out")
+    assert server.url == ""
     await until(lambda: server.restarts == 1 and server.state == "ready", "ready again")
     assert server.url and server.url != first
 

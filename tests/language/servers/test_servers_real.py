@@ -85,6 +85,7 @@ def test_it_is_proved_and_told(agent: Agent, ready: dict[str, Any]) -> None:
     assert ready["name"] == "smollm2" and ready["server"] == "llamacpp"
     assert ready["context_tokens"] == 512 and ready["parameters"] == 134_515_008
     assert {"chat", "json_schema", "logprobs"} <= set(ready["abilities"])
+    assert "embeddings" not in ready["abilities"]
     shown = agent.call("language.show")
     (replica,) = shown["replicas"]
     assert replica["proof"]["tokens"] > 0 and replica["proof"]["text"].strip()
