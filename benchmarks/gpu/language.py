@@ -219,7 +219,8 @@ def main() -> int:
             uuid = pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(0))
             process = start_server(folder, arguments.shape, arguments.tokenizer, uuid, 9000)
         url = arguments.url or "http://127.0.0.1:9000"
-        start_s = wait_ready(url, process, folder / "vllm.log")
+        if process is not None:
+            start_s = wait_ready(url, process, folder / "vllm.log")
         progress(f"the server answers after {start_s:.0f} s, {card.used_mib()} MiB are taken")
         found = asyncio.run(measure(url, arguments.model, folder, arguments))
     finally:
