@@ -170,13 +170,16 @@ def test_the_page_goes_where_it_is_asked_to(plant: Plant) -> None:
     assert done.code == EXIT_CODES["error"] and "cannot be written: No such file" in done.error
 
 
-def test_what_serves_is_shown_where_the_models_own_artifact_has_no_proof(plant: Plant) -> None:
+def test_what_was_chosen_to_serve_is_shown_and_the_original_where_it_is_named(plant: Plant) -> None:
     for name in ("int4", "int8"):
         plant.candidate(name)
     source = plant.own("press", 2).digest()
     plant.shelf.choose("press", 2, "cpu", Choice(candidate="int8", source_sha256=source, why="", date=""))
     assert "int8 of press, version 2, for cpu" in plant("model", "proof", "press").out
     prove(plant.own("press", 2), plant.data)
+    assert plant("model", "proof", "press", "--json").data["candidate"] == "int8"
+    assert plant("model", "proof", "press", "--candidate", "original", "--json").data["candidate"] == ""
+    plant.shelf.choose("press", 2, "cpu", Choice(candidate="", source_sha256=source, why="", date=""))
     assert plant("model", "proof", "press", "--json").data["candidate"] == ""
 
 

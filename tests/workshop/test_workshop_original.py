@@ -99,7 +99,7 @@ def test_the_proof_says_what_was_measured_and_nothing_of_a_candidate(node: Node)
     assert done.code == 0, done.err
     text = " ".join(done.out.split())
     for part in (
-        "Proved: signed by a key", "Passed: the original of pump, version 1, for cpu", "99.00 %", "batch 16",
+        "Proved: signed by a key", "Measured: the original of pump, version 1, for cpu", "99.00 %", "batch 16",
         "its accuracy is 0.99", "pump/1/original/proof.json", "millhand model load pump",
     ):  # fmt: skip
         assert part in text, part

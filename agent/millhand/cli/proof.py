@@ -13,6 +13,7 @@ import click
 
 from millhand.cli.output import Output, json_option, plural, table_with_reasons, wrapped
 from millhand.errors import InputError, ModelError
+from millhand.proof.document import ORIGINAL
 
 if TYPE_CHECKING:
     from millhand.proof.signature import Keyring
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 version_option = click.option("--version", type=click.IntRange(1), help="Default: the newest that the policy serves.")
 candidate_option = click.option("--candidate", help="This candidate. Default: the model's own artifact.")
 shown_option = click.option(
-    "--candidate", help="This candidate. Default: the model's own artifact, or what serves in its place."
+    "--candidate",
+    help=f"This candidate, or '{ORIGINAL}'. Default: what was chosen to serve, else the model's own artifact.",
 )
 target_option = click.option("--target", help="The candidate's target, where several have one of that name.")
 
@@ -48,10 +50,10 @@ def proof(
 
     output: Output = ctx.obj
     repository = output.repository()
-    subject = _subject(output, repository, name, version, candidate, target)
+    subject = _subject(output, repository, name, version, None if candidate == ORIGINAL else candidate, target)
+    if candidate is None:
+        subject = _serving(output, subject) or subject
     verdict = verify(subject, repository.keyring)
-    if verdict.proof is None and (serving := _serving(output, subject)) is not None:
-        subject, verdict = serving, verify(serving, repository.keyring)
     if verdict.proof is None:
         raise ModelError(f"{subject}: {verdict.reason}", hint=_with_candidates(output, verdict, subject))
     lines = describe(verdict.proof, verdict, verdict.folder or subject.folder)

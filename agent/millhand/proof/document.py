@@ -10,6 +10,8 @@ PROOF = "proof.json"
 PAGE = "proof.html"
 RECORD = "made.json"
 """A candidate's: where it comes from (workshop/shelf.py)."""
+ORIGINAL = "original"
+"""What a model's own artifact is called among its candidates, and the folder of its proof on the shelf."""
 FORMAT = 1
 
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]

@@ -41,7 +41,8 @@ def headline(proof: Proof) -> str:
     what = f"{proof.candidate or 'the original'} of {proof.model}, version {proof.version}"
     if not proof.executed:
         return f"Never run: {what}"
-    return f"{'Passed' if proof.passed else 'Failed'}: {what}"
+    passed = "Measured" if proof.alone else "Passed"
+    return f"{passed if proof.passed else 'Failed'}: {what}"
 
 
 def score_text(score: Score, value: float) -> str:

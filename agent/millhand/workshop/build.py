@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from millhand.errors import InputError, MillhandError, ModelError
-from millhand.proof.document import Proof
+from millhand.proof.document import ORIGINAL, Proof
 from millhand.proof.keys import node_key
 from millhand.workshop.crafting import Crafter
 from millhand.workshop.gate import choose
@@ -20,7 +20,7 @@ from millhand.workshop.proving import Prover
 from millhand.workshop.recipe import Target
 from millhand.workshop.report import BuildReport, Outcome, State, write_report
 from millhand.workshop.rows import Rows
-from millhand.workshop.shelf import ORIGINAL, Candidate, Choice
+from millhand.workshop.shelf import Candidate, Choice
 from millhand.workshop.site import Site
 from millhand.workshop.work import Work, now, open_work, told
 

@@ -20,7 +20,7 @@ import msgspec
 from millhand.durable import sync_folder, write_durably
 from millhand.errors import ModelError
 from millhand.proof.digest import artifact_files
-from millhand.proof.document import RECORD
+from millhand.proof.document import ORIGINAL, RECORD
 from millhand.proof.verification import Subject
 from millhand.workshop.recipe import Made, Recipe
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from millhand.config import Config
 
 CHOICE = "choice.json"
-ORIGINAL = "original"
-"""Beside the targets' folders: the proof of the model's own artifact, which lies elsewhere."""
 _STAGING = ".making-"
 _LOCK = ".lock"
 BUILT = "built"
@@ -93,7 +91,7 @@ class Shelf:
         return self.root / model / str(version) / target
 
     def original(self, model: str, version: int) -> Path:
-        """The folder of the proof of a version's own artifact, whether it is there or not."""
+        """The folder of the proof of a version's own artifact, beside those of targets; whether it is there or not."""
         return self.place(model, version, ORIGINAL)
 
     def unwritable(self, error: OSError) -> ModelError:
