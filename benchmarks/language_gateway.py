@@ -125,7 +125,7 @@ async def gateway(url: str, guards: list[str]) -> AsyncIterator[tuple[FrontProce
     with tempfile.TemporaryDirectory(prefix="mhb-", dir="/tmp") as folder:
         daemon = Daemon(Path(folder) / "c.sock", url)
         await daemon.control.start()
-        settings = GatewaySettings(port=0, streams_cap=256)
+        settings = GatewaySettings(port=0)
         front = gateway_front(settings, Path(folder) / "c.sock", Path(folder), plugins={name: {} for name in guards})
         await front.start()
         try:

@@ -39,6 +39,9 @@ DEFAULT_PLUGINS = ("boards", "onnxruntime", "orders")
 LANGUAGE_PLUGINS = ("llamacpp", "vllm", "edgellm")
 """Loaded beside them where a language model is named: which of them serves is told by what the node has."""
 
+GUARD_PLUGINS = ("guard",)
+"""Loaded where the gateway serves; `enabled = false` in [plugins.guard] leaves it out."""
+
 
 class NodeSettings(StrictTable):
     id: str = Field(default_factory=lambda: re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname()) or "node")
@@ -114,7 +117,8 @@ class Config(StrictTable):
         """The plugins to load with their tables: those named, those that adapters name, and the defaults."""
         language = LANGUAGE_PLUGINS if self.language.model else ()
         adapters = (asset.adapter.split(".")[0] for asset in self.assets)
-        names = [*DEFAULT_PLUGINS, *language, *adapters, *self.plugins]
+        guards = GUARD_PLUGINS if self.serves_gateway else ()
+        names = [*DEFAULT_PLUGINS, *language, *guards, *adapters, *self.plugins]
         return {name: dict(self.plugins.get(name, {})) for name in dict.fromkeys(names)}
 
     @property

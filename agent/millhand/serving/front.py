@@ -204,6 +204,7 @@ def gateway_front(
     )
     told = {
         **_told(settings, control_path, observation),
+        "processes": processes(settings.processes),
         "data_dir": os.fspath(data_dir),
         "agent_sha256": agent_sha256,
         "plugins": plugins or {},

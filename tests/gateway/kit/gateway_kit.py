@@ -77,7 +77,7 @@ class Site:
 
     def __init__(self, folder: Path, servers: int = 1, plugins: dict[str, Any] | None = None, **settings: Any) -> None:
         self.folder = folder
-        self.settings = GatewaySettings(port=0, **settings)
+        self.settings = GatewaySettings(port=0, processes=1, **settings)
         self._plugins = plugins or {}
         self._count = servers
         self._run_dir = tempfile.TemporaryDirectory(prefix="mhg-", dir="/tmp")

@@ -73,11 +73,7 @@ async def serve(arguments: GatewayArguments) -> None:
     control_path = Path(arguments.control_path)
     routes = LanguageRoutes(control_path)
     upstream = Upstream(routes)
-    admission = Admission(
-        -(-arguments.streams_cap // arguments.processes),
-        -(-arguments.queue // arguments.processes),
-        arguments.queue_wait_s,
-    )
+    admission = Admission(arguments.streams_cap, arguments.queue, arguments.queue_wait_s)
     observation = open_observation(arguments.observation)
     reporter = MetricsReporter(FRONT, control_path)
     gateway = Gateway(

@@ -167,6 +167,7 @@ class StreamRelay:
     def _seen(self, event: bytes, payload: bytes, parsed: Event) -> bytes:
         """The event as it may go out. Raises Refused."""
         changed: dict[int, dict[str, str]] = {}
+        pieces: dict[str, str] = {}
         for choice in parsed.choices:
             pieces = _pieces(choice)
             if pieces:
@@ -182,7 +183,11 @@ class StreamRelay:
             renamed = choice.delta is not None and choice.delta.reasoning
             if renamed or out != pieces:
                 changed[choice.index] = out
-        return _rewritten(payload, changed) if changed else event + b"\n\n"
+        if not changed:
+            return event + b"\n\n"
+        if len(parsed.choices) == 1 and (spliced := _spliced(payload, pieces, changed[parsed.choices[0].index])):
+            return spliced
+        return _rewritten(payload, changed)
 
     def _texts(self, index: int) -> ChoiceTexts:
         if index not in self._choices:
@@ -257,6 +262,20 @@ def _pieces(choice: Choice) -> dict[str, str]:
         if call.function is not None and call.function.arguments:
             pieces[f"tool_calls.{call.index}"] = call.function.arguments
     return pieces
+
+
+def _spliced(payload: bytes, pieces: Mapping[str, str], texts: Mapping[str, str]) -> bytes:
+    """An event with its one text exchanged in place, which takes a fraction of reading and writing it anew.
+
+    Empty where that cannot be: no text or another one, probabilities of tokens that are no more, other spellings.
+    """
+    if len(pieces) != 1 or texts.keys() != pieces.keys() or b'"logprobs":{' in payload:
+        return b""
+    ((name, text),) = pieces.items()
+    was = b'"%s":%s' % (name.encode(), msgspec.json.encode(text))
+    if payload.count(was) != 1:
+        return b""
+    return b"data: " + payload.replace(was, b'"%s":%s' % (name.encode(), msgspec.json.encode(texts[name]))) + b"\n\n"
 
 
 def _rewritten(payload: bytes, changed: Mapping[int, Mapping[str, str]]) -> bytes:

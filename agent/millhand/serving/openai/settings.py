@@ -25,16 +25,16 @@ class GatewaySettings(StrictTable):
     """Address to listen on; loopback until you say otherwise, which needs a tokens_file."""
     port: int = Field(default=8000, ge=0, le=65535)
     """0 takes a free port (`millhand` shows it)."""
-    processes: int = Field(default=1, ge=1, le=64)
-    """Processes that accept on the port; streams_cap, queue and rates are shared out among them."""
+    processes: int = Field(default=0, ge=0, le=64)
+    """Processes that accept on the port; 0 takes one for every two CPUs, 1 to 4. Rates are shared out among them."""
     tokens_file: Path | None = None
     """File with the hashes of clients' tokens (`millhand gateway token` writes it). None asks for no token."""
     rates: dict[str, RateSettings] = {}
     """Role of a token -> its limits; `default` holds for roles without an entry, and where no token is asked for."""
     streams_cap: int = Field(default=128, ge=1)
-    """Requests that are given to language servers at once."""
+    """Requests that one process gives to language servers at once."""
     queue: int = Field(default=128, ge=0)
-    """Requests that may wait beyond that; more are answered 503 with Retry-After."""
+    """Requests that may wait in a process beyond that; more are answered 503 with Retry-After."""
     queue_wait_s: float = Field(default=30, gt=0)
     """A request that waits longer is answered 503 with Retry-After."""
     connections_cap: int = Field(default=1024, ge=1)
