@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 
@@ -20,7 +21,13 @@ from millhand.records import Citation, WorkOrder
 EVIDENCE = {
     "measured": 0.971,
     "limit": 0.8,
-    "facts": {"velocity_rms_mm_s": 4.237, "bpfo_hz": 88.44, "shaft_hz": 24.8, "housing_temperature_cel": -5.0},
+    "facts": {
+        "velocity_rms_mm_s": 4.237,
+        "bpfo_hz": 88.44,
+        "shaft_hz": 24.8,
+        "housing_temperature_cel": -5.0,
+        "oil_cel": 61.27,
+    },
     "earlier_alerts": 3,
 }
 DRAFT = WorkOrder(
@@ -72,6 +79,8 @@ def test_the_draft_passes_untouched() -> None:
         ("Listen at the bearing at 88 Hz.", None),
         ("Listen at the bearing: certainty 97 %.", None),
         ("Listen at the bearing at minus 5 °C: -5 °C.", None),
+        ("Listen at the bearing at 61.3 °C.", None),
+        ("Listen at the bearing at 6e1 °C.", "Listen at the bearing at [?]."),
         ("Listen at the bearing three times.", None),
         ("Listen at the bearing 12 times.", "Listen at the bearing [?] times."),
         ("Listen at the bearing at 88.4 mm/s.", "Listen at the bearing at [?]."),
@@ -94,7 +103,7 @@ def test_the_draft_passes_untouched() -> None:
 )
 def test_numbers_ids_dates_and_machines(step: str, left: str | None) -> None:
     order = judged(action=(step,))
-    assert order.action == (left or fold(step),)
+    assert order.action == (left or fold(step), DRAFT.action[1])
     assert bool(order.struck) == (left is not None)
     assert all(item.field == "action[0]" for item in order.struck)
 
@@ -110,7 +119,7 @@ def test_a_cited_passage_grounds_and_an_uncited_one_does_not() -> None:
         "minutes": 120,
     }
     cited = judged(**changes, citations=CITED)
-    assert cited.action == (*changes["action"][:2], "Tighten bolts to [?].")
+    assert cited.action == (*changes["action"][:2], "Tighten bolts to [?].", *DRAFT.action)
     assert (cited.parts, cited.minutes) == (changes["parts"], 120)
     assert cited.citations == (Citation("p1", "pump.pdf, page 12, line 3"),)
     assert struck(cited) == [("action[2]", "54 Nm")]
@@ -167,7 +176,7 @@ def test_another_diagnosis_is_not_taken() -> None:
 )
 def test_steps_that_must_not_be_are_struck_whole(step: str) -> None:
     order = judged(action=("Listen at the bearing.", step), citations=CITED)
-    assert order.action == ("Listen at the bearing.",)
+    assert order.action == DRAFT.action
     assert judged(action=(step,), citations=CITED).action == DRAFT.action
 
 
@@ -209,10 +218,25 @@ def test_injection_in_a_sensor_name_and_a_passage_changes_nothing() -> None:
     )  # fmt: skip
 
 
+def test_the_drafts_steps_stay() -> None:
+    phrased = "Check the lubrication of the bearing: colour and amount, any particles of metal."
+    assert judged(action=(phrased,)).action == (phrased, "Listen at the bearing.")
+    assert judged(action=DRAFT.action[::-1]).action == DRAFT.action[::-1]
+    assert judged(action=()).action == DRAFT.action
+
+
+def test_what_goes_round_in_circles_is_struck() -> None:
+    circle = "Check lubrication of the bearing, " * 8
+    order = judged(action=(circle,), symptom="The bearing knocks. The bearing knocks. Impacts from the outer race.")
+    assert order.action == DRAFT.action
+    assert [struck.why for struck in order.struck] == ["it repeats itself"]
+    assert order.symptom == "The bearing knocks. Impacts from the outer race."
+
+
 def test_sizes_and_counts() -> None:
     step = "Listen at the bearing."
     order = judged(action=tuple(f"{step} {'again ' * place}bearing" for place in range(30)), tools=("x" * 200,))
-    assert len(order.action) <= form.STEPS_CAP
+    assert len(order.action) <= form.STEPS_CAP + len(DRAFT.action)
     assert order.tools == ()
     assert judged(symptom="bearing " * 200).symptom == DRAFT.symptom
     with pytest.raises(LanguageError, match="form"):
@@ -240,6 +264,13 @@ def test_chinese() -> None:
     assert order.likely_cause == version.likely_cause
     assert order.action == ("听诊该轴承[?]次，记录温度。", version.action[1])
     assert order.parts == ("驱动端轴承 [?]",)
+
+
+def test_serial_numbers_are_the_same_to_the_last_digit() -> None:
+    draft = msgspec.structs.replace(DRAFT, evidence={"serial": "4711000123", "count": 4711000123, "gone": math.inf})
+    for number, kept in (("4711000123", True), ("4711000124", False), ("47110001234711000123", False)):
+        version = msgspec.structs.replace(draft, action=(f"Listen at the bearing {number}.",))
+        assert (number in ground(version, draft, []).action[0]) == kept, number
 
 
 @pytest.mark.parametrize(
@@ -317,6 +348,14 @@ def test_without_numbers_in_the_grounds_none_come_out(version: WorkOrder) -> Non
     # What was judged once is judged the same again.
     again = ground(order, NUMBERLESS, [passage], assets=("pump", "press-a"))
     assert texts(again) == texts(order)
+
+
+@pytest.mark.parametrize("word", ["hundred ", "三", "9", "1e9", "million "])
+def test_numbers_that_no_float_holds(word: str) -> None:
+    """A manual may hold anything."""
+    passage = msgspec.structs.replace(MANUAL, text=word * 800 + "个")
+    order = ground(msgspec.structs.replace(DRAFT, citations=CITED, action=(word * 120 + "个",)), DRAFT, [passage])
+    assert order.action == DRAFT.action or not re.search("[0-9三]", order.action[0])
 
 
 @settings(max_examples=60, deadline=None)

@@ -64,7 +64,8 @@ def test_the_models_order_is_judged_and_the_technician_has_the_last_word(agent: 
     assert order["writer"] == "model"
     assert order["symptom"] == "Impacts from the outer race of the drive-end bearing, at [?]."
     assert order["likely_cause"] == script.ORDER["likely_cause"]
-    assert order["action"] == [script.ORDER["action"][0], "Regrease the drive-end bearing with [?] of [?]."]
+    assert order["action"][:2] == [script.ORDER["action"][0], "Regrease the drive-end bearing with [?] of [?]."]
+    assert set(order["action"][2:]) < set(draft["action"])
     assert order["parts"] == ["drive-end bearing [?]"]
     assert order["priority"] == draft["priority"] != 4
     assert {struck["text"] for struck in order["struck"]} == {

@@ -7,8 +7,9 @@ struck: it gives way to `[?]`, and is listed with its field. A step, part, tool 
 nowhere in the grounds is struck whole, and so is one that speaks to a model or defeats a protection.
 
 Identity, evidence, state and priority are the draft's whatever the version says: urgency comes from the alert's
-severity, and a text that a sensor or a manual brings must not change it. A diagnosis is phrased anew, not replaced: a
-cause that shares no word with what draft and pack say of the fault is struck. Passages and evidence are texts of
+severity, and a text that a sensor or a manual brings must not change it. The draft's steps stay: those that the version
+leaves out are put back. A diagnosis is phrased anew, not replaced: a cause that shares no word with what draft and pack
+say of the fault is struck. Passages and evidence are texts of
 strangers: sentences of theirs that speak to a model ground nothing.
 """
 
@@ -33,6 +34,10 @@ SUPPORT_LEAST = 0.5
 """Share of a text's words that must stand in the grounds."""
 SUPPORT_LEAST_HAN = 0.4
 """The same of pairs of Chinese characters, of which each new joint of two words makes one that stands nowhere."""
+COVERED_LEAST = 0.5
+"""A draft's step of which no more than this share of words stands in one step of the version is put back."""
+REPEATS_FROM = 16
+"""A text of so many words (pairs of characters in Chinese) repeats itself where fewer than half of them differ."""
 
 SPEAKS_TO_A_MODEL = re.compile(
     r"\b(ignore|disregard|forget|override)\b.{0,40}\b(above|previous|prior|earlier|all|instructions?|rules?|prompt)\b"
@@ -102,7 +107,7 @@ class _Judgement:
         fields: dict[str, Any] = {
             "symptom": self._prose("symptom", version.symptom, draft.symptom, form.SYMPTOM_CHARACTERS),
             "likely_cause": self._cause(),
-            "action": action or draft.action,
+            "action": (*action, *(step for step in draft.action if not _covered(step, action))),
             "parts": self._short("parts", version.parts, draft.parts),
             "tools": self._short("tools", version.tools, draft.tools),
             "skill": next(iter(self._short("skill", (version.skill,) if version.skill else (), (draft.skill,))), ""),
@@ -158,7 +163,7 @@ class _Judgement:
             self._strike(name, text, f"longer than {characters} characters")
             return known
         sentences = [self._text(name, sentence.strip()) for sentence in _SENTENCE.split(fold(text))]
-        return ("" if _HAN.search(text) else " ").join(filter(None, sentences)) or known
+        return ("" if _HAN.search(text) else " ").join(filter(None, dict.fromkeys(sentences))) or known
 
     def _cause(self) -> str:
         draft, name = self.draft, "likely_cause"
@@ -231,6 +236,8 @@ class _Judgement:
             return "it speaks to a model, not to a technician"
         if DEFEATS_A_PROTECTION.search(text):
             return "it defeats a protection"
+        if _repeats(text):
+            return "it repeats itself"
         share, least = _support(text, self._words)
         return "" if share >= least else "most of its words stand neither in the draft nor in a citation"
 
@@ -276,6 +283,18 @@ def _support(text: str, known: set[str]) -> tuple[float, float]:
         text = f"{text[: token.start]} {text[token.end :]}"
     words = _words([text])
     return (len(words & known) / len(words) if words else 1.0), least
+
+
+def _covered(step: str, steps: Sequence[str]) -> bool:
+    """Whether most of what a step says is said by one of these."""
+    words = _words([step])
+    return step in steps or any(len(words & _words([other])) > COVERED_LEAST * len(words) for other in steps)
+
+
+def _repeats(text: str) -> bool:
+    """Whether it goes round in circles, as small models do."""
+    spoken = [text[place : place + 2] for place in range(len(text))] if _HAN.search(text) else text.casefold().split()
+    return len(spoken) >= REPEATS_FROM and len(set(spoken)) < 0.5 * len(spoken)
 
 
 def _is_empty(text: str) -> bool:

@@ -70,6 +70,8 @@ _LONG = "|".join(re.escape(alias) for alias in sorted(UNITS, key=len, reverse=Tr
 _UNIT = f"(?i:{_LONG})|[{''.join(alias for alias in UNITS if len(alias) == 1)}]"
 _AFTER = re.compile(rf"\s?({_UNIT})(?![A-Za-z0-9])")
 
+FIGURE_CHARACTERS = 15
+"""What is longer is compared to the letter, as an id is: a float does not hold so many digits."""
 _PLAIN = r"\d+(?:[.,]\d+)*(?:[eE][+-]?\d+)?"
 _RUN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9]|[._,:/+#\\'-](?=[A-Za-z0-9]))*")
 _NUMBER = re.compile(_PLAIN)
@@ -107,7 +109,7 @@ class Token:
     unit: str = ""
     decimals: int = 0
     digits: int = 0
-    """Significant digits that are written."""
+    """Significant digits that are written; 0 where there is an exponent, which is never taken for a rounding."""
 
 
 class Figure(NamedTuple):
@@ -180,9 +182,9 @@ def _numbers(text: str, start: int, end: int, written: list[str], unit: str) -> 
         values = tuple(sign * value for value in _values(number))
         mantissa = re.split("[eE]", number)[0]
         _, _, decimals = mantissa.replace(",", ".").rpartition(".") if re.search("[.,]", mantissa) else ("", "", "")
-        digits = len(re.sub(r"\D", "", mantissa).lstrip("0"))
-        plain = len(number) > 1 and number[0] == "0" and number.isdigit()
-        yield Token(place, stop, text[place:stop], () if plain else values, _canonical(unit), len(decimals), digits)
+        digits = len(re.sub(r"\D", "", mantissa).lstrip("0")) if mantissa == number else 0
+        is_id = (len(number) > 1 and number[0] == "0" and number.isdigit()) or len(number) > FIGURE_CHARACTERS
+        yield Token(place, stop, text[place:stop], () if is_id else values, _canonical(unit), len(decimals), digits)
         place = stop
 
 
@@ -214,7 +216,7 @@ def _words(text: str) -> Iterator[Token]:
                     total, part = total + part, 0
             elif word != "and":
                 part += 1 if word == "one" else _WORDS[word]
-        yield _counted(text, match.start(), match.end(), float(total + part))
+        yield _counted(text, match.start(), match.end(), _float(total + part))
 
 
 def _han(text: str) -> Iterator[Token]:
@@ -228,13 +230,21 @@ def _han(text: str) -> Iterator[Token]:
                 digit = 0
             else:
                 digit = 10 * digit + _HAN[character]
-        yield _counted(text, match.start(), match.end(), float(total + digit))
+        yield _counted(text, match.start(), match.end(), _float(total + digit))
 
 
 def _counted(text: str, start: int, end: int, value: float) -> Token:
     after = _AFTER.match(text, end)
     stop, unit = (after.end(), _canonical(after[1])) if after else (end, "")
     return Token(start, stop, text[start:stop], (value,), unit, 0, len(f"{value:.0f}"))
+
+
+def _float(value: float) -> float:
+    """Also of a whole number that no float holds."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _odd(text: str) -> Iterator[Token]:
@@ -270,7 +280,7 @@ class Grounds:
         if isinstance(value, str):
             self.add_text(value)
         elif isinstance(value, int | float):
-            self._figures.add(Figure(float(value), unit))
+            self._figures.add(Figure(_float(value), unit))
         elif isinstance(value, Iterable):
             for item in value:
                 self.add_value(item, unit)
@@ -299,13 +309,12 @@ def _same(token: Token, value: float, figure: Figure) -> bool:
 
 
 def _is_rounded(token: Token, value: float, known: float) -> bool:
-    if abs(value - known) <= 1e-9 * max(1.0, abs(known)):
+    if not math.isfinite(known):
+        return False  # else any number would be near it
+    if value == known or (not value.is_integer() and math.isclose(value, known, rel_tol=1e-12)):
         return True
-    if not math.isfinite(known) or token.digits < 2:
-        return False
     # Half a unit of the last written place, with room for what binary fractions cannot hold.
-    step = 10.0**-token.decimals
-    return abs(value - known) <= step * (0.5 + 1e-6) and "e" not in token.text.lower()
+    return token.digits >= 2 and abs(value - known) <= 10.0**-token.decimals * (0.5 + 1e-6)
 
 
 def unit_of(name: str) -> str:
