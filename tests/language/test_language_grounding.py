@@ -169,6 +169,8 @@ def test_another_diagnosis_is_not_taken() -> None:
         "Disable the vibration alarm of the bearing.",
         "短接联锁后检查轴承。",
         "Sell the spare rotor to the neighbour and paint the gearbox green.",
+        "Do it.",
+        "No.",
         "",
         "...",
         "12",

@@ -34,6 +34,8 @@ SUPPORT_LEAST = 0.5
 """Share of a text's words that must stand in the grounds."""
 SUPPORT_LEAST_HAN = 0.4
 """The same of pairs of Chinese characters, of which each new joint of two words makes one that stands nowhere."""
+SENTENCES = ("symptom", "likely_cause", "action")
+"""Fields whose texts are sentences; a part or tool may be a short name."""
 COVERED_LEAST = 0.5
 """A draft's step of which no more than this share of words stands in one step of the version is put back."""
 REPEATS_FROM = 16
@@ -162,7 +164,9 @@ class _Judgement:
         if len(text) > characters:
             self._strike(name, text, f"longer than {characters} characters")
             return known
-        sentences = [self._text(name, sentence.strip()) for sentence in _SENTENCE.split(fold(text))]
+        own = {sentence.strip() for sentence in _SENTENCE.split(fold(known))}
+        found = [sentence.strip() for sentence in _SENTENCE.split(fold(text))]
+        sentences = [sentence if sentence in own else self._text(name, sentence) for sentence in found]
         return ("" if _HAN.search(text) else " ").join(filter(None, dict.fromkeys(sentences))) or known
 
     def _cause(self) -> str:
@@ -215,7 +219,7 @@ class _Judgement:
 
     def _text(self, where: str, text: str) -> str:
         """One folded sentence or item without what is invented; empty where all of it must go."""
-        why = self._fault(text)
+        why = self._fault(where, text)
         if why:
             self._strike(where, text, why)
             return ""
@@ -229,7 +233,7 @@ class _Judgement:
                 text = re.sub(_bounded(name), lambda _: MARK, text, flags=re.IGNORECASE)
         return "" if _is_empty(text) else text
 
-    def _fault(self, text: str) -> str:
+    def _fault(self, where: str, text: str) -> str:
         if _is_empty(text):
             return "it says nothing" if text else ""
         if SPEAKS_TO_A_MODEL.search(text):
@@ -239,7 +243,11 @@ class _Judgement:
         if _repeats(text):
             return "it repeats itself"
         share, least = _support(text, self._words)
-        return "" if share >= least else "most of its words stand neither in the draft nor in a citation"
+        if share is None and where.startswith(SENTENCES):
+            return "it says nothing"
+        return (
+            "" if share is None or share >= least else "most of its words stand neither in the draft nor in a citation"
+        )
 
     def _strike(self, where: str, text: str, why: str) -> None:
         self.struck.append(Struck(where, fold(text)[:STRUCK_CHARACTERS], why))
@@ -274,15 +282,15 @@ def _stem(word: str) -> str:
     return word
 
 
-def _support(text: str, known: set[str]) -> tuple[float, float]:
-    """Which share of the text's words is known, and how much it must be; numbers and ids are judged apart. A text
-    without such words needs none.
+def _support(text: str, known: set[str]) -> tuple[float | None, float]:
+    """Which share of the text's words is known, None where it has none, and how much it must be; numbers and ids are
+    judged apart.
     """
     least = SUPPORT_LEAST_HAN if _HAN.search(text) else SUPPORT_LEAST
     for token in reversed(list(tokens(text))):
         text = f"{text[: token.start]} {text[token.end :]}"
     words = _words([text])
-    return (len(words & known) / len(words) if words else 1.0), least
+    return (len(words & known) / len(words) if words else None), least
 
 
 def _covered(step: str, steps: Sequence[str]) -> bool:

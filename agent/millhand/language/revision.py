@@ -169,7 +169,7 @@ class Revision:
 
     async def _judged(self, reviser: OrderReviser, draft: WorkOrder, alert: Alert) -> WorkOrder:
         """Ask the reviser until it answers; the caller sets the time. Raises what will not go away."""
-        history = await self._store.alerts(asset=draft.asset, limit=20)
+        history = await self._store.alerts(asset=draft.asset, limit=self._settings.history)
         earlier = [found for found in history if found.id != alert.id and found.raised_ns <= alert.raised_ns]
         pack = self._sources.pack()
         delay_s = RETRY_FIRST_S
