@@ -11,7 +11,7 @@ import click
 
 from millhand.cli import compare
 from millhand.cli.output import LINE_CHARACTERS, Output, json_option, shorten, wrapped
-from millhand.errors import ControlError, MillhandError
+from millhand.errors import ControlError, InputError, MillhandError
 from millhand.workshop.listener import Silence
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def command(ctx: click.Context, **chosen: Any) -> None:
 
     Each is made and judged in a process of its own, beside the original, on rows that nothing was fitted to: those of
     --data, of the plugin that knows the model, or what this node has recorded. The fastest that keeps the metric serves
-    from then on; what lies on the shelf already is not made again.
+    from then on; what lies on the shelf already is not made again. Of a language model they are other precisions of its
+    GGUF file, judged by perplexity on a text (--data, or the one that comes along).
     """
     _build(ctx.obj, engines=True, **chosen)
 
@@ -74,12 +75,21 @@ def _build(
     fresh: bool,
     engines: bool,
 ) -> None:
+    from millhand.cli.language_build import build as language_build
+    from millhand.language.library import open_library
     from millhand.workshop.boards import target_named
     from millhand.workshop.build import Order, build
     from millhand.workshop.site import open_site
 
     config = output.config()
     site = open_site(config)
+    if name in (library := open_library(config)).names():
+        if target or version or budget:
+            raise InputError(
+                "--target, --version and --budget are not for language models", hint="they are built where they serve"
+            )
+        language_build(output, site, library.model(name), only, data, fresh, listener_of(output))
+        return
     folder = site.repository.find(name)
     order = Order(
         model=name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,19 +22,33 @@ NAME_CHARACTERS = 13
 
 
 @click.command("compare", short_help="Show what was made of a model, which candidate won, and why.")
-@click.argument("name")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @click.option("--target", help="Of which hardware. Default: where the model serves on this node.")
 @click.option("--version", type=click.IntRange(1), help="Default: the newest that the model's policy serves.")
+@click.option("--data", type=click.Path(path_type=Path), help="Several language models: the text to rank them on.")
 @json_option
 @click.pass_context
-def command(ctx: click.Context, name: str, target: str | None, version: int | None) -> None:
-    """Show the candidates of model NAME: size, metric, latency and memory beside the original's, and the verdict."""
+def command(
+    ctx: click.Context, names: tuple[str, ...], target: str | None, version: int | None, data: Path | None
+) -> None:
+    """Show the candidates of model NAME: size, metric, latency and memory beside the original's, and the verdict.
+
+    Several names are language models, which are measured now and ranked on one text.
+    """
+    from millhand.cli import language_build
+    from millhand.language.library import open_library
     from millhand.workshop.boards import target_named
     from millhand.workshop.report import read_report
     from millhand.workshop.site import open_site
 
     output: Output = ctx.obj
-    site = open_site(output.config())
+    site, library, name = open_site(output.config()), open_library(output.config()), names[0]
+    if names[1:]:
+        language_build.compare_models(output, site, library, names, data)
+        return
+    if name in library.names():
+        language_build.compare_precisions(output, site, library.model(name))
+        return
     folder = site.repository.find(name)
     wanted = target_named(target, site.targets, site.profiles) if target else site.own_target(folder)
     place = site.shelf.place(name, version or folder.chosen()[-1], wanted.name)
@@ -105,6 +120,11 @@ def _measured(report: BuildReport, proofs: dict[str, Proof]) -> str:
     if score is None:
         return "not run"
     data = score.data.partition("; sha256")[0]
+    if score.metric == "perplexity":
+        return (
+            f"{score.metric} on {score.rows} tokens ({data}); speed beside the original, p50 and p99 in ms for a token "
+            "that is written"
+        )
     return (
         f"{score.metric} on {score.rows} rows ({data}); speed beside the original, p50 and p99 in ms, at batches of "
         f"{report.typical_batch}, one thread"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from millhand.cli.language_build import made_of, verified
 from millhand.cli.output import Output, json_option, plural, table_with_reasons, wrapped
 from millhand.errors import InputError, ModelError
 from millhand.proof.document import ORIGINAL
@@ -71,16 +72,21 @@ def proof(
 def verify(ctx: click.Context, name: str | None, everything: bool) -> None:
     """Check every version of model NAME and every candidate made of it against its proof.
 
+    A language model's own files are held against the hashes that it was added with.
     Ends with 1 where one is refused, or unproved under [models] require_proof. A candidate that did not pass its gate
     is listed as refused; that counts only if it is the one that was chosen to serve.
     """
+    from millhand.language.library import open_library
     from millhand.proof.verification import verify as verdict_of
 
     output: Output = ctx.obj
     if everything == bool(name):
         raise click.UsageError("name one model, or give --all", ctx)
     repository = output.repository()
-    names = repository.names() if everything else [repository.find(str(name)).name]
+    library = open_library(output.config())
+    language = library.names() if everything else [str(name)] if name in library.names() else []
+    others = [] if language else [repository.find(str(name)).name] if name else []
+    names = repository.names() if everything else others
     found = [
         (subject, verdict_of(subject, repository.keyring), chosen)
         for model in names
@@ -93,9 +99,15 @@ def verify(ctx: click.Context, name: str | None, everything: bool) -> None:
     rows += [(folder.path.name, None, "-", "bad", folder.message) for folder in bad]
     entries = [_entry(subject, verdict) for subject, verdict, _ in found]
     entries += [{"folder": str(folder.path), "state": "bad", "reason": folder.message} for folder in bad]
+    made = [item for model in language for item in verified(library, _shelf(output), repository.keyring, model)]
+    rows += [(entry["model"], None, entry["artifact"], entry["state"], entry["reason"]) for entry, _ in made]
+    entries += [entry for entry, _ in made]
     headers = ("model", "version", "artifact", "proof", "why")
     output.emit(entries, table_with_reasons(headers, rows) if rows else ["There is no model."])
     _raise_bad(found, repository)
+    for entry, is_bad in made:
+        if is_bad:
+            raise ModelError(f"language model '{entry['model']}', {entry['artifact']}: {entry['reason']}")
 
 
 @click.command("sign", short_help="Sign a proof with the plant's key.")
@@ -149,6 +161,10 @@ def _subject(
     target: str | None,
 ) -> Subject:
     """The artifact that the options name. Raises ModelError naming what is there."""
+    from millhand.language.library import open_library
+
+    if name in (library := open_library(output.config())).names():
+        return made_of(library.model(name), _shelf(output), candidate, target)
     folder = repository.find(name)
     number = folder.chosen()[-1] if version is None else version
     if number not in folder.versions:

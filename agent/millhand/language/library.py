@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -15,8 +15,12 @@ from millhand.validation import StrictTable, read_toml, validate
 
 if TYPE_CHECKING:
     from millhand.config import Config
+    from millhand.proof.signature import Keyring
+    from millhand.workshop.shelf import Shelf
 
 MANIFEST = "language.toml"
+VERSION = 1
+"""On the shelf: a language model has one; another release is added under another name, or in its place."""
 FOLDER = "language"
 """In [node] data_dir: where `millhand model add` puts models."""
 
@@ -82,12 +86,34 @@ class LanguageModel:
         return sum(path.stat().st_size for path in self.path.glob("*.safetensors"))
 
 
+class Served(NamedTuple):
+    """What serves of a model."""
+
+    path: Path
+    precision: str
+    why: str
+    """In words; empty where nothing was made of the model."""
+
+
 class Library:
     """The language models in some folders; the first folder that has a name wins."""
 
-    def __init__(self, folders: Sequence[Path]) -> None:
-        """The first folder is millhand's own, where models are added."""
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        shelf: Shelf | None = None,
+        keyring: Keyring | None = None,
+        use_built: bool | Sequence[str] = True,
+    ) -> None:
+        """The first folder is millhand's own, where models are added.
+
+        shelf: where other precisions of them lie; none serves models as they were added. keyring: whose signatures
+        their proofs need. use_built: of which models ([models] use_built).
+        """
         self._folders = tuple(folders)
+        self._shelf = shelf
+        self._keyring = keyring
+        self._use_built = use_built
 
     @property
     def own(self) -> Path:
@@ -117,10 +143,39 @@ class Library:
             hint=f"add it with: millhand model add {name} SOURCE (millhand model catalog lists what fits)",
         )
 
+    def served(self, model: LanguageModel, target: str) -> Served:
+        """What serves of a model on a target (`cpu`, `sm80`): the precision that `millhand model build` chose, where
+        its proof holds. Reads whole files the first time."""
+        from millhand.proof.verification import verify
+
+        used = self._use_built if isinstance(self._use_built, bool) else model.name in self._use_built
+        choice = self._shelf.choice(model.name, VERSION, target) if self._shelf and used else None
+        own = model.manifest.precision
+        if self._shelf is None or self._keyring is None or choice is None or not choice.candidate:
+            return Served(model.path, own, choice.why if choice else "")
+        if choice.source_sha256 != model.manifest.sha256.get(model.manifest.file.as_posix()):
+            return Served(model.path, own, f"not {choice.candidate}: it was made of another file of this name")
+        try:
+            candidate = self._shelf.find(model.name, VERSION, target, choice.candidate)
+        except ModelError as error:
+            return Served(model.path, own, f"not {choice.candidate}: {error.message}")
+        verdict = verify(self._shelf.subject(model.name, VERSION, target, candidate), self._keyring)
+        if verdict.state != "proved":
+            return Served(model.path, own, f"not {choice.candidate}: it is {verdict.state}: {verdict.reason}")
+        return Served(candidate.artifact, choice.candidate, choice.why)
+
 
 def open_library(config: Config) -> Library:
     """The node's language models: those added, then those in [models] paths (and MODEL_PATH)."""
-    return Library([config.node.data_dir / FOLDER, *config.models.paths])
+    from millhand.proof.signature import Keyring
+    from millhand.workshop.shelf import open_shelf
+
+    return Library(
+        [config.node.data_dir / FOLDER, *config.models.paths],
+        open_shelf(config),
+        Keyring(config.node.data_dir, config.models.trusted_keys),
+        config.models.use_built,
+    )
 
 
 def _toml_value(value: object) -> str:

@@ -71,10 +71,13 @@ def make_plan(
     groups = _groups(settings, model, match, hardware, reasons)
     context_tokens = _context(settings, model, match, reasons)
     profile = match.profile.language
+    served = library.served(model, _target(match, hardware))
+    if served.why:
+        reasons.append(f"weights: {served.why}")
     launches = tuple(
         Launch(
             name=model.name,
-            model=model.path,
+            model=served.path,
             port=0,
             context_tokens=context_tokens,
             slots=settings.slots or profile.slots,
@@ -90,6 +93,15 @@ def make_plan(
     if note := server.command(launches[0]).note:  # what cannot be started is said now
         reasons.append(note)
     return Plan(model, server, launches, reasons)
+
+
+def _target(match: Match, hardware: Hardware) -> str:
+    """The name of the shelf for where it serves."""
+    from millhand.workshop.recipe import CPU
+    from millhand.workshop.targets import node_targets
+
+    target = node_targets(hardware, match).get(match.worker.accelerator)
+    return target.name if target else CPU
 
 
 def _server(

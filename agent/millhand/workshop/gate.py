@@ -14,7 +14,7 @@ def verdict(score: Score) -> tuple[bool, tuple[str, ...]]:
     values = f"{score.original:.4g} to {score.candidate:.4g} on {score.rows} rows"
     reasons = [f"{change[0].upper()}{change[1:]}: {values}; {score.limit_percent:g} % are allowed."]
     passed = score.drop_percent <= score.limit_percent
-    if score.metric != "rmse" and 0 < score.limit_percent < 100 / score.rows:
+    if score.metric not in ("rmse", "perplexity") and 0 < score.limit_percent < 100 / score.rows:
         reasons.append(f"One row of {score.rows} counts {100 / score.rows:.2g} %: more rows would say more.")
     return passed, tuple(reasons)
 

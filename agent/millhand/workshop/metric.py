@@ -17,6 +17,8 @@ from millhand.errors import ModelError
 ACCURACY = "accuracy"
 RMSE = "rmse"
 AGREEMENT = "agreement"
+PERPLEXITY = "perplexity"
+"""Of language models, which their servers measure (language/perplexity.py)."""
 WHOLE_PERCENT = 100.0
 
 Outputs = Mapping[str, NDArray[Any]]
