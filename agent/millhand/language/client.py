@@ -15,8 +15,6 @@ from millhand.language.proving import answered, message_of
 TIMEOUT_S = 120.0
 REFUSED = ("refused", "content_filter")
 """What the gateway calls a text that a guard refused: the error's code, or the choice's finish reason."""
-
-
 TOKEN_BIAS = 40
 """On a candidate's tokens: more than any difference between the logits of those that the schema allows."""
 
@@ -80,8 +78,8 @@ class LanguageClient:
         """How well each candidate fits as the answer, higher is better; in the candidates' order.
 
         Where the server has `logprobs` and `text_bias`: each candidate is written by the server, bound to it by a
-        schema and led along its own tokens by a bias; its score is the mean log-probability of a character, as the
-        model would have it without either (0 is certain). Elsewhere the server writes one of them, bound by a schema:
+        schema and led along its own tokens by a bias; its score is the mean log-probability of a byte, as the model
+        would have it without either (0 is certain). Elsewhere the server writes one of them, bound by a schema:
         that one has 1, the others 0. Raises as `__call__`.
         """
         if not {"logprobs", "text_bias"} <= set(self.model().get("abilities", ())):
@@ -91,17 +89,18 @@ class LanguageClient:
         return [await self._likelihood(messages, candidate) for candidate in candidates]
 
     async def _likelihood(self, messages: Sequence[Mapping[str, str]], candidate: str) -> float:
+        text = msgspec.json.encode(candidate)
         asked = {
             "max_tokens": _tokens_cap([candidate]),
             "temperature": 0,
             "logprobs": True,
-            "logit_bias": {candidate: TOKEN_BIAS},
+            "logit_bias": {text.decode(): TOKEN_BIAS},  # in its quotes: a number would be taken for a token's
             "response_format": _format({"const": candidate}),
         }
         answer = await self._ask(messages, asked)
         try:
             written = answer["choices"][0]["logprobs"]["content"]
-            return _mean_logprob([(str(one["token"]), float(one["logprob"])) for one in written], candidate)
+            return _mean_logprob([(_size(one), float(one["logprob"])) for one in written], len(text))
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise LanguageError("the language model's answer has no log-probabilities", retriable=False) from error
 
@@ -185,11 +184,18 @@ def _tokens_cap(candidates: Sequence[str]) -> int:
     return max(len(msgspec.json.encode(candidate)) for candidate in candidates) + 32
 
 
-def _mean_logprob(written: Sequence[tuple[str, float]], candidate: str) -> float:
-    """Of a character of the JSON string that `candidate` is; what the server writes behind it does not count."""
-    length, seen, total = len(msgspec.json.encode(candidate).decode()), 0, 0.0
-    for token, logprob in written:
-        if seen >= length:
+def _size(token: Mapping[str, Any]) -> int:
+    """Bytes of a token; one that is a part of a character has them in `bytes` only."""
+    return len(token.get("bytes") or str(token["token"]).encode())
+
+
+def _mean_logprob(written: Sequence[tuple[int, float]], size: int) -> float:
+    """Of a byte of the first `size`, from (bytes of a token, its log-probability); what comes behind does not count."""
+    seen, total = 0, 0.0
+    for token_size, logprob in written:
+        if seen >= size:
             break
-        seen, total = seen + len(token), total + logprob
-    return total / length
+        seen, total = seen + token_size, total + logprob
+    if seen < size:
+        raise ValueError("the answer is shorter than the candidate")
+    return total / size

@@ -37,7 +37,7 @@ class BoundedLog:
     def __init__(self, path: Path, bytes_cap: int) -> None:
         self._path = path
         self._bytes_cap = bytes_cap
-        self._file = path.open("wb")
+        self._file = self._begin()
         self._size = 0
         self._minute_s = time.monotonic()
         self._minute_bytes = 0
@@ -58,6 +58,15 @@ class BoundedLog:
         self._say_left_out()
         self._file.close()
 
+    def _begin(self) -> IO[bytes]:
+        """A new file; what the one before says, of a server that died perhaps, is kept. Without a disk, nothing is."""
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                self._path.replace(self._path.with_suffix(".log.1"))
+            return self._path.open("wb")
+        except OSError:
+            return Path(os.devnull).open("wb")
+
     def _say_left_out(self) -> None:
         if self._left_out:
             self._append(b"\n(%d bytes more were not written: too many in a minute)\n" % self._left_out)
@@ -67,8 +76,7 @@ class BoundedLog:
         with contextlib.suppress(OSError):
             if self._size + len(data) > self._bytes_cap:
                 self._file.close()
-                self._path.replace(self._path.with_suffix(".log.1"))
-                self._file = self._path.open("wb")
+                self._file = self._begin()
                 self._size = 0
             self._file.write(data)
             self._file.flush()

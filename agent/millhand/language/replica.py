@@ -134,6 +134,10 @@ class Replica:
             verdict = "failed", error.message, error.hint or f"its log: {self.log_path}"
         except OSError as error:
             verdict = "failed", f"it cannot be started: {error}", "see the system's limits and the data folder"
+        except Exception as error:
+            log.exception("language server %s", self.name)
+            what = f"the plugin of '{self._server.name}' failed: {type(error).__name__}: {error}"
+            verdict = "failed", what, "report this to the author of the plugin"
         log.error("language server %s is started again: %s", self.name, verdict[1])
         ready_s = 0.0 if ready_at is None else loop.time() - ready_at
         self._withdraw()

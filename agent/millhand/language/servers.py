@@ -35,6 +35,7 @@ class LanguageServers:
         self._task: asyncio.Task[None] | None = None
         self._fault: MillhandError | None = None
         self._changed = asyncio.Event()
+        self._exchanging = asyncio.Lock()
         self._turn = 0
 
     def start(self) -> None:
@@ -55,44 +56,36 @@ class LanguageServers:
 
     async def exchange_settings(self, settings: LanguageSettings) -> None:
         """Serve what `settings` say from now on; nothing happens where they are the same."""
-        if settings == self.settings:
-            return
-        await self.stop()
-        self.settings, self._fault = settings, None
-        self.start()
+        async with self._exchanging:
+            if settings != self.settings:
+                await self.stop()
+                self.settings, self._fault = settings, None
+                self.start()
 
     async def restart(self, replica: str = "") -> list[str]:
         """Start one process anew, or all of them with a new plan; returns their names. Raises InputError."""
         if not self.settings.model:
             raise InputError("no language model is configured", hint="name one as [language] model")
-        if replica:
-            found = [one for one in self.replicas if one.name == replica]
-            if not found:
-                names = ", ".join(one.name for one in self.replicas) or "none runs"
-                raise InputError(f"no language server is called '{replica}'", hint=f"one of: {names}")
-            await found[0].restart()
-            return [replica]
-        await self.stop()
-        self._fault = None
-        self.start()
-        return [self.settings.model]
+        async with self._exchanging:
+            if replica:
+                found = [one for one in self.replicas if one.name == replica]
+                if not found:
+                    names = ", ".join(one.name for one in self.replicas) or "none runs"
+                    raise InputError(f"no language server is called '{replica}'", hint=f"one of: {names}")
+                await found[0].restart()
+                return [replica]
+            await self.stop()
+            self._fault = None
+            self.start()
+            return [self.settings.model]
 
     async def _begin(self) -> None:
         """Plan and start; a plan that cannot be is made again with back-off: a model may be added meanwhile."""
         delay_s = self.settings.restart_delay_s
-        while True:
-            try:
-                self.plan = await asyncio.to_thread(self._make_plan)
-                break
-            except MillhandError as error:
-                if self._fault is None or self._fault.message != error.message:
-                    log.error("language model '%s': %s", self.settings.model, error.text)
-                self._fault = error
-                self._tell()
+        while (plan := await self._try_plan()) is None:
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, self.settings.restart_delay_cap_s)
-        self._fault = None
-        plan = self.plan
+        self.plan = plan
         log.info("language model '%s': %s", plan.model.name, "; ".join(plan.reasons))
         names = [plan.model.name, *(f"{plan.model.name}-{number}" for number in range(2, len(plan.launches) + 1))]
         self.replicas = [
@@ -102,6 +95,25 @@ class LanguageServers:
         for replica in self.replicas:
             replica.start()
         self._tell()
+
+    async def _try_plan(self) -> Plan | None:
+        """A plan, or None: then the fault is told."""
+        before = self._fault
+        try:
+            plan = await asyncio.to_thread(self._make_plan)
+        except MillhandError as error:
+            self._fault = error
+        except Exception as error:
+            log.exception("language model '%s': planning failed", self.settings.model)
+            hint = "a file is gone, or a plugin is at fault: see the log"
+            self._fault = LanguageError(f"it cannot be planned: {type(error).__name__}: {error}", hint=hint)
+        else:
+            self._fault = None
+            return plan
+        if before is None or before.message != self._fault.message:
+            log.error("language model '%s': %s", self.settings.model, self._fault.text)
+        self._tell()
+        return None
 
     # ---- what others are told ---------------------------------------------------------------------------------------
 

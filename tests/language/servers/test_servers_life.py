@@ -19,7 +19,7 @@ import pytest
 from server_kit import PROGRAM, StandIn, gone, server_of, session_of
 
 from millhand.language import replica as replica_module
-from millhand.language.launch import Command, Launch
+from millhand.language.launch import Command, Launch, ServerFigures
 from millhand.language.replica import Replica
 
 Start = Callable[..., Replica]
@@ -139,8 +139,22 @@ async def test_one_that_exits_says_its_last_words_and_is_tried_until_it_is_mende
     await until(lambda: server.restarts >= 2 and server.state == "failed", "failed again")
     assert server.reason == "it exited with status 3 before it was ready: error: the model is broken"
     assert str(server.log_path) in server.hint
+    assert "bye" in server.log_path.with_suffix(".log.1").read_text()  # of the start before
     standin.behave("")
     await until(lambda: server.state == "ready", "ready")
+
+
+async def test_a_plugin_that_raises_is_told_and_leaves_no_process(replica: Start, until: Until, tmp_path: Path) -> None:
+    class Faulty(StandIn):
+        def figures(self, metrics: str) -> ServerFigures:
+            raise ZeroDivisionError("no such column")
+
+    server = replica(server=Faulty("", tmp_path), restart_delay_s=30)
+    await until(lambda: server.state == "ready", "ready")
+    keeper = server.pid
+    await until(lambda: server.state == "failed", "failed")
+    assert server.reason == "the plugin of 'standin' failed: ZeroDivisionError: no such column"
+    assert not session_of(keeper)
 
 
 async def test_a_program_that_is_not_there(replica: Start, until: Until, tmp_path: Path) -> None:

@@ -131,6 +131,8 @@ def test_the_agent_asks_it(ready: dict[str, Any]) -> None:
         scores = await ask.score(told, ["oil on the floor", "a blown fuse"])
         assert scores[0] > scores[1]
         assert all(score < 0 for score in scores)
+        odd = await ask.score([{"role": "user", "content": "Say 42."}], ["42", '轴承 "A"'])
+        assert odd[0] > odd[1]
 
     asyncio.run(ask())
 
