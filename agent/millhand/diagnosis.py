@@ -333,6 +333,25 @@ def _tokens(config: Config) -> Iterator[Finding]:
                 yield Finding(key, "ok", f"'{settings.admin_token_file}' holds a token")
             except MillhandError as error:
                 yield _of_error(key, error)
+    yield from _gateway_tokens(config)
+
+
+def _gateway_tokens(config: Config) -> Iterator[Finding]:
+    """The file whose tokens let clients ask the language model."""
+    from millhand.serving.openai.tokens import read_tokens
+
+    path, key = config.gateway.tokens_file, "gateway tokens_file"
+    if path is None or not config.serves_gateway:
+        return
+    try:
+        count = len(read_tokens(path))
+    except MillhandError as error:
+        yield _of_error(key, error)
+        return
+    if count:
+        yield Finding(key, "ok", f"'{path}' holds {count} tokens")
+    else:
+        yield Finding(key, "warning", f"'{path}' is empty: nobody may ask", "millhand gateway token NAME")
 
 
 def _tracing(config: Config) -> Iterator[Finding]:

@@ -303,6 +303,16 @@ def test_tokens_that_cannot_be_read(node: Node) -> None:
     assert not [finding for finding in node.check() if finding.name == "http admin_token_file"]
 
 
+def test_tokens_of_the_gateway(node: Node) -> None:
+    path = node.folder / "tokens"
+    node.set("gateway", enabled=True, port=0, tokens_file=str(path))
+    assert node.only("gateway tokens_file").level == "error"
+    path.touch(mode=0o600)
+    assert node.only("gateway tokens_file").hint == "millhand gateway token NAME"
+    path.write_text(f"ada operator {'0' * 64}\n")
+    assert node.only("gateway tokens_file").message == f"'{path}' holds 1 tokens"
+
+
 def test_orders_that_nothing_would_write_or_make_better(node: Node) -> None:
     assert "orders" not in [finding.name for finding in node.check()]
     node.set("orders", writer="determinstic", reviser="modell").set("pack", name="no-such-field")
