@@ -49,6 +49,7 @@ class Calls:
             "alert.ack": self.alert_ack,
             **OrderCalls(self._daemon.store).handlers(),
             **ConversationCalls(self._daemon.store, self._daemon.asking).handlers(),
+            **self._daemon.knowledge.handlers(),
             "prediction.list": self.prediction_list,
             "plugin.list": self.plugin_list,
             "readings.export": self.readings_export,

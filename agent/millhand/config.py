@@ -19,6 +19,7 @@ from pydantic import Field, field_validator, model_validator
 
 from millhand.control import SOCKET_NAME_BYTES_CAP, SOCKET_PATH_BYTES_CAP
 from millhand.errors import ConfigError
+from millhand.language.knowledge import KnowledgeSettings
 from millhand.language.pack import PackSettings
 from millhand.language.settings import LanguageSettings
 from millhand.log_settings import LogSettings
@@ -82,6 +83,11 @@ class NodeSettings(StrictTable):
         return self.run_dir / "control.sock"
 
     @property
+    def models_dir(self) -> Path:
+        """Models that the node made or fetched itself."""
+        return self.data_dir / "models"
+
+    @property
     def store_path(self) -> Path:
         return self.data_dir / "millhand.db"
 
@@ -101,6 +107,7 @@ class Config(StrictTable):
     recording: RecordingSettings = RecordingSettings()
     workshop: WorkshopSettings = WorkshopSettings()
     pack: PackSettings = PackSettings()
+    knowledge: KnowledgeSettings = KnowledgeSettings()
     plugins: dict[str, dict[str, Any]] = {}
     """One table a plugin. `enabled = false` leaves it out; `required = true` makes its failure fatal."""
     assets: tuple[AssetSettings, ...] = ()

@@ -33,6 +33,7 @@ from millhand.hardware import Hardware, discover
 from millhand.hardware.visible import VARIABLE, visible_devices
 from millhand.language.asking import Asking
 from millhand.language.client import LanguageClient, Place
+from millhand.language.knowledge import NodeKnowledge
 from millhand.language.library import open_library
 from millhand.language.pack import find_pack
 from millhand.language.plan import Plan, make_plan, servers_of
@@ -56,7 +57,6 @@ from millhand.store.database import Loss
 from millhand.systemd import notify, notify_reloading, watchdog_interval_s
 
 if TYPE_CHECKING:
-    from millhand.hookspecs import KnowledgeBase
     from millhand.language.passages import Passage
     from millhand.telemetry.publisher import Publisher
 
@@ -70,7 +70,7 @@ THREAD_NAME = "millhand-work"
 PLUGIN_RETRY_FIRST_S = 5.0
 PLUGIN_RETRY_LAST_S = 300.0
 # What only a restart can change: the daemon's own place and its store.
-FIXED_SECTIONS = ("node", "store", "recording", "http", "grpc", "tracing", "models", "pack")
+FIXED_SECTIONS = ("node", "store", "recording", "http", "grpc", "tracing", "models", "pack", "knowledge")
 
 
 class Daemon:
@@ -85,14 +85,15 @@ class Daemon:
         self.hardware: Hardware
         self.match: Match
         self.store: Store
+        self.repository: Repository
         self.pool: ModelPool
         self.language: LanguageServers
         self.publisher: Publisher | None = None
+        self.knowledge: NodeKnowledge
         self.recorder: Recorder
         self.fleet: Fleet
         self.revision: Revision
         self.metrics: NodeMetrics
-        self.knowledge: KnowledgeBase | None = None
         self.self_test: SelfTest
         self.healthy_at = time.monotonic()
         self._control: ControlServer
@@ -118,7 +119,7 @@ class Daemon:
         self.match = self._match_profile()
         self.store = await Store.open(config.node.store_path, config.store)
         await self._tell_set_aside()
-        repository = Repository.from_config(config, self._model_folders())
+        repository = self.repository = Repository.from_config(config, self._model_folders())
         self.pool = ModelPool(
             repository,
             config.models,
@@ -128,9 +129,11 @@ class Daemon:
             candidates=node_candidates(config, self.config_path, self.registry, repository, self.hardware, self.match),
         )
         self.self_test = SelfTest(self.registry, config.models, self.match.workers, repository, config.models_needed())
-        await self.pool.start(needed=config.models_needed())
+        await self.pool.start(needed=self._models_needed())
         self.language = LanguageServers(config.language, self._language_plan, config.node.data_dir / "log")
         self.language.start()
+        self.knowledge = NodeKnowledge(self.registry.one("millhand_knowledge"), config.knowledge, config.pack)
+        await self.knowledge.start(config.node.data_dir, repository.find, self.pool.infer, self.store)
         self.publisher = self._make_publisher()
         self.recorder = Recorder(config.node.data_dir, config.recording)
         self.recorder.start()
@@ -175,6 +178,7 @@ class Daemon:
             ("recorder", getattr(self, "recorder", None)),
             ("publisher", self.publisher),
             ("language servers", getattr(self, "language", None)),
+            ("knowledge", getattr(self, "knowledge", None)),
             ("models", getattr(self, "pool", None)),
             ("control", getattr(self, "_control", None)),
         ]
@@ -219,7 +223,7 @@ class Daemon:
         return Asking(self.store, self.complete(), self._search, find_pack(self.config.pack))
 
     async def _search(self, query: str, asset: str, limit: int) -> Sequence[Passage]:
-        return [] if self.knowledge is None else await self.knowledge.search(query, asset, limit)
+        return await self.knowledge.search(query, asset, limit)
 
     def _gateway_place(self) -> Place:
         if self._gateway is None or not self._gateway.port:
@@ -260,8 +264,8 @@ class Daemon:
         self.registry.load(new_tables)
         self.config = new.model_copy(update={name: getattr(old, name) for name in FIXED_SECTIONS})
         configure_logs(self.config.log)
-        await self.pool.need(self.config.models_needed(), self._model_folders())
         await self.language.exchange_settings(self.config.language)
+        await self.pool.need(self._models_needed(), self._model_folders())
         if self.config.telemetry == old.telemetry:
             await self.fleet.apply(self.config, self.publisher)
         else:
@@ -326,14 +330,21 @@ class Daemon:
         sources = Sources(
             revisers=lambda: [reviser for _, reviser in self.registry.collect("millhand_order_revisers")],
             complete=self.complete,
-            knowledge=lambda: self.knowledge,
+            knowledge=lambda: self.knowledge.opened,
             pack=cache(partial(find_pack, self.config.pack)),
             assets=lambda: {asset.name for asset in self.config.assets},
         )
         return Revision(self.store, self.config.orders, sources)
 
+    def _models_needed(self) -> list[str]:
+        """What assets use, and the embedder where knowledge is kept and one is here."""
+        config, embedder = self.config, self.config.knowledge.embedder
+        knows = any("millhand_knowledge" in plugin.hooks for plugin in self.registry.plugins.values())
+        return [*config.models_needed(), *([embedder] if knows and embedder in self.repository.models else [])]
+
     def _make_folders(self) -> None:
-        for key, folder in (("data_dir", self.config.node.data_dir), ("run_dir", self.config.node.run_dir)):
+        node = self.config.node
+        for key, folder in (("data_dir", node.models_dir), ("run_dir", node.run_dir)):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -437,7 +448,7 @@ class Daemon:
                 delay_s = PLUGIN_RETRY_FIRST_S
             elif self.registry.retry_failed():
                 async with self._reloading:
-                    await self.pool.need(self.config.models_needed(), self._model_folders())
+                    await self.pool.need(self._models_needed(), self._model_folders())
                     await self.fleet.apply(self.config, self.publisher)
 
 

@@ -59,7 +59,7 @@ def diagnose(config_path: Path | None) -> list[Finding]:
         return [_of_error("config", error)]
     findings = [Finding("config", "ok", f"valid, {len(config.assets)} assets")]
     checks: list[Callable[[Config], Iterator[Finding]]] = [
-        _folders, _clock, _hardware, _plugins, _keys, _models, _worker, _backends, _language, _orders, _tokens,
+        _folders, _clock, _hardware, _plugins, _pack, _keys, _models, _worker, _backends, _language, _orders, _tokens,
         _tracing, _listeners, _broker, _daemon,
     ]  # fmt: skip
     for check in checks:
@@ -183,6 +183,15 @@ def _plugins(config: Config) -> Iterator[Finding]:
             )
         except MillhandError as error:
             yield _of_error(f"asset {asset.name}", error)
+
+
+def _pack(config: Config) -> Iterator[Finding]:
+    """Whether the domain pack can be read; nothing to say where the owner named none and it can."""
+    from millhand.language.pack import PackSettings, find_pack
+
+    pack = find_pack(config.pack)
+    if config.pack != PackSettings():
+        yield Finding("pack", "ok", f"{pack.name}: {pack.manifest.title}")
 
 
 def _keys(config: Config) -> Iterator[Finding]:

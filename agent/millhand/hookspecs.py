@@ -372,14 +372,18 @@ class KnowledgeBase(Protocol):
     async def add(self, path: Path, assets: Sequence[str] = (), kind: str = "manual") -> Mapping[str, Any]:
         """Take a file or a folder in; what is known already is not read again. Returns counts. Raises InputError."""
 
+    async def add_text(self, source: str, text: str, assets: Sequence[str] = (), kind: str = "order") -> int:
+        """Take a text in that is no file, such as a past order; one of the same name is replaced, an empty text
+        removes it. Returns how many passages are new. Raises InputError."""
+
     async def remove(self, source: str) -> int:
         """Forget a source at once; returns how many passages that were."""
 
     async def sources(self) -> Sequence[Mapping[str, Any]]:
         """What is known: source, kind, assets, passages, bytes, when."""
 
-    async def search(self, query: str, asset: str = "", limit: int = 5) -> Sequence[Passage]:
-        """The best passages, best first."""
+    async def search(self, query: str, asset: str = "", limit: int = 5, kinds: Sequence[str] = ()) -> Sequence[Passage]:
+        """The best passages, best first. asset: only what is about it or about all; kinds: only these, if any."""
 
     async def close(self) -> None:
         """Release everything."""
@@ -387,6 +391,10 @@ class KnowledgeBase(Protocol):
 
 class Embed(Protocol):
     """Turns texts into vectors with a model of the node's own repository."""
+
+    @property
+    def model(self) -> str:
+        """Which model it is: vectors of two models cannot be compared."""
 
     async def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """(texts, dimensions), rows of length 1."""

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -74,18 +74,26 @@ class Registry:
 
     def collect(self, hook: str) -> Iterator[tuple[str, Any]]:
         """Yield (plugin name, item) of every sequence that the implementations of `hook` return."""
+        for name, items in self._called(hook, lambda produced: list(produced or ())):
+            for item in items:
+                yield name, item
+
+    def one(self, hook: str) -> Any:
+        """What the first implementation of `hook` returns that returns anything; None where none does."""
+        return next((found for _, found in self._called(hook, lambda produced: produced) if found is not None), None)
+
+    def _called(self, hook: str, read: Callable[[Any], Any]) -> Iterator[tuple[str, Any]]:
+        """(plugin name, what `read` makes of its answer); a plugin that raises is degraded and left out."""
         caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
         for implementation in caller.get_hookimpls():
             plugin = self.plugins[implementation.plugin_name]
             try:
                 arguments = {"config": plugin.config}
-                items = implementation.function(*(arguments[name] for name in implementation.argnames))
-                produced: list[Any] = list(items or ())  # type: ignore[call-overload]
+                produced = read(implementation.function(*(arguments[name] for name in implementation.argnames)))
             except Exception as error:
                 self._degrade(plugin, hook, error)
                 continue
-            for item in produced:
-                yield plugin.name, item
+            yield plugin.name, produced
 
     def tables(self, name: str) -> dict[str, type[BaseModel]]:
         """The tables that an installed plugin reads, title -> model, whether or not config names the plugin.

@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "order": ("order", "List, show and edit work orders."),
     "ask": ("ask", "Ask the node's language model, from the plant's manuals."),
     "conversation": ("conversation", "List, show, export and delete conversations."),
+    "knowledge": ("knowledge", "Add, list, remove and search manuals and past orders."),
     "readings": ("readings", "Export stored readings as CSV."),
     "telemetry": ("telemetry", "Show and follow what goes to the hub."),
     "hub": ("hub", "Run and query the central hub."),

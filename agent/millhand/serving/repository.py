@@ -140,9 +140,10 @@ class Repository:
 
     @classmethod
     def from_config(cls, config: Config, shipped: Sequence[Path]) -> Repository:
-        """The owner's folders, then those that plugins ship."""
+        """The owner's folders, the node's own, then those that plugins ship."""
         keyring = Keyring(config.node.data_dir, config.models.trusted_keys)
-        return cls([*config.models.paths, *shipped], config.models.require_proof, keyring, open_shelf(config))
+        own = [config.node.models_dir] if config.node.models_dir.is_dir() else []
+        return cls([*config.models.paths, *own, *shipped], config.models.require_proof, keyring, open_shelf(config))
 
     def names(self) -> list[str]:
         """The models that can be served."""
