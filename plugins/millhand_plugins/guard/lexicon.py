@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +18,9 @@ from millhand.validation import read_toml
 
 ENTRY = re.compile(r"`([^`]+)`|(\S+)")
 CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-TOKEN = re.compile(
-    rf"[{CJK}]+|[^\W_{CJK}]+(?:[@$€!|][^\W_{CJK}]+)*|[@$!|][^\W_{CJK}]+(?:[@$€!|][^\W_{CJK}]+)*|[.?!;。？！；\n]+"
-)
+_LETTERS = rf"[^\W_{CJK}]+"
+_SIGNED = rf"{_LETTERS}(?:[@$€!|]{{1,3}}{_LETTERS})*(?:[@!|]?\$|!(?= ?[a-z0-9@$]))?"
+TOKEN = re.compile(rf"[{CJK}]+|[@$!|]{{0,3}}{_SIGNED}|[!|]\$|[.?!;。？！；\n]+")
 WORD = re.compile(rf"[^\W_{CJK}]+")
 LEET = str.maketrans("0134578@$!|€+9l", "oieastbasiieegi".replace("eegi", "etgi"))
 """Digits and signs for letters; i, l, 1, ! and | become one letter, in texts and in the dictionary."""
@@ -28,9 +28,10 @@ SENTENCE_WORDS, LINE_WORDS = 4, 8
 """The end of a sentence, and of a line, parts words as so many words between them."""
 NEAR_WORDS = 3
 """What speaks against a rule must stand among its words, or so near."""
+MARKS = ".?!;。？！；\n"
 CHANNELS = 6
 PLAIN, LEETED, SLIPPED, BACKWARDS, ROTATED, MIRRORED = range(CHANNELS)
-OWN_HITS = (0, 1, 1, 2, 2, 2)
+OWN_WORDS = (0, 1, 1, 2, 2, 2)
 """So many words must mean something in a channel alone, before it is believed."""
 HOST = re.compile(
     r"(?<![\w.-])(?:[\w-]{1,63}\.){1,4}(?:com|org|net|io|info|biz|ru|cn|xyz|top|example|dev|app|me|to|de)\b"
@@ -79,6 +80,15 @@ class _Meaning(NamedTuple):
     heads: tuple[bool, ...]
     """Whether a phrase may begin with it."""
     forms: tuple[str, ...]
+    own: tuple[int, ...]
+    """Channels in which alone it means something."""
+
+
+class _Token(NamedTuple):
+    meaning: _Meaning
+    place: int
+    start: int
+    end: int
 
 
 def fold(word: str) -> str:
@@ -96,11 +106,13 @@ class Lexicon:
         self._bits = {name: 1 << index for index, name in enumerate(table["concepts"])}
         self._words: dict[str, int] = {}
         self._stems: dict[str, int] = {}
-        self._phrases: dict[str, list[tuple[tuple[str, ...], int]]] = {}
+        self._phrases: dict[tuple[str, str], list[tuple[tuple[str, ...], int]]] = {}
+        self._heads: set[str] = set()
         self._glyphs: dict[str, int] = {}
         for name, text in table["concepts"].items():
             for phrase, word in ENTRY.findall(text):
                 self._add(phrase or word, self._bits[name])
+        self._exact = frozenset(table["exact"])
         self._telling = sum(self._bits[name] for name in table["telling"])
         self.rules = [self._rule(rule) for rule in table["rules"]]
         for index, term in enumerate(terms):
@@ -121,97 +133,101 @@ class Lexicon:
         """The first rule that holds somewhere, channel after channel; and whether the text is telling at all."""
         if "." in text:
             text = HOST.sub(" www ", text)
+        tokens, glyphs, own = self._tokens(text)
         telling = False
-        channels = self._hits(text)
-        channels[PLAIN] = self._without_harmless(channels[PLAIN])
-        for channel, hits in enumerate(channels):
-            if sum(channel_only for *_, channel_only in hits) < OWN_HITS[channel]:
+        for channel in range(CHANNELS):
+            if own[channel] < OWN_WORDS[channel]:
                 continue
+            hits = self._hits(tokens, channel)
+            if glyphs and channel <= SLIPPED:
+                hits += glyphs
+            if glyphs or channel == BACKWARDS:
+                hits.sort(key=_by_place)
+            if channel == PLAIN:
+                hits = self._without_harmless(hits)
             union = 0
-            for hit, _ in hits:
+            for hit in hits:
                 union |= hit.concepts
-            telling = telling or bool(union & self._telling)
+            telling = telling or (channel != SLIPPED and bool(union & self._telling))
             for rule in self.rules:
-                if all(union & mask for mask in rule.wanted) and _holds(rule, [hit for hit, _ in hits]):
+                if union & rule.wanted[0] and all(union & mask for mask in rule.wanted) and _holds(rule, hits):
                     return Reading(rule.name, True)
         return Reading("", telling)
 
-    def _without_harmless(self, hits: list[tuple[Hit, bool]]) -> list[tuple[Hit, bool]]:
+    def _without_harmless(self, hits: list[Hit]) -> list[Hit]:
         """Phrases of the trade mean nothing else: `bypass valve` bypasses nothing."""
-        spans = [(hit.start, hit.end) for hit, _ in hits if hit.concepts & self._harmless]
-        if not spans:
+        ends = {hit.start: hit.end for hit in hits if hit.concepts & self._harmless}
+        if not ends:
             return hits
-        return [
-            (hit, only) for hit, only in hits if not any(start <= hit.start and hit.end <= end for start, end in spans)
-        ]
+        left, reach = [], -1
+        for hit in sorted(hits, key=_by_start):
+            reach = max(reach, ends.get(hit.start, -1))
+            if hit.end > reach:
+                left.append(hit)
+        return left
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
-    def _hits(self, text: str) -> list[list[tuple[Hit, bool]]]:
-        """For each channel what the words mean there; True: only in that channel."""
-        channels: list[list[tuple[Hit, bool]]] = [[] for _ in range(CHANNELS)]
-        tokens: list[tuple[_Meaning, int, int, int]] = []
-        place, fence = 0, -SENTENCE_WORDS
+    def _tokens(self, text: str) -> tuple[list[_Token], list[Hit], list[int]]:
+        """Words, what is found in scripts without spaces, and how many words mean something in each channel alone."""
+        tokens: list[_Token] = []
+        glyphs: list[Hit] = []
+        own = [0] * CHANNELS
+        place, fence = 0, 0
+        known = self._cache
         for match in TOKEN.finditer(text):
             token = match[0]
             first = token[0]
-            if first in ".?!;。？！；\n" and not token[-1].isalnum():
+            if first in MARKS and token[-1] in MARKS:
                 # Marks after each word or two part nothing: they are there to be in the way.
                 if place - fence > SENTENCE_WORDS // 2:
                     place += LINE_WORDS if "\n" in token else SENTENCE_WORDS
                 fence = place
                 continue
-            if "\u3040" <= first <= "\u9fff" or "\uac00" <= first <= "\ud7af":
-                self._read_glyphs(token, place, match.start(), channels)
+            if first >= "\u3040" and ("\u3040" <= first <= "\u9fff" or "\uac00" <= first <= "\ud7af"):
+                self._read_glyphs(token, place, match.start(), glyphs)
                 place += max(1, len(token) // 2)
                 continue
-            meaning = self._cache.get(token) or self._learn(token)
-            tokens.append((meaning, place, match.start(), match.end()))
+            meaning = known.get(token) or self._learn(token)
+            for channel in meaning.own:
+                own[channel] += 1
+            tokens.append(_Token(meaning, place, match.start(), match.end()))
             place += 1
-        self._read_words(tokens, channels)
-        for hits in channels:
-            hits.sort(key=_by_place)
-        return channels
+        return tokens, glyphs, own
 
-    def _read_words(
-        self, tokens: Sequence[tuple[_Meaning, int, int, int]], channels: list[list[tuple[Hit, bool]]]
-    ) -> None:
+    def _hits(self, tokens: Sequence[_Token], channel: int) -> list[Hit]:
+        hits = []
         for index, (meaning, place, start, end) in enumerate(tokens):
             if meaning is _NOTHING:
                 continue
-            plain = meaning.concepts[PLAIN]
-            for channel, concepts in enumerate(meaning.concepts):
-                if concepts:
-                    channels[channel].append((Hit(place, concepts, start, end), channel != PLAIN and concepts != plain))
-            for channel, head in enumerate(meaning.heads):
-                if head:
-                    self._read_phrases(tokens, index, channel, channels[channel])
+            concepts = meaning.concepts[channel]
+            if concepts:
+                hits.append(Hit(place, concepts, start, end))
+            if meaning.heads[channel] and index + 1 < len(tokens):
+                hits += self._phrases_at(tokens, index, channel, 1)
+            if channel == BACKWARDS and meaning.heads[channel] and index:
+                # Phrases that were written from right to left as a whole.
+                hits += self._phrases_at(tokens, index, channel, -1)
+        return hits
 
-    def _read_phrases(
-        self, tokens: Sequence[tuple[_Meaning, int, int, int]], index: int, channel: int, hits: list[tuple[Hit, bool]]
-    ) -> None:
-        meaning, place, start, _ = tokens[index]
-        for rest, concepts in self._phrases[meaning.forms[channel]]:
-            stop = index + 1 + len(rest)
-            if stop > len(tokens):
+    def _phrases_at(self, tokens: Sequence[_Token], index: int, channel: int, step: int) -> Iterator[Hit]:
+        """Phrases that begin with a word and go on in one direction."""
+        begin = tokens[index]
+        first, second = begin.meaning.forms[channel], tokens[index + step].meaning.forms[channel]
+        for rest, concepts in self._phrases.get((first, second), ()):
+            last = index + step * (len(rest) + 1)
+            if not 0 <= last < len(tokens):
                 continue
-            # Backwards, phrases that were written from right to left stand in the other order too.
-            following = [token[0].forms[channel] for token in tokens[index + 1 : stop]]
-            if tuple(following) == rest:
-                hits.append((Hit(place, concepts, start, tokens[stop - 1][3]), channel != PLAIN))
-        if channel == BACKWARDS:
-            for rest, concepts in self._phrases[meaning.forms[channel]]:
-                begin = index - len(rest)
-                if begin >= 0 and tuple(token[0].forms[channel] for token in tokens[begin:index][::-1]) == rest:
-                    hits.append((Hit(tokens[begin][1], concepts, tokens[begin][2], tokens[index][3]), True))
+            found = (tokens[index + step * (2 + offset)].meaning.forms[channel] for offset in range(len(rest)))
+            if all(form == wanted for form, wanted in zip(found, rest, strict=True)):
+                left, right = (begin, tokens[last]) if step > 0 else (tokens[last], begin)
+                yield Hit(left.place, concepts, left.start, right.end)
 
-    def _read_glyphs(self, run: str, place: int, start: int, channels: list[list[tuple[Hit, bool]]]) -> None:
+    def _read_glyphs(self, run: str, place: int, start: int, hits: list[Hit]) -> None:
         for match in self._glyph_pattern.finditer(run):
             word = match[1]
             at = start + match.start()
-            hit = Hit(place + match.start() / 2, self._glyphs[word], at, at + len(word))
-            for hits in channels[:3]:
-                hits.append((hit, False))
+            hits.append(Hit(place + match.start() / 2, self._glyphs[word], at, at + len(word)))
 
     # ---- learning a word --------------------------------------------------------------------------------------------
 
@@ -229,8 +245,10 @@ class Lexicon:
             backwards = word[::-1]
             rotated, mirrored = word.translate(_ROT13), word.translate(_ATBASH)
             plain = self._concepts(word)
+            if leeted not in self._leet_forms:
+                leeted = folded.translate(LEET)
             leet = 0 if signs.isalpha() else self._leet.get(leeted, 0)
-            meant = word if plain or not letters or word in self._tails else self._meant(word)
+            meant = word if plain or not letters or word in self._tails or word in self._heads else self._meant(word)
             slipped = self._words.get(meant, 0) if meant != word else 0
             glued = self._glued(word) if not plain and len(word) >= LONG_WORD else 0
             concepts = (
@@ -249,11 +267,20 @@ class Lexicon:
                 rotated,
                 mirrored,
             )
-            heads = tuple(form in self._phrases for form in forms)
+            heads = tuple(form in self._heads for form in forms)
             if any(concepts) or any(heads) or any(form in self._tails for form in forms):
-                meaning = _Meaning(concepts, heads, forms)
+                own = tuple(channel for channel in range(1, CHANNELS) if self._own(channel, concepts, forms))
+                meaning = _Meaning(concepts, heads, forms, own)
         self._cache[token] = meaning
         return meaning
+
+    def _own(self, channel: int, concepts: Sequence[int], forms: Sequence[str]) -> bool:
+        """Whether a word speaks for a channel. Short words mean something backwards and in ciphers by chance."""
+        word, form = forms[PLAIN], forms[channel]
+        if channel <= SLIPPED:
+            return form != word or (concepts[channel] != concepts[PLAIN])
+        in_phrase = form in self._tails or form in self._heads
+        return (len(word) > 3 and bool(concepts[channel])) or (len(word) > 2 and in_phrase and form != word)
 
     def _concepts(self, word: str) -> int:
         found = self._words.get(word, 0)
@@ -287,7 +314,8 @@ class Lexicon:
             return
         words = tuple(fold(word) for word in WORD.findall(entry))
         if len(words) > 1:
-            self._phrases.setdefault(words[0], []).append((words[1:], bit))
+            self._heads.add(words[0])
+            self._phrases.setdefault((words[0], words[1]), []).append((words[2:], bit))
         elif entry.endswith("*"):
             self._stems[words[0]] = self._stems.get(words[0], 0) | bit
         elif words:
@@ -295,13 +323,14 @@ class Lexicon:
 
     def _finish(self) -> None:
         self._stem_lengths = sorted({len(stem) for stem in self._stems})
-        self._tails = {word for phrases in self._phrases.values() for rest, _ in phrases for word in rest}
-        known = {*self._words, *self._tails, *self._phrases}
+        self._tails = {second for _, second in self._phrases}
+        self._tails |= {word for phrases in self._phrases.values() for rest, _ in phrases for word in rest}
+        known = {*self._words, *self._tails, *self._heads}
         self._leet = {word.translate(LEET): concepts for word, concepts in self._words.items()}
         self._leet_forms = {word.translate(LEET): word for word in known}
         self._slips: dict[str, list[str]] = {}
         for word in sorted(known):
-            if len(word) >= 6 and word.isalpha():
+            if len(word) >= 6 and word.isalpha() and word not in self._exact:
                 for key in {word, *(_without(word, index) for index in range(len(word)))}:
                     self._slips.setdefault(key, []).append(word)
         glyphs = sorted(self._glyphs, key=len, reverse=True)
@@ -333,8 +362,12 @@ def _one_slip(word: str, meant: str) -> bool:
     return len(differing) == 1
 
 
-def _by_place(hit: tuple[Hit, bool]) -> float:
-    return hit[0].place
+def _by_place(hit: Hit) -> float:
+    return hit.place
+
+
+def _by_start(hit: Hit) -> tuple[int, int]:
+    return hit.start, -hit.end
 
 
 def _holds(rule: Rule, hits: Sequence[Hit]) -> bool:
@@ -362,4 +395,4 @@ def _holds(rule: Rule, hits: Sequence[Hit]) -> bool:
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 _ROT13 = str.maketrans(_ALPHABET, _ALPHABET[13:] + _ALPHABET[:13])
 _ATBASH = str.maketrans(_ALPHABET, _ALPHABET[::-1])
-_NOTHING = _Meaning((0,) * CHANNELS, (False,) * CHANNELS, ("",) * CHANNELS)
+_NOTHING = _Meaning((0,) * CHANNELS, (False,) * CHANNELS, ("",) * CHANNELS, ())

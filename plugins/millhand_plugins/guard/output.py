@@ -32,13 +32,12 @@ class OutputGuard:
     def check(self, stage: Stage, text: str, context: GuardContext) -> Verdict:
         """The same as the stream of the text in one piece."""
         stream = self.stream(context)
-        verdicts = []
-        for verdict in (stream.feed(text), stream.finish()):
+        verdicts: list[Verdict] = []
+        while len(verdicts) < 2:
+            verdict = stream.finish() if verdicts else stream.feed(text)
             if verdict.action == "refuse":
                 return Verdict(action="refuse", text=text, rule=verdict.rule, reason=verdict.reason)
             verdicts.append(verdict)
-            if verdict is verdicts[0]:
-                continue
         speaking = next((verdict for verdict in verdicts if verdict.action == "change"), verdicts[0])
         left = "".join(verdict.text for verdict in verdicts)
         return Verdict(action=speaking.action, text=left, rule=speaking.rule, reason=speaking.reason)
@@ -71,7 +70,8 @@ class OutputStream:
         self._settings = settings
         self._context = context
         self._segments = Segments()
-        self._leak = Leak(context.secrets, context.grounds, settings.leak_chars) if context.secrets else None
+        watched = context.secrets if settings.leak == "refuse" else ()
+        self._leak = Leak(watched, context.grounds, settings.leak_chars) if watched else None
         self._grounds = _grounds(context.grounds) if context.grounds and settings.unsupported != "pass" else None
         self._line_start = True
         self._quoted = "\n".join(context.grounds)

@@ -12,6 +12,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 DEPTH = 3
 """Codes within codes are opened so often."""
 DECODED_CAP = 200_000
@@ -20,6 +22,7 @@ CIPHER_CAP, CIPHER_PARTS, CIPHER_LETTERS = 2000, 8, 16
 """Ciphers are looked for in so many characters and parts, and in parts with so many letters."""
 # Letters of English text, in tenths of a percent, a to z (the usual table, as in Lewand, Cryptological Mathematics).
 _ENGLISH = (82, 15, 28, 43, 127, 22, 20, 61, 70, 2, 8, 40, 24, 67, 75, 19, 1, 60, 63, 91, 28, 10, 24, 2, 20, 1)
+_SHIFTED_ENGLISH = np.array([np.roll(_ENGLISH, by) for by in range(26)])
 READABLE_SHARE = 0.85
 """So much of a decoded part must be letters, digits, spaces and usual punctuation, else it is no text."""
 
@@ -101,16 +104,13 @@ def unshifted(text: str) -> Iterator[str]:
     Each line, and what follows a colon, is looked at by itself, since a sentence in plain words may stand before.
     """
     for part in re.split("[\n:]", text[:CIPHER_CAP])[:CIPHER_PARTS]:
-        letters = [ord(char) - 97 for char in part.lower() if "a" <= char <= "z"]
+        letters = np.frombuffer(part.lower().encode("ascii", "ignore"), np.uint8)
+        letters = letters[(letters >= ord("a")) & (letters <= ord("z"))] - ord("a")
         if len(letters) < CIPHER_LETTERS:
             continue
-        counts = [0] * 26
-        for letter in letters:
-            counts[letter] += 1
-        fits = [sum(counts[(letter + by) % 26] * share for letter, share in enumerate(_ENGLISH)) for by in range(26)]
-        likely = sorted(range(26), key=fits.__getitem__, reverse=True)[:3]
+        likely = np.argsort(_SHIFTED_ENGLISH @ np.bincount(letters, minlength=26))[:-4:-1]
         if likely[0] != 0:
-            yield from (_shifted(part, by) for by in likely if by)
+            yield from (_shifted(part, int(by)) for by in likely if by)
 
 
 def _shifted(text: str, by: int) -> str:

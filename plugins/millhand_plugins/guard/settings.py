@@ -60,6 +60,8 @@ class ModelTable(StrictTable):
 class OutputTable(StrictTable):
     """What goes out."""
 
+    leak: Literal["refuse", "pass"] = "refuse"
+    """What happens to an answer that repeats the system prompt; `"pass"` where clients put facts to quote into it."""
     leak_chars: int = Field(default=32, ge=12)
     """So many letters and digits in a row of a system prompt are a leak, and end the answer."""
     secrets: Literal["mask", "refuse", "pass"] = "mask"

@@ -7,7 +7,7 @@ import codecs
 import string
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millhand.language.guarding import GuardContext
@@ -198,11 +198,12 @@ def test_long_hostile_texts_come_to_an_end(guard: InputGuard, unit: str) -> None
 
 def test_a_chat_of_a_thousand_turns(guard: InputGuard) -> None:
     turns = [f"Turn {turn}: what is the temperature of bearing {turn % 7}?" for turn in range(1000)]
-    for _ in range(3):
+    for _ in range(2):
         assert all(guard.check("input", turn, CLIENT).action == "pass" for turn in turns)
     assert guard.check("input", PLAIN, CLIENT).action == "refuse"
 
 
+@settings(max_examples=60)
 @given(st.text(st.characters(), max_size=200))
 def test_any_text_gets_a_verdict(text: str) -> None:
     verdict = ANY.check("input", text, CLIENT)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millhand.errors import DeadlineError
@@ -215,6 +215,7 @@ BITS = st.sampled_from(
 )
 
 
+@settings(max_examples=80)
 @given(st.lists(BITS, max_size=14), st.lists(st.integers(1, 9), min_size=1, max_size=5), st.booleans())
 def test_a_stream_lets_out_what_the_whole_answer_may_say(bits: list[str], sizes: list[int], grounded: bool) -> None:
     text = "".join(bits)
