@@ -238,7 +238,7 @@ class Lexicon:
         if len(self._cache) >= CACHED_WORDS:
             self._cache.clear()
         meaning = _NOTHING
-        if not word.isdigit() and len(word) <= LONGEST_WORD:
+        if len(word) <= LONGEST_WORD and not (word.isdigit() and word.translate(LEET) not in self._leet_forms):
             letters = word.isalpha()
             signs = folded.rstrip("!|")
             leeted = signs.translate(LEET)
@@ -278,7 +278,7 @@ class Lexicon:
         """Whether a word speaks for a channel. Short words mean something backwards and in ciphers by chance."""
         word, form = forms[PLAIN], forms[channel]
         if channel <= SLIPPED:
-            return form != word or (concepts[channel] != concepts[PLAIN])
+            return not word.isdigit() and (form != word or concepts[channel] != concepts[PLAIN])
         in_phrase = form in self._tails or form in self._heads
         return (len(word) > 3 and bool(concepts[channel])) or (len(word) > 2 and in_phrase and form != word)
 

@@ -85,7 +85,7 @@ def readings(text: str, depth: int = DEPTH) -> Iterator[str]:
         if depth > 0 and hidden != text:
             yield from readings(hidden, depth - 1)
     if SPACED_GATE.search(plain):
-        yield re.sub(r" {2,}", " ", SPACED.sub(r"\1", plain))
+        yield re.sub(r" {2,}", " ", re.sub(r" ([.:@/-]) ", r"\1", SPACED.sub(r"\1", plain)))
     if BROKEN.search(plain):
         yield BROKEN.sub("", plain)
     yield from unshifted(plain)

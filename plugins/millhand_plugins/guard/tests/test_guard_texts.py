@@ -1,4 +1,4 @@
-"""The generator of attacks and harmless texts: its two parts share nothing, and are the same each time."""
+"""The generator of attacks and harmless texts: its two parts share nothing."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ def test_tuning_and_testing_share_no_template_and_no_filler(generate: Any) -> No
     assert not fillers[0] & fillers[1]
 
 
-def test_a_part_is_large_enough_and_the_same_each_time(generate: Any) -> None:
+def test_the_testing_part_is_large_enough_and_repeats_nothing(generate: Any) -> None:
     found = generate.texts("testing")
     assert sum(text.attack for text in found) >= 5000
     assert sum(not text.attack for text in found) >= 5000
     assert len({text.text for text in found}) == len(found)
-    assert found == generate.texts("testing")
