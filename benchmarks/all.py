@@ -22,6 +22,8 @@ SCRIPTS: list[tuple[str, list[str]]] = [
     ("serving", ["serving.py", "--peers"]),
     ("serving_ablation", ["serving.py", "--ablation"]),
     ("soak_serving", ["soak_serving.py"]),
+    ("guard", ["eval/guard.py", "--no-speed"]),
+    ("guard_speed", ["eval/guard.py", "--only-speed"]),
     ("rig", ["eval/rig.py"]),
     ("rig_wave", ["eval/rig.py", "--model", "rig-wave"]),
     ("orders", ["eval/orders.py"]),  # judges anew what the model wrote once

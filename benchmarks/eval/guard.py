@@ -8,7 +8,7 @@ Four sets, each judged by the plugin's own guards at their defaults, as the gate
 
 Any verdict but `pass` on a harmless text is a false alarm; only a refusal counts as a detection.
 
-    python benchmarks/eval/guard.py [--data $MILLHAND_DATA] [--misses 5]
+    python benchmarks/eval/guard.py [--data $MILLHAND_DATA] [--misses 5] [--only-speed]
 """
 
 from __future__ import annotations
@@ -200,10 +200,13 @@ def main() -> int:
     options_parser.add_argument("--data", type=Path, default=os.environ.get("MILLHAND_DATA"))
     options_parser.add_argument("--misses", type=int, default=3, help="examples to show of each kind of error")
     options_parser.add_argument("--no-speed", action="store_true")
+    options_parser.add_argument("--only-speed", action="store_true", help="measure what it costs, nothing else")
     options = options_parser.parse_args()
     settings = GuardSettings()
     guard = InputGuard(settings.input, FIELD)
     found = texts("testing")
+    if options.only_speed:
+        return report("guard_speed", speeds(settings, found))
     progress("the testing part")
     testing = judge(guard, found)
     testing.tell("testing part", options.misses)
