@@ -42,6 +42,7 @@ NAME = "bench"
 CLIENTS = 4
 """Processes of the load at many streams: one alone would be the limit."""
 READY_S = 300.0
+WARM_S = 2.0
 SHAPES = {
     "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
              "num_key_value_heads": 2, "tie_word_embeddings": True},
@@ -123,12 +124,13 @@ class Daemon:
         """Metrics are not looked at here."""
 
 
-async def load(url: str, model: str, streams: int, seconds: float, seed: int) -> dict[str, Any]:
+async def load(url: str, model: str, streams: int, seconds: float, seed: int, temperature: float) -> dict[str, Any]:
     """Run the load from one process or several, and put together what they saw."""
     clients = CLIENTS if streams >= 2 * CLIENTS else 1
     processes = [
         await asyncio.create_subprocess_exec(
             sys.executable, str(STREAMS), url, model, str(streams // clients), str(seconds), str(seed * 100 + client),
+            "--temperature", str(temperature),
             stdout=asyncio.subprocess.PIPE,
         )
         for client in range(clients)
@@ -146,12 +148,13 @@ async def load(url: str, model: str, streams: int, seconds: float, seed: int) ->
     }
 
 
-async def rounds(places: dict[str, str], model: str, streams: int, count: int, seconds: float) -> dict[str, Any]:
-    """Each place in turn, `count` times; the first round of each is thrown away."""
+async def rounds(places: dict[str, str], streams: int, arguments: Any) -> dict[str, Any]:
+    """Each place in turn, several times; the first round of each is thrown away."""
     seen: dict[str, list[dict[str, Any]]] = {name: [] for name in places}
-    for number in range(count + 1):
+    for number in range(arguments.rounds + 1):
         for name, url in places.items():
-            found = await load(url, model, streams, 2.0 if number == 0 else seconds, number)
+            seconds = arguments.seconds if number else WARM_S
+            found = await load(url, arguments.model, streams, seconds, number, arguments.temperature)
             if number:
                 progress(f"{streams:4d} streams, {name:8s} {found}")
                 seen[name].append(found)
@@ -177,10 +180,10 @@ def figures(found: dict[int, dict[str, Any]]) -> list[Figure]:
     return shown
 
 
-async def measure(url: str, model: str, folder: Path, arguments: Any) -> dict[int, dict[str, Any]]:
+async def measure(url: str, folder: Path, arguments: Any) -> dict[int, dict[str, Any]]:
     settings = GatewaySettings(port=0, processes=arguments.processes, streams_cap=256, queue=256)
     control = folder / "control.sock"
-    daemon = Daemon(control, url, model)
+    daemon = Daemon(control, url, arguments.model)
     await daemon.control.start()
     gateway = gateway_front(settings, control, folder, plugins={"guard": {}} if arguments.guards else {})
     await gateway.start()
@@ -188,10 +191,7 @@ async def measure(url: str, model: str, folder: Path, arguments: Any) -> dict[in
     try:
         await asyncio.to_thread(wait_ready, place, None, folder / "none")
         places = {"alone": url, "gateway": place}
-        return {
-            streams: await rounds(places, model, streams, arguments.rounds, arguments.seconds)
-            for streams in arguments.streams
-        }
+        return {streams: await rounds(places, streams, arguments) for streams in arguments.streams}
     finally:
         await gateway.stop()
         await daemon.control.stop()
@@ -206,6 +206,7 @@ def main() -> int:
     options.add_argument("--streams", type=int, nargs="*", default=[1, 128])
     options.add_argument("--processes", type=int, default=4, help="of the gateway")
     options.add_argument("--no-guards", dest="guards", action="store_false")
+    options.add_argument("--temperature", type=float, default=1.0, help="at 0 random weights write line feeds alone")
     options.add_argument("--url", help="a server that runs")
     options.add_argument("--model", default=NAME)
     arguments = options.parse_args()
@@ -222,14 +223,14 @@ def main() -> int:
         if process is not None:
             start_s = wait_ready(url, process, folder / "vllm.log")
         progress(f"the server answers after {start_s:.0f} s, {card.used_mib()} MiB are taken")
-        found = asyncio.run(measure(url, arguments.model, folder, arguments))
+        found = asyncio.run(measure(url, folder, arguments))
     finally:
         if process is not None:
             process.terminate()
             process.wait(60)
     return report(
         "gpu_language", figures(found), card=card.facts, shape=arguments.shape, weights="random", found=found,
-        gateway_processes=arguments.processes, guards=["guard"] if arguments.guards else [], server_start_s=start_s,
+        gateway_processes=arguments.processes, temperature=arguments.temperature, guards=["guard"] if arguments.guards else [], server_start_s=start_s,
         peers=_peers(),
     )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """One process of the load: streams of chat against one server; prints one JSON line.
 
-    python benchmarks/gpu/streams.py URL MODEL STREAMS SECONDS SEED [--tokens 128] [--prompt-words 100]
+    python benchmarks/gpu/streams.py URL MODEL STREAMS SECONDS SEED [--temperature 0]
 
 Each stream asks again and again, with another prompt each time so that no prefix is known, until the time is over; what
 was begun before is finished. Tokens are the server's own count (`usage`).
@@ -45,7 +45,7 @@ async def ask(session: aiohttp.ClientSession, arguments: argparse.Namespace, dic
         "stream": True,
         "stream_options": {"include_usage": True},
         "max_tokens": arguments.tokens,
-        "temperature": 0.0,
+        "temperature": arguments.temperature,
     }
     began, first, last, tokens = time.perf_counter(), 0.0, 0.0, 0
     async with session.post(f"{arguments.url}/v1/chat/completions", json=body) as answer:
@@ -83,6 +83,7 @@ async def main() -> None:
     parser.add_argument("seed", type=int)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompt-words", type=int, default=100)
+    parser.add_argument("--temperature", type=float, default=0.0)
     arguments = parser.parse_args()
     seen = Seen()
     connector = aiohttp.TCPConnector(limit=0)
