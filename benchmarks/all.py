@@ -23,7 +23,7 @@ SCRIPTS: list[tuple[str, list[str]]] = [
     ("serving_ablation", ["serving.py", "--ablation"]),
     ("soak_serving", ["soak_serving.py"]),
     ("guard", ["eval/guard.py", "--no-speed"]),
-    ("guard_speed", ["eval/guard.py", "--only-speed"]),
+    ("guard_speed", ["eval/guard.py", "--only-speed", "--megabytes", "1"]),
     ("rig", ["eval/rig.py"]),
     ("rig_wave", ["eval/rig.py", "--model", "rig-wave"]),
     ("orders", ["eval/orders.py"]),  # judges anew what the model wrote once

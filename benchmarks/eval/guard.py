@@ -148,7 +148,7 @@ def timed_us(work: Callable[[], object]) -> float:
     return (time.process_time_ns() - started) / 1000
 
 
-def speeds(settings: GuardSettings, found: list[Text]) -> list[Figure]:
+def speeds(settings: GuardSettings, found: list[Text], megabytes: int) -> list[Figure]:
     """What a text costs once the process is warm, and whether length and hostility only cost in proportion."""
     guard = InputGuard(settings.input, FIELD)
     dice = random.Random(7)
@@ -162,20 +162,22 @@ def speeds(settings: GuardSettings, found: list[Text]) -> list[Figure]:
     ]
     open_guard = InputGuard(settings.input.model_copy(update={"chars_cap": 1 << 30}), FIELD)
     page = "\n".join(sample)
-    for label, text in {
-        "harmless pages": page * (1 + 10_000_000 // len(page)),
-        "spaces": " " * 10_000_000,
-        "one letter": "a" * 10_000_000,
-        "quotes": "'\"" * 5_000_000,
-        "single letters": "a " * 5_000_000,
-        "markup": "<![](((" * 1_428_571,
-        "digits": "0123456789" * 1_000_000,
+    size = megabytes * 1_000_000
+    for label, unit in {
+        "harmless pages": page,
+        "spaces": " ",
+        "one letter": "a",
+        "quotes": "'\"",
+        "single letters": "a ",
+        "markup": "<![](((",
+        "digits": "0123456789",
     }.items():
-        part = text[:1_000_000]
+        text = (unit * (1 + size // len(unit)))[:size]
+        part = text[: size // 10]
         small = timed_us(lambda part=part: open_guard.check("input", part, CLIENT)) / 1e6
-        large = timed_us(lambda text=text[:10_000_000]: open_guard.check("input", text, CLIENT)) / 1e6
-        figures.append(Figure(f"input, 10 MB of {label}", round(large, 2), "s"))
-        figures.append(Figure(f"input, 10 MB over 1 MB of {label}", round(large / max(small, 0.005), 1), "x", "<= 20"))
+        large = timed_us(lambda text=text: open_guard.check("input", text, CLIENT)) / 1e6
+        figures.append(Figure(f"input, {megabytes} MB of {label}", round(large, 2), "s"))
+        figures.append(Figure(f"the same over a tenth of {label}", round(large / max(small, 0.005), 1), "x", "<= 20"))
     capped = InputGuard(settings.input, FIELD)
     refusal = timed_us(lambda: capped.check("input", "a" * 10_000_000, CLIENT))
     figures.append(Figure("input, 10 MB at the size rule", round(refusal, 1), "us"))
@@ -201,12 +203,13 @@ def main() -> int:
     options_parser.add_argument("--misses", type=int, default=3, help="examples to show of each kind of error")
     options_parser.add_argument("--no-speed", action="store_true")
     options_parser.add_argument("--only-speed", action="store_true", help="measure what it costs, nothing else")
+    options_parser.add_argument("--megabytes", type=int, default=10, help="of the long texts whose cost is measured")
     options = options_parser.parse_args()
     settings = GuardSettings()
     guard = InputGuard(settings.input, FIELD)
     found = texts("testing")
     if options.only_speed:
-        return report("guard_speed", speeds(settings, found))
+        return report("guard_speed", speeds(settings, found, options.megabytes))
     progress("the testing part")
     testing = judge(guard, found)
     testing.tell("testing part", options.misses)
@@ -239,7 +242,7 @@ def main() -> int:
         print("\nthere is no second set (guard_texts/second.jsonl)")
     if not options.no_speed:
         progress("speed")
-        figures += speeds(settings, found)
+        figures += speeds(settings, found, options.megabytes)
     print("\nWhat the generator cannot represent:")
     for line in CANNOT:
         print(f"  - {line}")
