@@ -81,14 +81,19 @@ def test_an_embedder_that_cannot_be_made_is_told_and_leaves_nothing(source: Path
     for name in ("config.json", "tokenizer.json"):
         (bad / name).write_bytes((source / name).read_bytes())
     with pytest.raises(ModelError, match=r"has no model\.safetensors"):
-        make(bad, tmp_path / "out", "minilm", "here", "MIT")
+        make(bad, tmp_path / "out", "minilm", "here")
     (bad / "model.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(ModelError, match="not a safetensors file"):
-        make(bad, tmp_path / "out", "minilm", "here", "MIT")
+        make(bad, tmp_path / "out", "minilm", "here")
     (bad / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
     (bad / "config.json").write_text(json.dumps({**tiny_bert.CONFIG, "num_hidden_layers": 3}))
     with pytest.raises(ModelError, match=r"no tensor 'encoder\.layer\.2"):
-        make(bad, tmp_path / "out", "minilm", "here", "MIT")
+        make(bad, tmp_path / "out", "minilm", "here")
+    with pytest.raises(ModelError, match="others than expected"):
+        make(source, tmp_path / "out", "minilm", "here", sha256="0" * 64)
+    (bad / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config\.json' is not JSON"):
+        make(bad, tmp_path / "out", "minilm", "here")
     assert list((tmp_path / "out").iterdir()) == []
     with zipfile.ZipFile(tmp_path / "empty.whl", "w") as archive:
         archive.writestr("a/config.json", "{}")

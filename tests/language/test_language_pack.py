@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import millhand_plugins.orders as orders
+from millhand.diagnosis import diagnose
 from millhand.errors import ConfigError
 from millhand.language.pack import Pack, PackSettings, find_pack, read_pack
 
@@ -122,3 +123,10 @@ def test_files_that_are_no_text_or_too_large_are_refused(bakery: Path) -> None:
     (bakery / "prompts" / "ask.de.md").write_bytes(b"x" * (4 * 2**20 + 1))
     with pytest.raises(ConfigError, match="at most 4,194,304 are read"):
         read_pack(bakery)
+
+
+def test_check_tells_of_a_pack_that_is_not_here(tmp_path: Path) -> None:
+    path = tmp_path / "millhand.toml"
+    path.write_text(f'[node]\ndata_dir = "{tmp_path}"\nrun_dir = "{tmp_path}"\n[pack]\nname = "bakery"\n')
+    (found,) = (finding for finding in diagnose(path) if finding.name == "pack")
+    assert (found.level, "'bakery' is not here" in found.message) == ("error", True)

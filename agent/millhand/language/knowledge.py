@@ -106,9 +106,9 @@ class NodeKnowledge:
         self._embedded = embed is not None
         try:
             await self._base.open(data_dir / FOLDER, embed)
-        except MillhandError as error:
-            self._error = error
-            log.error("the knowledge base is not there: %s", error.text)
+        except Exception as error:  # of a plugin: it must not keep the node from its machines
+            self._error = error if isinstance(error, MillhandError) else _fault(error)
+            log.error("the knowledge base is not there: %s", self._error.text)
             return
         self._opened = True
         if self._settings.orders:
@@ -206,3 +206,9 @@ class NodeKnowledge:
             raise InputError(f"limit = {limit} is not 1 to {SEARCH_LIMIT}", hint="give fewer")
         found = await self.base.search(query, asset, limit, kinds)
         return [{**msgspec.to_builtins(passage), "place": passage.place} for passage in found]
+
+
+def _fault(error: Exception) -> PluginError:
+    return PluginError(
+        f"the knowledge base cannot be opened: {type(error).__name__}: {error}", hint="report this to its author"
+    )

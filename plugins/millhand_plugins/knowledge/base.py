@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -216,4 +217,11 @@ class Knowledge:
         return await self._do(lambda: self._opened.passages(fused))
 
     async def _do(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        """Run in the database's thread. Raises what `work` does; what SQLite raises as StoreError."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except sqlite3.Error as error:
+            raise StoreError(
+                f"the knowledge base cannot be read: {error}",
+                hint="check the disk; delete `knowledge` in [node] data_dir to begin anew",
+            ) from error

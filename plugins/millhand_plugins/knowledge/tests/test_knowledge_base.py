@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from millhand.errors import InputError, WorkerError
+from millhand.errors import InputError, StoreError, WorkerError
 from millhand_plugins.knowledge.base import FILE, Knowledge
 from millhand_plugins.knowledge.fusion import K, fuse
 from millhand_plugins.knowledge.settings import KnowledgeConfig
@@ -216,6 +216,15 @@ async def test_a_damaged_file_is_set_aside(tmp_path: Path) -> None:
     assert await names(base, "some") == ["a"]
     await base.close()
     assert list((tmp_path / "kb").glob(f"{FILE}.damaged-*"))
+
+
+async def test_a_file_that_breaks_while_it_is_open_is_told(base: Knowledge) -> None:
+    await base.add_text("a", "some text")
+    await base._do(lambda: base._opened._connection.execute("DROP TABLE word"))
+    with pytest.raises(StoreError, match="cannot be read: no such table"):
+        await base.search("text")
+    with pytest.raises(StoreError, match="no such table"):
+        await base.add_text("b", "other text")
 
 
 WRITER = """
