@@ -120,7 +120,7 @@ class Knowledge:
             known = await self._do(lambda: self._opened.source(name=source))
             if known == taken:
                 return 0
-            pieces = await asyncio.to_thread(pieces_of_text, data.decode(), source, self._config)
+            pieces = await asyncio.to_thread(pieces_of_text, data.decode(), self._config)
             await self._put(taken, pieces)
         return len(pieces)
 
@@ -184,7 +184,7 @@ class Knowledge:
             try:
                 while waiting := await self._do(lambda: self._opened.without_vectors(EMBED_AT_ONCE)):
                     ids = [id for id, _, _ in waiting]
-                    vectors = await self._vectors([f"{title}\n{text}" for _, title, text in waiting])
+                    vectors = await self._embedding([f"{title}\n{text}".lstrip() for _, title, text in waiting])
                     await self._do(lambda ids=ids, vectors=vectors: self._opened.set_vectors(ids, vectors))  # type: ignore[misc]
                 delay_s = RETRY_FIRST_S
             except MillhandError as error:
@@ -193,10 +193,9 @@ class Knowledge:
                 delay_s = min(2 * delay_s, RETRY_LAST_S)
                 self._behind.set()
 
-    async def _vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    async def _embedding(self, texts: Sequence[str]) -> NDArray[np.float32]:
         assert self._embed is not None
-        full = await asyncio.to_thread(lambda: [self._shorthand.expand(text) for text in texts])
-        return await self._embed(full)
+        return await self._embed(texts)
 
     # ---- search -----------------------------------------------------------------------------------------------------
 
@@ -209,7 +208,8 @@ class Knowledge:
         rankings = [await self._do(lambda: self._opened.by_words(query, chosen, RANKED))]
         if self._embed is not None:
             try:
-                (vector,) = await self._vectors([query])
+                full = await asyncio.to_thread(self._shorthand.expand, query)
+                (vector,) = await self._embedding([full])
                 rankings.append(await self._do(lambda: self._opened.by_vector(vector, chosen, RANKED)))
             except MillhandError as error:
                 log.warning("searched by words alone: %s", error.text)

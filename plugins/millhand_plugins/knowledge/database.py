@@ -30,6 +30,8 @@ log = logging.getLogger("millhand.knowledge")
 FORMAT = 1
 BM25_WEIGHTS = (1.0, 0.5, 1.0)
 """Of text, title, and the text with its shorthand in full."""
+NOTES = ("order", "parts")
+"""Kinds whose texts are written in shorthand; manuals are prose."""
 QUERY_WORDS_CAP = 64
 CJK = re.compile(r"([\u3400-\u9fff])")
 """FTS5 takes a run of Chinese as one word; each character is made one here, and a run in a query a phrase."""
@@ -198,20 +200,20 @@ class Database:
             self._connection.executemany(
                 "INSERT INTO source_asset VALUES (?, ?)", [(source_id, asset) for asset in source.assets]
             )
-            ids = [self._put_piece(source_id, source.name, piece) for piece in pieces]
+            ids = [self._put_piece(source_id, source, piece) for piece in pieces]
             if vectors is not None:
                 self._store_vectors(ids, vectors)
         self.matrix.remove(gone)
         if vectors is not None:
             self.matrix.add(ids, vectors)
 
-    def _put_piece(self, source_id: int, source: str, piece: Piece) -> int:
-        key = hashlib.sha256(f"{source}\0{piece.page}\0{piece.line}\0{piece.text}".encode()).hexdigest()[:12]
+    def _put_piece(self, source_id: int, source: Source, piece: Piece) -> int:
+        key = hashlib.sha256(f"{source.name}\0{piece.page}\0{piece.line}\0{piece.text}".encode()).hexdigest()[:12]
         (id,) = self._connection.execute(
             "INSERT INTO passage (key, source_id, title, page, line, text) VALUES (?, ?, ?, ?, ?, ?) RETURNING id",
             (key, source_id, piece.title, piece.page, piece.line, piece.text),
         ).fetchone()
-        expanded = self._expand(piece.text)
+        expanded = self._expand(piece.text) if source.kind in NOTES else piece.text
         self._connection.execute(
             "INSERT INTO word (rowid, text, title, expanded) VALUES (?, ?, ?, ?)",
             (id, spaced(piece.text), spaced(piece.title), "" if expanded == piece.text else spaced(expanded)),
@@ -248,9 +250,11 @@ class Database:
         self.matrix = Matrix()
 
     def without_vectors(self, limit: int) -> list[tuple[int, str, str]]:
-        """(id, title, text) of passages that wait for a vector."""
+        """(id, title, text with its shorthand in full) of passages that wait for a vector."""
         rows = self._connection.execute(
-            "SELECT id, title, text FROM passage WHERE vector IS NULL ORDER BY id LIMIT ?", (limit,)
+            "SELECT id, passage.title, iif(word.expanded = '', passage.text, word.expanded) "
+            "FROM passage JOIN word ON word.rowid = id WHERE vector IS NULL ORDER BY id LIMIT ?",
+            (limit,),
         )
         return [(int(id), str(title), str(text)) for id, title, text in rows]
 

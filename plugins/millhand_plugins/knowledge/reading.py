@@ -82,9 +82,9 @@ def read_pieces(path: Path, data: bytes, config: KnowledgeConfig) -> list[Piece]
     return pieces
 
 
-def pieces_of_text(text: str, title: str, config: KnowledgeConfig) -> list[Piece]:
+def pieces_of_text(text: str, config: KnowledgeConfig) -> list[Piece]:
     """A text that is no file, such as a past order."""
-    return list(_of_lines(text.splitlines(), config.passage_characters, title=title))
+    return list(_of_lines(text.splitlines(), config.passage_characters))
 
 
 def _decode(path: Path, data: bytes) -> str:

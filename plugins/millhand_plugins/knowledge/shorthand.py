@@ -21,6 +21,7 @@ MASKS = ("<id>", "<num>", "<date>", "<sensitive>")
 MODEL = Path(__file__).with_name("shorthand.json.gz")
 TEXT_CHARACTERS_CAP = 2000
 """More of a text is not read word by word: notes are short, and a manual's page is prose."""
+WORD_CHARACTERS_CAP = 60
 EDGE = ""
 """The word before the first and after the last."""
 SHARE_NEAR = 0.55
@@ -92,8 +93,10 @@ class Shorthand:
     def expand(self, text: str) -> str:
         """The text in full words; what would be masked (ids, numbers, dates, names) stays as it was written."""
         words = text[:TEXT_CHARACTERS_CAP].split()
-        full = self.normalise(words)
-        shown = (word if any(mask in form for mask in MASKS) else form for word, form in zip(words, full, strict=True))
+        shown, masked = [], False
+        for word, form in zip(words, self.normalise(words), strict=True):
+            masked = any(mask in form for mask in MASKS) if form else masked  # an empty one goes with the one before
+            shown.append(word if masked else form)
         return " ".join(form for form in shown if form) + text[TEXT_CHARACTERS_CAP:]
 
     def normalise(self, words: Sequence[str]) -> list[str]:
@@ -106,7 +109,9 @@ class Shorthand:
         return full
 
     def _certain(self, words: Sequence[str], place: int) -> Candidate | None:
-        """The one form of a word that was seen often and never otherwise."""
+        """The one form of a word that was seen often and never otherwise; a word of no trade stays as it is."""
+        if len(words[place]) > WORD_CHARACTERS_CAP:
+            return Candidate(words[place], ("kept",))
         forms = self.lexicon.exact.get(words[place])
         if not forms or len(forms) > 1 or " ".join(words[place : place + 2]).lower() in self.lexicon.merges:
             return None
@@ -147,7 +152,7 @@ class Shorthand:
             for origin, text in self._near(low):
                 if origin == "two" or self._times_full(text, without):
                     add(text, origin)
-        for span in (2, 3):
+        for span in range(2, min(3, len(words) - place) + 1):
             joined = " ".join(words[place : place + span]).lower()
             for text, _ in _top(self.lexicon.merges.get(joined), without if span == 2 else None):
                 add(text, "merge", span)

@@ -35,6 +35,19 @@ def test_ids_and_numbers_stay_as_they_were_written(shorthand: Shorthand) -> None
     assert shorthand.expand("XH531 repl pos 7 tyre") == "XH531 replace position 7 tyre"
 
 
+def test_words_that_are_joined_at_the_end_keep_the_count() -> None:
+    lexicon = Lexicon(merges={"tow bar": {"towbar": 9}, "acme works": {"<sensitive>": 9}})
+    for form in ("lower", "word", "kept", "merge"):
+        for span in (1, 2, 3):
+            lexicon.weights[f"M 4/5! {span}"] = 9.0 + span
+            lexicon.weights[f"o {form}"] = 0.1
+    shorthand = Shorthand(lexicon)
+    assert shorthand.normalise(["tow", "bar"]) == ["towbar", ""]
+    assert shorthand.expand("tow bar") == "towbar"
+    assert shorthand.normalise(["Acme", "Works"]) == ["<sensitive>", ""]
+    assert shorthand.expand("Acme Works") == "Acme Works"
+
+
 @pytest.mark.parametrize("text", ["", " \t\n", "\0", "汽蚀", "a" * 100_000, "/ / & & + - '" * 200, "\udcff x"])
 def test_any_text_is_taken(shorthand: Shorthand, text: str) -> None:
     shorthand.expand(text)
