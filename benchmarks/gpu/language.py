@@ -228,11 +228,17 @@ def main() -> int:
         if process is not None:
             process.terminate()
             process.wait(60)
-    return report(
-        "gpu_language", figures(found), card=card.facts, shape=arguments.shape, weights="random", found=found,
-        gateway_processes=arguments.processes, temperature=arguments.temperature, guards=["guard"] if arguments.guards else [], server_start_s=start_s,
-        peers=_peers(),
-    )  # fmt: skip
+    said = {
+        "card": card.facts,
+        "shape": arguments.shape,
+        "weights": "random",
+        "temperature": arguments.temperature,
+        "gateway_processes": arguments.processes,
+        "guards": ["guard"] if arguments.guards else [],
+        "server_start_s": start_s,
+        "peers": _peers(),
+    }
+    return report("gpu_language", figures(found), found=found, **said)
 
 
 def _peers() -> dict[str, str]:

@@ -61,12 +61,12 @@ async def http(fronts, tmp_path):
 async def ask(port: int, times: int) -> None:
     """Requests on connections of their own, so that every process gets some."""
     for _ in range(times):
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60) as client:
             assert (await client.get("/v2/health/live")).status_code == 200
 
 
 async def asked(port: int) -> float:
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60) as client:
         return samples((await client.get("/metrics")).text).get(LIVE, 0)
 
 

@@ -275,7 +275,7 @@ async def test_stop_leaves_nothing_behind(root, make_pool, tmp_path):
     assert not process.is_running()
     assert not list((tmp_path / "run").iterdir())
     gc.collect()
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 async def test_routes_follow_every_change(root, make_pool):

@@ -302,8 +302,8 @@ def test_many_connections_leak_neither_descriptors_nor_memory(worker):
     for _ in range(200):
         round_trip()
     assert still_works(worker)
-    wait_until(lambda: process.num_fds() <= fds + 1, "the worker's descriptors to close", 5)
-    wait_until(lambda: psutil.Process().num_fds() <= own + 1, "our descriptors to close", 5)
+    wait_until(lambda: process.num_fds() <= fds + 1, "the worker's descriptors to close")
+    wait_until(lambda: psutil.Process().num_fds() <= own + 1, "our descriptors to close")
     assert process.memory_info().rss - rss < 4 << 20
 
 
@@ -339,6 +339,7 @@ async def test_what_waits_for_a_worker_that_does_not_read_is_bounded(worker, mon
     client = await WorkerClient.connect(worker.path, "test", slots=0)
     rows = {"x": np.ones((8, 2), np.float32), "filler": np.zeros((1, 100_000), np.float32)}
     os.kill(worker.process.pid, signal.SIGSTOP)
+    wait_until(lambda: psutil.Process(worker.process.pid).status() == psutil.STATUS_STOPPED, "the worker's stop")
     try:
         asked = [asyncio.create_task(client.infer("faulty", rows)) for _ in range(40)]
         await asyncio.wait(asked, return_when=asyncio.FIRST_EXCEPTION)
@@ -382,6 +383,7 @@ async def test_an_answer_that_comes_after_its_deadline_is_dropped(worker):
 async def test_nobody_waits_beyond_a_deadline_that_was_told_after_a_later_one(worker):
     client = await WorkerClient.connect(worker.path, "test")
     os.kill(worker.process.pid, signal.SIGSTOP)
+    wait_until(lambda: psutil.Process(worker.process.pid).status() == psutil.STATUS_STOPPED, "the worker's stop")
     try:
         asked = [
             asyncio.create_task(client.infer("faulty", action(0), deadline=deadline_ns(ms))) for ms in (20_000, 40, 80)

@@ -27,17 +27,17 @@ async def pid_of(pool, worker="shared"):
 
 async def test_the_back_off_grows_while_the_only_version_cannot_be_loaded(root, make_pool):
     folder = write_faulty(root, "faulty")
-    pool = await make_pool(restart_delay_ms=100, restart_delay_cap_ms=60_000, deaths_cap=100)
+    pool = await make_pool(restart_delay_ms=400, restart_delay_cap_ms=60_000, deaths_cap=100)
     worker = pool._workers["shared"]
     (folder / "1/model.json").write_text(json.dumps({"load": "die"}))
     psutil.Process(await pid_of(pool)).kill()
     pauses, deaths = [], pool._served["faulty"].deaths
     for number in range(1, 4):
-        await until(lambda number=number: len(deaths) == number, timeout_s=30)
+        await until(lambda number=number: len(deaths) == number)
         died_s = time.monotonic()
-        await until(lambda number=number: worker.restarts == number + 1, timeout_s=30)
+        await until(lambda number=number: worker.restarts == number + 1)
         pauses.append(time.monotonic() - died_s)
-    assert all(later > 1.4 * earlier for earlier, later in itertools.pairwise(pauses)), pauses
+    assert all(later > 1.2 * earlier for earlier, later in itertools.pairwise(pauses)), pauses
     await until(lambda: worker.process is None)
     assert entry(pool)["state"] == "restarting"
     assert "died of SIGKILL while model 'faulty' version 1 ran" in entry(pool)["reason"]
@@ -51,7 +51,7 @@ async def test_a_version_that_cannot_come_back_fails_and_a_load_tries_again(root
     pool = await make_pool(deaths_cap=3)
     (folder / "1/model.json").write_text(json.dumps({"load": "die"}))
     psutil.Process(await pid_of(pool)).kill()
-    await until(lambda: entry(pool)["state"] == "failed", timeout_s=30)
+    await until(lambda: entry(pool)["state"] == "failed")
     assert "version 1 took its worker down 3 times" in entry(pool)["reason"]
     assert pool._workers["shared"].process is None
     with pytest.raises(MillhandError, match="worker 'shared' died of SIGKILL while it loaded model 'faulty' ver"):

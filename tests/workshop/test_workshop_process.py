@@ -102,16 +102,16 @@ def test_failures_are_told(folder: Path, recipe: str, words: str) -> None:
 
 def test_a_hang_ends_by_deadline_with_all_its_processes(folder: Path) -> None:
     started_s = time.monotonic()
-    with pytest.raises(ModelError, match="it was not done within 3 s"):
-        run(folder, "hang", deadline_s=3)
-    assert time.monotonic() - started_s < 15
+    with pytest.raises(ModelError, match="it was not done within 8 s"):
+        run(folder, "hang", deadline_s=8)
+    assert time.monotonic() - started_s < 60
     for pid in (folder / "hanging").read_text().split():
         wait_until(lambda pid=int(pid): gone(pid), f"the end of process {pid}")
 
 
 def test_a_maker_that_looks_is_told_before_it_is_killed(folder: Path) -> None:
-    with pytest.raises(ModelError, match="it was not done within 2 s"):
-        run(folder, "polite", deadline_s=2)
+    with pytest.raises(ModelError, match="it was not done within 6 s"):
+        run(folder, "polite", deadline_s=6)
     assert (folder / "tidied").exists()
 
 
@@ -150,11 +150,11 @@ def test_when_the_caller_goes_all_go(folder: Path, number: signal.Signals) -> No
         stderr=subprocess.DEVNULL,
     )
     hanging = folder / "hanging"
-    wait_until(lambda: hanging.exists() and len(hanging.read_text().split()) == 2, "the hang", 30)
+    wait_until(lambda: hanging.exists() and len(hanging.read_text().split()) == 2, "the hang")
     pids = [int(pid) for pid in hanging.read_text().split()]
     assert not any(gone(pid) for pid in pids)
     caller.send_signal(number)
-    caller.wait(10)
+    caller.wait(60)
     for pid in pids:
         wait_until(lambda pid=pid: gone(pid), f"the end of process {pid}")
 
