@@ -210,10 +210,10 @@ def test_http(agent: Agent) -> None:
     exposed = set(re.findall(r"^# TYPE (\S+) ", text, re.MULTILINE))
     documented = set(re.findall(r"^\| `([a-z_]+)` \|", METRICS_PAGE.read_text(), re.MULTILINE))
     # What this node does not have: a sink, a GPU, sensors of a Jetson, rows that it dropped, sessions that count, gRPC,
-    # candidates.
+    # candidates, a language model with what stands around it.
     absent = re.compile(
         "sink|gpu|accelerator|temperature|power|throttle|memory|dropped|energy|session_counts|grpc|traces|"
-        "candidate|rebuild"
+        "candidate|rebuild|language|gateway|guard|order_revisions|order_struck"
     )
     elsewhere = {name for name in documented if absent.search(name)}
     assert documented - elsewhere <= exposed
