@@ -12,6 +12,7 @@ Each line: {"texts": [...], "grounds": [...], "values": {"velocity_rms_mm_s": 4.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -112,7 +113,8 @@ class Grounds:
 
 def numbers(text: str) -> Iterator[tuple[str, Decimal, int, str]]:
     """Plain numbers of a text: the chunk, its value, decimals and unit."""
-    found = chunks(text)
+    words = re.sub(r"[.:](?=\s|$)", " \u2029 ", text)  # a unit does not follow over the end of a sentence: "377. A fan"
+    found = chunks(words)
     for place, chunk in enumerate(found):
         if has_digit(chunk):
             read = number_and_unit(chunk, found[place + 1] if place + 1 < len(found) else "")
