@@ -45,7 +45,8 @@ CREATE TABLE source (
 CREATE TABLE source_asset (source_id INTEGER NOT NULL REFERENCES source ON DELETE CASCADE, asset TEXT NOT NULL);
 CREATE INDEX source_asset_source ON source_asset (source_id);
 CREATE TABLE passage (
-  id INTEGER PRIMARY KEY, key TEXT NOT NULL, source_id INTEGER NOT NULL REFERENCES source ON DELETE CASCADE,
+  id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL,
+  source_id INTEGER NOT NULL REFERENCES source ON DELETE CASCADE,
   title TEXT NOT NULL, page INTEGER NOT NULL, line INTEGER NOT NULL, text TEXT NOT NULL, vector BLOB
 );
 CREATE INDEX passage_source ON passage (source_id);
@@ -259,7 +260,7 @@ class Database:
         return [(int(id), str(title), str(text)) for id, title, text in rows]
 
     def set_vectors(self, ids: Sequence[int], vectors: NDArray[np.float32]) -> None:
-        """Give passages their vectors; those that are gone meanwhile stay gone."""
+        """Give passages their vectors; those that are gone meanwhile stay gone, and no id is given twice."""
         with self._writing():
             marks = ", ".join("?" * len(ids))
             kept = {id for (id,) in self._connection.execute(f"SELECT id FROM passage WHERE id IN ({marks})", ids)}  # noqa: S608

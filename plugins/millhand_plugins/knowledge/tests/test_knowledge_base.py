@@ -135,6 +135,17 @@ async def test_vectors_find_what_words_do_not_and_go_with_their_source(tmp_path:
     await base.close()
 
 
+async def test_a_vector_that_comes_late_does_not_go_to_another_passage(base: Knowledge) -> None:
+    await base.add_text("a", "forgotten")
+    ((old, _, _),) = await base._do(lambda: base._opened.without_vectors(5))
+    await base.remove("a")
+    await base.add_text("b", "new")
+    row = np.ones((1, 4), np.float32) / 2
+    await base._do(lambda: base._opened.set_vectors([old], row))
+    assert len(base._opened.matrix) == 0
+    assert len(await base._do(lambda: base._opened.without_vectors(5))) == 1
+
+
 async def test_an_embedder_that_fails_leaves_words_and_vectors_come_later(tmp_path: Path) -> None:
     base, embed = Knowledge(KnowledgeConfig()), Letters()
     embed.broken = True
