@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -333,7 +334,8 @@ def main() -> int:
     options.add_argument("--llama-only", action="store_true")
     arguments = options.parse_args()
     figures = uvloop.run(measure(arguments))
-    return report("language_gateway", figures, guards=arguments.guards)
+    cpus = len(os.sched_getaffinity(0))
+    return report("language_gateway", figures, guards=arguments.guards, cpus=cpus, llama_threads=arguments.threads)
 
 
 if __name__ == "__main__":
