@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -42,11 +43,11 @@ import sys, time, xllamacpp as x
 p = x.CommonParams()
 p.model.path, p.n_parallel, p.n_ctx, p.warmup = sys.argv[1], 4, 4 * 2048, True
 p.endpoint_metrics = p.endpoint_slots = True
-p.hostname, p.port = "127.0.0.1", int(sys.argv[2])
+p.hostnames, p.port = ["127.0.0.1"], int(sys.argv[2])
 for name in ("cpuparams", "cpuparams_batch"):
     getattr(p, name).n_threads = int(sys.argv[3])
 s = x.Server(p)
-print(s.listening_address, flush=True)
+print(f"http://127.0.0.1:{p.port}", flush=True)
 time.sleep(1e6)
 """
 
@@ -147,6 +148,12 @@ def server(*command: str) -> Any:
     finally:
         process.kill()
         process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 async def pairs(
@@ -252,7 +259,7 @@ async def llama(gguf: str, guards: list[str], repeats: int, threads: int) -> lis
     with tempfile.NamedTemporaryFile("w", suffix="_llama.py") as script:
         script.write(LLAMA)
         script.flush()
-        with server(script.name, gguf, "0", str(threads)) as alone:
+        with server(script.name, gguf, str(free_port()), str(threads)) as alone:
             async with (
                 gateway(alone, guards) as (_, _, through),
                 aiohttp.ClientSession(connector=_many()) as session,

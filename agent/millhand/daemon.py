@@ -70,7 +70,7 @@ THREAD_NAME = "millhand-work"
 PLUGIN_RETRY_FIRST_S = 5.0
 PLUGIN_RETRY_LAST_S = 300.0
 # What only a restart can change: the daemon's own place and its store.
-FIXED_SECTIONS = ("node", "store", "recording", "http", "grpc", "tracing", "models", "pack", "knowledge")
+FIXED_SECTIONS = ("node", "store", "recording", "http", "grpc", "gateway", "tracing", "models", "pack", "knowledge")
 
 
 class Daemon:

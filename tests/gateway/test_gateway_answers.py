@@ -56,6 +56,15 @@ def test_embeddings_of_a_server_that_embeds(site):
     assert [row["embedding"] for row in answer["data"]] == [[2.0, 1.0], [3.0, 1.0]]
 
 
+def test_embeddings_of_the_node_s_own_embedder(site):
+    answer = site.post("/v1/embeddings", {"model": "minilm", "input": ["ab", "abc"]}).json()
+    assert [row["embedding"] for row in answer["data"]] == [[2.0, 0.5], [3.0, 0.5]]
+    coded = site.post("/v1/embeddings", {"model": "minilm", "input": "ab", "encoding_format": "base64"}).json()
+    assert coded["data"][0]["embedding"] == "AAAAQAAAAD8="
+    answer = site.post("/v1/embeddings", {"model": "none", "input": "ab"})
+    assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
+
+
 def test_models(site):
     listed = site.get("/v1/models").json()
     assert [model["id"] for model in listed["data"]] == [MODEL]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from pydantic import Field
 
-from millhand.errors import InputError, MillhandError, PluginError, SinkError
+from millhand.errors import InputError, MillhandError, ModelError, PluginError, SinkError
 from millhand.language.embedding import Embedding, Infer
 from millhand.language.pack import PackSettings, find_pack
 from millhand.pipeline.sinks import SinkRunner, SinkStore
@@ -91,6 +91,7 @@ class NodeKnowledge:
         self._pack = pack
         self._opened = False
         self._embedded = False
+        self._embed: Embedding | None = None
         self._error: MillhandError | None = None
         self._feeding: asyncio.Task[None] | None = None
         self._orders: SinkRunner | None = None
@@ -102,7 +103,7 @@ class NodeKnowledge:
         """
         if self._base is None:
             return
-        embed = await self._embedding(find, infer)
+        embed = self._embed = await self._embedding(find, infer)
         self._embedded = embed is not None
         try:
             await self._base.open(data_dir / FOLDER, embed)
@@ -179,10 +180,21 @@ class NodeKnowledge:
 
     # ---- control calls ----------------------------------------------------------------------------------------------
 
+    async def _vectors(self, model: str, texts: list[str]) -> list[list[float]]:
+        """The texts as vectors of length 1, for the gateway. Raises ModelError where the embedder has another name."""
+        if self._embed is None or model != self._settings.embedder:
+            raise ModelError(
+                f"model '{model}' is not served",
+                hint=f"the node's embedder is '{self._settings.embedder}' (millhand knowledge setup makes it)",
+            )
+        vectors: list[list[float]] = (await self._embed(texts)).tolist()
+        return vectors
+
     def handlers(self) -> dict[str, Handler]:
         """The calls of the control socket."""
         return {
             "knowledge.add": self._add,
+            "knowledge.embed": self._vectors,
             "knowledge.list": self._list,
             "knowledge.remove": self._remove,
             "knowledge.search": self._search,

@@ -87,6 +87,7 @@ async def serve(arguments: GatewayArguments) -> None:
         guards=_guards(arguments),
         reporter=reporter,
         observation=observation,
+        control_path=control_path,
     )
     FRONT.refresh_with(lambda: _gauge(admission, routes))
     follower = asyncio.create_task(routes.follow(), name="routes")

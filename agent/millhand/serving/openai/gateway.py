@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ from millhand.serving.observation import Observation
 from millhand.serving.openai import metrics
 from millhand.serving.openai.admission import Admission, Rates
 from millhand.serving.openai.asked import Asked, Endpoint
+from millhand.serving.openai.embedding import embedded
 from millhand.serving.openai.exchange import Exchange, Limits
 from millhand.serving.openai.failure import Failure, failure_of
 from millhand.serving.openai.guarding import Guards, GuardSession, Refused
@@ -74,6 +76,7 @@ class Gateway:
         guards: Guards,
         reporter: MetricsReporter,
         observation: Observation,
+        control_path: Path,
     ) -> None:
         self._doors = doors
         self._limits = limits
@@ -85,6 +88,7 @@ class Gateway:
         self._guards = guards
         self._reporter = reporter
         self._observation = observation
+        self._control_path = control_path
         self._known: dict[tuple[str, str], Answer] = {
             ("GET", "/health"): self._health,
             ("GET", "/metrics"): self._metrics,
@@ -214,6 +218,8 @@ class Gateway:
         body = await read_body(request, self._doors.body_bytes_cap, self._doors.request_timeout_s)
         self._rates.begin(caller.role)
         asked = Asked(endpoint, body)
+        if endpoint == "embeddings" and not self._routes.knows(asked.model):
+            return await self._embed(request, asked, caller)
         route = self._routes.route(asked.model)
         session = self._session(asked, route, caller)
         asked.require(route.abilities, route.context_tokens)
@@ -232,6 +238,14 @@ class Gateway:
             started_s=started_s,
         )
         return await exchange.answer(request, self._open_to(request))
+
+    async def _embed(self, request: web.BaseRequest, asked: Asked, caller: Token) -> web.Response:
+        """Embeddings by the node's own embedder."""
+        session = self._session(asked, Route(name=asked.model), caller)
+        if session is not None:
+            await self._admit(session, asked)
+        body = await embedded(self._control_path, asked)
+        return web.Response(body=body, headers={"Content-Type": "application/json", **self._open_to(request)})
 
     def _session(self, asked: Asked, route: Route, caller: Token) -> GuardSession | None:
         """What stands before one request; None where there are no guards. Raises Failure."""

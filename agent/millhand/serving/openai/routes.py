@@ -76,6 +76,10 @@ class LanguageRoutes:
         """Whether every model answers, and there is one."""
         return bool(self._routes) and all(route.urls for route in self._routes.values())
 
+    def knows(self, model: str) -> bool:
+        """Whether a language server has the model, be it ready or not."""
+        return model in self._routes
+
     def route(self, model: str) -> Route:
         """A model that answers. Raises Failure: 404 for an unknown name, 503 where it does not answer now."""
         route = self._routes.get(model)
