@@ -23,6 +23,7 @@ SCRIPTS: list[tuple[str, list[str]]] = [
     ("serving", ["serving.py", "--peers"]),
     ("serving_ablation", ["serving.py", "--ablation"]),
     ("soak_serving", ["soak_serving.py"]),
+    ("language_gateway", ["language_gateway.py"]),
     ("guard", ["eval/guard.py", "--no-speed"]),
     ("guard_speed", ["eval/guard.py", "--only-speed", "--megabytes", "1"]),
     ("rig", ["eval/rig.py"]),
