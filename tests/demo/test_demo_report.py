@@ -13,6 +13,7 @@ import pytest
 from page_kit import laid_out_px, needs_chromium
 
 from millhand.cli.demo import summary, text
+from millhand.demo.language import Spoken
 from millhand.demo.pace import Load, suitable_pace
 from millhand.demo.report import write_report
 from millhand.demo.session import Outcome
@@ -42,6 +43,14 @@ def outcome(**changes: object) -> Outcome:
         "action": ["look", "listen"],
         "priority": 2,
         "writer": "deterministic",
+        "parts": [],
+        "tools": [],
+        "skill": "",
+        "minutes": 0,
+        "citations": [],
+        "struck": [],
+        "revision": 1,
+        "revised_ns": 0,
     }
     made = Outcome(
         seed=7,
@@ -67,6 +76,55 @@ def outcome(**changes: object) -> Outcome:
         waveform={"samples": samples.tolist(), "sample_rate_hz": 12_800.0, "unit": "g", "name": "vibration_de"},
     )
     return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def spoken(**changes: object) -> Spoken:
+    draft = outcome().orders[0]
+    struck = {"field": "action[2]", "text": "order part <777>", "why": "777 stands nowhere"}
+    better = {**draft, "writer": "model", "revision": 2, "struck": [struck], "citations": [{"place": "a.pdf, page 3"}]}
+    outcomes = dict.fromkeys(("revised", "unchanged", "deadline"), 0)
+    made = Spoken(
+        model="small",
+        server="llamacpp",
+        precision="Q4_1",
+        tokens_per_s=21.6,
+        first_token_ms=640.0,
+        versions=[draft, better],
+        revision={"outcomes": {**outcomes, "revised": 1}, "struck": 1, "error": ""},
+        question="What first?",
+        answer="Look at <it>.",
+        sources=["[S1] a.pdf, page 3"],
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def test_both_writers_stand_side_by_side(tmp_path: Path) -> None:
+    made = outcome(spoken=spoken())
+    write_report(made, tmp_path / "demo.html")
+    page = (tmp_path / "demo.html").read_text()
+    for told in (
+        "One order, two writers",
+        "22 tokens/s",
+        "order part &lt;777&gt;",
+        "a.pdf, page 3",
+        "Look at &lt;it&gt;.",
+    ):
+        assert told in page
+    assert page.count("<th>Priority</th>") == 2
+    said = "\n".join(text(made, tmp_path / "demo.html"))
+    assert "--- written by deterministic" in said and "--- written by model" in said
+    assert "1 passages struck; drafts: revised 1" in said
+    assert summary(made, tmp_path / "demo.html")["language"]["answer"] == "Look at <it>."
+
+
+def test_a_silent_language_model_is_a_shortcoming() -> None:
+    revision = {"outcomes": {"revised": 0, "unchanged": 0, "deadline": 1}, "struck": 0, "error": "no answer in time"}
+    made = outcome(spoken=spoken(revision=revision, answer=""))
+    assert made.shortcomings == [
+        "the language model's version of the order did not come: no answer in time",
+        "the language model gave no answer",
+    ]
+    assert not made.good
 
 
 def test_lost_and_doubled_are_set_differences() -> None:

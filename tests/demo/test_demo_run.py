@@ -19,9 +19,9 @@ from millhand.testing import wait_until
 IDLE_SCALE = "2"
 
 
-def start(folder: Path, fault: str) -> subprocess.Popen[str]:
+def start(folder: Path, fault: str, *more: str) -> subprocess.Popen[str]:
     pace = [] if machine_load().busy else ["--scale", IDLE_SCALE]
-    command = [sys.executable, "-m", "millhand", "demo", "--fault", fault, *pace, "-o", str(folder)]
+    command = [sys.executable, "-m", "millhand", "demo", "--fault", fault, *pace, *more, "-o", str(folder)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
     )
@@ -45,6 +45,20 @@ def test_the_main_job_is_done(tmp_path: Path, fault: str) -> None:
         assert len(facts["work_orders"]) == len(facts["alerts"])
     assert (tmp_path / "demo.html").exists()
     assert f"Report: {tmp_path / 'demo.html'}" in output.replace("\n", "")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_language_model_writes_too(tmp_path: Path) -> None:
+    demo = start(tmp_path, "bearing_outer", "--language")
+    output, errors = demo.communicate(timeout=800)
+    assert demo.returncode == 0, output + errors
+    spoken = json.loads((tmp_path / "demo.json").read_text())["language"]
+    assert [version["writer"] for version in spoken["versions"]][:1] == ["deterministic"]
+    assert spoken["revision"]["outcomes"]["revised"] + spoken["revision"]["outcomes"]["unchanged"] >= 1
+    assert spoken["answer"] and spoken["sources"] and spoken["tokens_per_s"] > 0
+    page = (tmp_path / "demo.html").read_text()
+    assert "One order, two writers" in page and spoken["sources"][0] in page
 
 
 def test_ctrl_c_ends_every_process(tmp_path: Path) -> None:

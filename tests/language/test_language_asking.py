@@ -31,6 +31,7 @@ class Server:
         self.asked: list[dict[str, Any]] = []
         self.answers: list[str | bytes] = []
         self.context_tokens = 4096
+        self.parameters = 7_000_000_000
         self._url = ""
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -56,7 +57,11 @@ class Server:
         return Place(self._url)
 
     def models(self) -> list[dict[str, Any]]:
-        return [{"name": "small", "context_tokens": self.context_tokens}] if self._url else []
+        return (
+            [{"name": "small", "context_tokens": self.context_tokens, "parameters": self.parameters}]
+            if self._url
+            else []
+        )
 
 
 class Manuals:
@@ -134,6 +139,15 @@ async def test_a_conversation_goes_on_and_says_what_it_leaves_out(site):
     ]
     assert [message["content"] for message in server.asked[2]["messages"][1:3]] == ["two", "Yes."]
     assert len(await store.turns(known.id)) == 6
+
+
+async def test_a_small_model_is_asked_plainly(site):
+    server, _, _, asking = site
+    server.answers, server.parameters = ["Fine."], 135_000_000
+    sources, *_, end = await events(asking, Question("why"))
+    asked = server.asked[0]["messages"][-1]["content"]
+    assert "square brackets" not in asked and "Tighten the gland" in asked and asked.endswith("why")
+    assert len(sources["sources"]) == 2 and end["end"]["citations"] == {}
 
 
 async def test_passages_make_room_for_a_long_question(site):

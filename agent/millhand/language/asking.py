@@ -28,6 +28,7 @@ ANSWER_TOKENS_CAP = 384
 CONTEXT_TOKENS = 2048
 """Of a model that does not tell."""
 QUESTION_BYTES_CAP = 32 << 10
+SMALL_PARAMETERS = 1_000_000_000
 _CITED = re.compile(r"\[\s*(S\d+|order)\s*\]", re.IGNORECASE)
 ORDER = "order"
 """The label of the work order among the sources; passages are S1, S2, ...: a small model copies those without fault."""
@@ -84,6 +85,12 @@ class Asking:
             raise LanguageError("the language model gave an empty answer", hint="ask again, or in other words")
         yield {"end": await self._keep(question, text, "".join(answer).strip(), passages)}
 
+    @property
+    def _prompt(self) -> str:
+        """A small model loses itself in instructions: it is not asked to cite, the sources are shown all the same."""
+        small = 0 < self._client.parameters < SMALL_PARAMETERS and "ask_small" in self._pack.prompts
+        return "ask_small" if small else "ask"
+
     async def _passages(self, text: str, question: Question) -> dict[str, Passage]:
         """What retrieval found, by the label that the model is to cite."""
         asset = question.asset or (question.order.asset if question.order else "")
@@ -98,7 +105,7 @@ class Asking:
         language = question.language if question.language in self._pack.manifest.languages else "en"
         for shown in range(len(passages), -1, -1):
             sources = _sources(dict(list(passages.items())[:shown]), question.order)
-            asked = self._pack.prompt("ask", language, sources=sources, question=text)
+            asked = self._pack.prompt(self._prompt, language, sources=sources, question=text)
             try:
                 return fitting(self._pack.prompt("policy", language), earlier, asked, tokens_cap)
             except InputError:
