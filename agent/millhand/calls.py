@@ -48,8 +48,8 @@ class Calls:
             "alert.list": self.alert_list,
             "alert.ack": self.alert_ack,
             **OrderCalls(self._daemon.store).handlers(),
-            **ConversationCalls(self._daemon.store, self._daemon.asking).handlers(),
-            **self._daemon.knowledge.handlers(),
+            **ConversationCalls(self._daemon.store, self._daemon.language.asking).handlers(),
+            **self._daemon.language.knowledge.handlers(),
             "prediction.list": self.prediction_list,
             "plugin.list": self.plugin_list,
             "readings.export": self.readings_export,
@@ -72,7 +72,7 @@ class Calls:
         """Everything that bare `millhand` shows."""
         daemon = self._daemon
         alerts = await daemon.store.alerts(limit=ID_SEARCH_LIMIT)
-        assets, models = daemon.fleet.statuses(), daemon.pool.index()
+        assets, models, language = daemon.fleet.statuses(), daemon.pool.index(), daemon.language
         opened = sum(alert.state is AlertState.OPEN for alert in alerts)
         return {
             "ready": daemon.ready,
@@ -84,18 +84,20 @@ class Calls:
             "uptime_s": time.monotonic() - daemon.started_monotonic,
             "assets": assets,
             "models": models,
-            "language": daemon.language.show(),
+            "language": daemon.language.servers.show(),
             "self_test": [tried.to_dict() for tried in daemon.self_test.tried],
             "http": daemon.http_url,
             "grpc": daemon.grpc_address,
-            "gateway": daemon.gateway_url,
+            "gateway": daemon.language.gateway_url,
             "alerts": {"open": opened, "acked": sum(alert.state is AlertState.ACKED for alert in alerts)},
             "orders": len(await daemon.store.orders(limit=ID_SEARCH_LIMIT)),
-            "revision": daemon.revision.status(),
+            "revision": daemon.language.revision.status(),
             "telemetry": await self.telemetry_status(),
             "sinks": daemon.fleet.sink_statuses(),
             "store": await daemon.store.status(),
-            "next_step": _next_step(assets, models, opened, daemon.language.state, daemon.config.telemetry.enabled),
+            "next_step": _next_step(
+                assets, models, opened, daemon.language.servers.state, daemon.config.telemetry.enabled
+            ),
         }
 
     async def reload(self) -> dict[str, Any]:
@@ -129,15 +131,15 @@ class Calls:
 
     async def language_show(self) -> dict[str, Any]:
         """`LanguageServers.show`."""
-        return self._daemon.language.show()
+        return self._daemon.language.servers.show()
 
     def language_routes(self) -> AsyncIterator[dict[str, Any]]:
         """A stream: what another process needs to reach the language servers itself, now and after every change."""
-        return self._daemon.language.watch_routes()
+        return self._daemon.language.servers.watch_routes()
 
     async def language_restart(self, replica: str = "") -> list[str]:
         """`LanguageServers.restart`."""
-        return await self._daemon.language.restart(replica)
+        return await self._daemon.language.servers.restart(replica)
 
     async def language_complete(
         self,
@@ -148,7 +150,7 @@ class Calls:
         seed: int = 0,
     ) -> str:
         """One completion of the agent's own, guarded where there is a gateway; as `hookspecs.Complete`."""
-        complete = self._daemon.complete()
+        complete = self._daemon.language.complete()
         return await complete(messages, schema=schema, max_tokens=max_tokens, temperature=temperature, seed=seed)
 
     async def alert_list(

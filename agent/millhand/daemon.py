@@ -12,33 +12,24 @@ import contextlib
 import fcntl
 import gc
 import logging
-import secrets
 import signal
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from millhand.calls import Calls
 from millhand.config import Config, load_config
 from millhand.control import ControlServer
-from millhand.errors import ConfigError, LanguageError, MillhandError
+from millhand.errors import ConfigError, MillhandError
 from millhand.fleet import Fleet
 from millhand.hardware import Hardware, discover
 from millhand.hardware.visible import VARIABLE, visible_devices
-from millhand.language.asking import Asking
-from millhand.language.client import LanguageClient, Place
-from millhand.language.knowledge import NodeKnowledge
-from millhand.language.library import open_library
-from millhand.language.pack import find_pack
-from millhand.language.plan import Plan, make_plan, servers_of
-from millhand.language.revision import Revision, Sources
-from millhand.language.servers import LanguageServers
+from millhand.language.node import NodeLanguage
 from millhand.logs import configure_logs
 from millhand.node_metrics import NodeMetrics
 from millhand.pipeline.recorder import Recorder
@@ -46,9 +37,8 @@ from millhand.profiles import Match, load_profiles, match, profile_named
 from millhand.records import Alert, Batch, Severity
 from millhand.registry import Registry
 from millhand.serving.candidates import node_candidates
-from millhand.serving.front import FrontProcess, gateway_front, grpc_front, http_front
+from millhand.serving.front import FrontProcess, grpc_front, http_front
 from millhand.serving.model_calls import UNNAMED, ModelCalls
-from millhand.serving.openai.tokens import hashed
 from millhand.serving.pool import ModelPool
 from millhand.serving.repository import Repository
 from millhand.serving.selftest import SelfTest, log_trials
@@ -57,7 +47,6 @@ from millhand.store.database import Loss
 from millhand.systemd import notify, notify_reloading, watchdog_interval_s
 
 if TYPE_CHECKING:
-    from millhand.language.passages import Passage
     from millhand.telemetry.publisher import Publisher
 
 log = logging.getLogger("millhand.daemon")
@@ -87,20 +76,16 @@ class Daemon:
         self.store: Store
         self.repository: Repository
         self.pool: ModelPool
-        self.language: LanguageServers
+        self.language: NodeLanguage
         self.publisher: Publisher | None = None
-        self.knowledge: NodeKnowledge
         self.recorder: Recorder
         self.fleet: Fleet
-        self.revision: Revision
         self.metrics: NodeMetrics
         self.self_test: SelfTest
         self.healthy_at = time.monotonic()
         self._control: ControlServer
         self._http: FrontProcess | None = None
         self._grpc: FrontProcess | None = None
-        self._gateway: FrontProcess | None = None
-        self._agent_token = secrets.token_urlsafe(32)
         self._set_aside_told = 0
         self._started = asyncio.Event()
         self._reloading = asyncio.Lock()
@@ -114,7 +99,7 @@ class Daemon:
         self._claim_run_dir()
         self._make_fronts()
         self.registry.load(config.plugin_tables())
-        self._gateway = self._make_gateway()
+        self.language = NodeLanguage(lambda: self.config, self.registry)
         self.hardware = await asyncio.to_thread(discover, config.node.hardware_root)
         self.match = self._match_profile()
         self.store = await Store.open(config.node.store_path, config.store)
@@ -130,10 +115,7 @@ class Daemon:
         )
         self.self_test = SelfTest(self.registry, config.models, self.match.workers, repository, config.models_needed())
         await self.pool.start(needed=self._models_needed())
-        self.language = LanguageServers(config.language, self._language_plan, config.node.data_dir / "log")
-        self.language.start()
-        self.knowledge = NodeKnowledge(self.registry.one("millhand_knowledge"), config.knowledge, config.pack)
-        await self.knowledge.start(config.node.data_dir, repository.find, self.pool.infer, self.store)
+        await self.language.start(self.hardware, self.match, self.store, repository, self.pool)
         self.publisher = self._make_publisher()
         self.recorder = Recorder(config.node.data_dir, config.recording)
         self.recorder.start()
@@ -141,13 +123,12 @@ class Daemon:
         await self.fleet.start()
         if self.publisher is not None:  # after the assets, so that none is born before it speaks
             await self.publisher.start()
-        self.revision = self._make_revision()
-        self.revision.start()
+        self.language.revision.start()
         self.metrics = NodeMetrics(self)
         calls = Calls(self)
         self._control = ControlServer(config.node.control_path, calls.handlers())
         await self._control.start()
-        for front in (self._http, self._grpc, self._gateway):
+        for front in (self._http, self._grpc, self.language.gateway):
             if front is not None:
                 await front.start()
         self._spawn(self._watch_self(), "self-check")
@@ -169,16 +150,17 @@ class Daemon:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        language = getattr(self, "language", None)
         stages = [
             ("http", self._http),
             ("grpc", self._grpc),
-            ("order revision", getattr(self, "revision", None)),
-            ("gateway", self._gateway),
+            ("order revision", getattr(language, "revision", None)),
+            ("gateway", getattr(language, "gateway", None)),
             ("assets", getattr(self, "fleet", None)),
             ("recorder", getattr(self, "recorder", None)),
             ("publisher", self.publisher),
-            ("language servers", getattr(self, "language", None)),
-            ("knowledge", getattr(self, "knowledge", None)),
+            ("language servers", getattr(language, "servers", None)),
+            ("knowledge", getattr(language, "knowledge", None)),
             ("models", getattr(self, "pool", None)),
             ("control", getattr(self, "_control", None)),
         ]
@@ -205,30 +187,6 @@ class Daemon:
     def grpc_address(self) -> str:
         """Where the gRPC processes listen, as clients of gRPC write it; empty where it is switched off."""
         return "" if self._grpc is None else f"{self.config.grpc.host}:{self._grpc.port}"
-
-    @property
-    def gateway_url(self) -> str:
-        """Where the gateway listens; empty where it is switched off."""
-        if self._gateway is None:
-            return ""
-        host = self.config.gateway.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self._gateway.port}"
-
-    def complete(self) -> LanguageClient:
-        """Asks the language model as the agent itself: through the gateway, and so its guards, where there is one."""
-        return self.language.client(None if self._gateway is None else self._gateway_place)
-
-    def asking(self) -> Asking:
-        """Answers people's questions. Raises ConfigError where the pack is not there."""
-        return Asking(self.store, self.complete(), self._search, find_pack(self.config.pack))
-
-    async def _search(self, query: str, asset: str, limit: int) -> Sequence[Passage]:
-        return await self.knowledge.search(query, asset, limit)
-
-    def _gateway_place(self) -> Place:
-        if self._gateway is None or not self._gateway.port:
-            raise LanguageError("the gateway does not listen yet", hint="ask again later")
-        return Place(self.gateway_url, {"Authorization": f"Bearer {self._agent_token}"})
 
     async def load_model(self, model: str, version: int | None = None, by: str = UNNAMED) -> dict[str, Any]:
         """As `ModelCalls.load`; assets that use the model or waited for it go on with what its model.toml says now."""
@@ -264,16 +222,12 @@ class Daemon:
         self.registry.load(new_tables)
         self.config = new.model_copy(update={name: getattr(old, name) for name in FIXED_SECTIONS})
         configure_logs(self.config.log)
-        await self.language.exchange_settings(self.config.language)
+        await self.language.reload(old)
         await self.pool.need(self._models_needed(), self._model_folders())
         if self.config.telemetry == old.telemetry:
             await self.fleet.apply(self.config, self.publisher)
         else:
             await self._exchange_publisher()
-        if self.config.orders != old.orders or self.config.pack != old.pack:
-            await self.revision.stop()
-            self.revision = self._make_revision()
-            self.revision.start()
         for name in fixed:
             log.warning("%s changed: this takes effect at the next restart", name)
         log.info("configuration read again: %d assets", len(self.config.assets))
@@ -326,16 +280,6 @@ class Daemon:
         node = self.config.node
         return Publisher(self.config.telemetry, node.group, node.id, self.store)
 
-    def _make_revision(self) -> Revision:
-        sources = Sources(
-            revisers=lambda: [reviser for _, reviser in self.registry.collect("millhand_order_revisers")],
-            complete=self.complete,
-            knowledge=lambda: self.knowledge.opened,
-            pack=cache(partial(find_pack, self.config.pack)),
-            assets=lambda: {asset.name for asset in self.config.assets},
-        )
-        return Revision(self.store, self.config.orders, sources)
-
     def _models_needed(self) -> list[str]:
         """What assets use, and the embedder where knowledge is kept and one is here."""
         config, embedder = self.config, self.config.knowledge.embedder
@@ -365,23 +309,6 @@ class Daemon:
         if config.grpc.enabled:
             self._grpc = grpc_front(config.grpc, config.node.control_path, config.tracing, config.log)
 
-    def _make_gateway(self) -> FrontProcess | None:
-        """Make the gateway, once it is known which plugins bring guards. Raises ConfigError."""
-        config = self.config
-        if not config.serves_gateway:
-            return None
-        tables = config.plugin_tables()
-        guarding = [name for name, plugin in self.registry.plugins.items() if "millhand_guards" in plugin.hooks]
-        return gateway_front(
-            config.gateway,
-            config.node.control_path,
-            config.node.data_dir,
-            agent_sha256=hashed(self._agent_token),
-            plugins={name: tables[name] for name in guarding},
-            tracing=config.tracing,
-            log_settings=config.log,
-        )
-
     def _claim_run_dir(self) -> None:
         """Hold a lock on the run_dir: another daemon would take away our workers' sockets. The kernel frees it."""
         folder = self.config.node.run_dir
@@ -403,11 +330,6 @@ class Daemon:
         if self.config.node.profile != "auto":
             return profile_named(profiles, self.config.node.profile, self.hardware, visible)
         return match(profiles, self.hardware, visible)
-
-    def _language_plan(self) -> Plan:
-        """As the configuration is now, and the plugins are. Raises MillhandError."""
-        config = self.config
-        return make_plan(config.language, open_library(config), servers_of(self.registry), self.match, self.hardware)
 
     def _model_folders(self) -> list[Path]:
         return [Path(folder) for _, folder in self.registry.collect("millhand_models")]

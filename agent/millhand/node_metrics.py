@@ -199,8 +199,8 @@ class NodeMetrics:
         _count_by(PLUGINS, (plugin.state for plugin in daemon.registry.plugins.values()))
         _take_assets(assets)
         _take_sinks(daemon.fleet.sink_statuses())
-        _take_language(daemon.language.show())
-        _take_revision(daemon.revision.status())
+        _take_language(daemon.language.servers.show())
+        _take_revision(daemon.language.revision.status())
         await asyncio.to_thread(self._take_hardware)
         with suppress(TimeoutError, MillhandError):
             async with asyncio.timeout(STORE_DEADLINE_S):
