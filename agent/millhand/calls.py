@@ -84,20 +84,18 @@ class Calls:
             "uptime_s": time.monotonic() - daemon.started_monotonic,
             "assets": assets,
             "models": models,
-            "language": daemon.language.servers.show(),
+            "language": language.servers.show(),
             "self_test": [tried.to_dict() for tried in daemon.self_test.tried],
             "http": daemon.http_url,
             "grpc": daemon.grpc_address,
-            "gateway": daemon.language.gateway_url,
+            "gateway": language.gateway_url,
             "alerts": {"open": opened, "acked": sum(alert.state is AlertState.ACKED for alert in alerts)},
             "orders": len(await daemon.store.orders(limit=ID_SEARCH_LIMIT)),
-            "revision": daemon.language.revision.status(),
+            "revision": language.revision.status(),
             "telemetry": await self.telemetry_status(),
             "sinks": daemon.fleet.sink_statuses(),
             "store": await daemon.store.status(),
-            "next_step": _next_step(
-                assets, models, opened, daemon.language.servers.state, daemon.config.telemetry.enabled
-            ),
+            "next_step": _next_step(assets, models, opened, language.servers.state, daemon.config.telemetry.enabled),
         }
 
     async def reload(self) -> dict[str, Any]:

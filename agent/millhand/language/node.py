@@ -39,7 +39,7 @@ class NodeLanguage:
     gateway: FrontProcess | None
 
     def __init__(self, config: Callable[[], Config], registry: Registry) -> None:
-        """`config` is asked anew for what a reload may change. Raises ConfigError where the gateway lacks its package."""
+        """`config` is asked for anew: a reload changes it. Raises ConfigError where the gateway lacks its package."""
         self._config = config
         self._registry = registry
         self._agent_token = secrets.token_urlsafe(32)
