@@ -165,6 +165,8 @@ async def rounds(places: dict[str, str], streams: int, arguments: Any) -> dict[s
 
 def figures(found: dict[int, dict[str, Any]]) -> list[Figure]:
     one, many = found[1], found.get(128)
+    if not all(place["token_ms"] for place in (one["alone"], one["gateway"])):
+        raise SystemExit("an answer came in one piece: it was held to its end, and no figure says anything")
     shown = [
         Figure("one stream: ms a token, to the server alone", one["gateway"]["token_ms"] / one["alone"]["token_ms"],
                "x", "<= 1.05", f"{one['alone']['token_ms']:.3f} ms"),
