@@ -163,9 +163,10 @@ async def test_gaps_travel_on_their_stream(kit, nats_broker, listen, hub, tmp_pa
                 return not (await publisher.status())["queued_rows"]
 
             await kit.until(drained, "the end of the queue")
-        assert center.query("SELECT stream, first, last FROM gaps") == [("bulk", 1, gap.last)]
+        ((stream, first, last),) = center.query("SELECT stream, first, last FROM gaps")
+        assert (stream, first) == ("bulk", 1) and last >= gap.last  # the store may have dropped more meanwhile
         stored = [seq for (seq,) in center.query("SELECT DISTINCT seq FROM readings ORDER BY seq")]
-        assert stored == list(range(gap.last + 1, 401))
+        assert stored == list(range(last + 1, 401))
         assert center.query("SELECT stream, held FROM streams ORDER BY 1") == [("alert", 1), ("bulk", 400)]
         gaps = [one for one in listener.of("NDATA") if len(one.message.metrics) == 3]
         assert gaps and all(one.topic.device == "" for one in gaps)
