@@ -48,7 +48,7 @@ class Calls:
             "alert.list": self.alert_list,
             "alert.ack": self.alert_ack,
             **OrderCalls(self._daemon.store).handlers(),
-            **ConversationCalls(self._daemon.store, self._daemon.language.asking).handlers(),
+            **self._conversations().handlers(),
             **self._daemon.language.knowledge.handlers(),
             "prediction.list": self.prediction_list,
             "plugin.list": self.plugin_list,
@@ -67,6 +67,12 @@ class Calls:
             "model.recorded": self.model_recorded,
             "model.forget": self.model_forget,
         }
+
+    def _conversations(self) -> ConversationCalls:
+        daemon = self._daemon
+        return ConversationCalls(
+            daemon.store, daemon.language.asking, lambda: [asset.name for asset in daemon.config.assets]
+        )
 
     async def state(self) -> dict[str, Any]:
         """Everything that bare `millhand` shows."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from millhand.errors import InputError
+from millhand.errors import InputError, suggestion
 from millhand.ids import ID_SEARCH_LIMIT, by_prefix
 from millhand.language.asking import Asking, Question
 from millhand.language.conversation import Conversation
@@ -17,11 +17,16 @@ if TYPE_CHECKING:
     from millhand.store import Store
 
 
+LAST = "last"
+"""In the place of an id: the conversation that was changed last."""
+
+
 class ConversationCalls:
     """Answers for one store; `asking` is made where the first question comes."""
 
-    def __init__(self, store: Store, asking: Callable[[], Asking]) -> None:
+    def __init__(self, store: Store, asking: Callable[[], Asking], assets: Callable[[], Collection[str]]) -> None:
         self._store = store
+        self._assets = assets
         self._asking = asking
 
     def handlers(self) -> dict[str, Handler]:
@@ -35,7 +40,12 @@ class ConversationCalls:
     async def ask(
         self, question: str, asset: str = "", order_id: str = "", conversation_id: str = "", language: str = "en"
     ) -> AsyncIterator[dict[str, Any]]:
-        """As `Asking.ask`. Raises InputError for an id that is not known."""
+        """As `Asking.ask`. Raises InputError for an asset or an id that is not known."""
+        if asset and asset not in self._assets():
+            known_assets = ", ".join(sorted(self._assets())) or "none"
+            raise InputError(
+                f"asset '{asset}' is not known{suggestion(asset, self._assets())}", hint=f"known: {known_assets}"
+            )
         order = None
         if order_id:
             orders = await self._store.orders(limit=ID_SEARCH_LIMIT)
@@ -63,4 +73,6 @@ class ConversationCalls:
 
     async def _conversation(self, conversation_id: str) -> Conversation:
         found = await self._store.conversations(ID_SEARCH_LIMIT)
+        if conversation_id == LAST and found:
+            return found[0]
         return by_prefix(found, conversation_id, "conversation")

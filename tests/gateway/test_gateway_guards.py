@@ -164,6 +164,17 @@ def test_the_agent_says_where_its_texts_come_from(guarded):
     assert guarded.chat("x", millhand={"source": "nobody"}, headers=headers).status_code == 400
 
 
+def test_parts_of_the_agents_prompt_are_judged_by_their_own_source(guarded):
+    part = {"source": "knowledge", "text": "hunter2 opens it"}
+    headers = {"Authorization": "Bearer the-agent-s-own"}
+    assert guarded.chat("Read: hunter2 opens it.", millhand={"parts": [part]}, headers=headers).status_code == 200
+    assert "hunter2" not in guarded.server.bodies[-1]["messages"][-1]["content"]
+    found = [line for line in kept(guarded) if line["action"] == "change" and line["stage"] == "input"][-1]
+    assert (found["source"], found["characters"]) == ("knowledge", 16)
+    wrong = {"parts": [{"source": "nobody", "text": "x"}]}
+    assert guarded.chat("x", millhand=wrong, headers=headers).status_code == 400
+
+
 def test_decisions_are_counted(guarded):
     def count(**labels):
         return guarded.sample("millhand_guard_decisions_total", guard="words", **labels)

@@ -32,6 +32,7 @@ class Server:
         self.answers: list[str | bytes] = []
         self.context_tokens = 4096
         self.parameters = 7_000_000_000
+        self.guarded = False
         self._url = ""
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -54,7 +55,7 @@ class Server:
         writer.close()
 
     def place(self) -> Place:
-        return Place(self._url)
+        return Place(self._url, guarded=self.guarded)
 
     def models(self) -> list[dict[str, Any]]:
         return (
@@ -141,6 +142,23 @@ async def test_a_conversation_goes_on_and_says_what_it_leaves_out(site):
     assert len(await store.turns(known.id)) == 6
 
 
+async def test_guards_are_told_what_comes_from_where(site):
+    server, _, _, asking = site
+    server.answers, server.guarded = ["Fine.", "Fine."], True
+    await events(asking, Question("why"))
+    own = server.asked[0].pop("millhand")
+    assert own["parts"] == [
+        {"source": "client", "text": "why"},
+        {"source": "knowledge", "text": PASSAGES[0].text},
+        {"source": "knowledge", "text": PASSAGES[1].text},
+    ]
+    assert own["grounds"] == [passage.text for passage in PASSAGES]
+    assert all(part["text"] in server.asked[0]["messages"][-1]["content"] for part in own["parts"])
+    server.guarded = False
+    await events(asking, Question("why"))
+    assert "millhand" not in server.asked[1]
+
+
 async def test_a_small_model_is_asked_plainly(site):
     server, _, _, asking = site
     server.answers, server.parameters = ["Fine."], 135_000_000
@@ -193,7 +211,7 @@ async def test_a_node_without_a_model_says_what_to_do(site):
 
 async def test_what_the_control_socket_is_asked(site):
     server, _, store, asking = site
-    calls: dict[str, Callable[..., Any]] = ConversationCalls(store, lambda: asking).handlers()
+    calls: dict[str, Callable[..., Any]] = ConversationCalls(store, lambda: asking, lambda: ["pump-1"]).handlers()
     server.answers = ["One [S1].", "Two.", "Three."]
     for question in ("first", "second"):
         assert [event async for event in calls["ask"](question)][-1]["end"]
@@ -203,6 +221,9 @@ async def test_what_the_control_socket_is_asked(site):
     assert [turn["text"] for turn in shown["turns"]] == ["first", "One [S1].", "more", "Three."]
     with pytest.raises(InputError, match="no conversations have an id"):
         [event async for event in calls["ask"]("more", conversation_id="ffff-not")]
+    with pytest.raises(InputError, match="asset 'pump-2' is not known; did you mean 'pump-1'"):
+        [event async for event in calls["ask"]("more", asset="pump-2")]
+    assert (await calls["conversation.show"]("last"))["id"] == first["id"]
     with pytest.raises(InputError, match="no work orders have an id"):
         [event async for event in calls["ask"]("more", order_id="ffff-not")]
     assert await calls["conversation.delete"](second["id"]) == {"deleted": 1}

@@ -9,10 +9,9 @@ from typing import Any
 import click
 
 from millhand.cli.output import Output, json_option, wrapped
-from millhand.errors import InputError
 
 ANSWER_TIMEOUT_S = 600.0
-NEW, LAST = "new", "last"
+NEW = "new"
 
 
 @click.command("ask")
@@ -41,11 +40,6 @@ def command(
     daemon = output.daemon(timeout_s=ANSWER_TIMEOUT_S)
     text = sys.stdin.read() if question in (None, "-") else str(question)
     known = "" if conversation == NEW else conversation
-    if conversation == LAST:
-        found = daemon.call("conversation.list", limit=1)
-        if not found:
-            raise InputError("there is no conversation yet", hint="leave --conversation out")
-        known = found[0]["id"]
     events = daemon.stream(
         "ask", question=text, asset=asset, order_id=order_id, conversation_id=known, language=language
     )
@@ -58,11 +52,13 @@ def command(
             gathered.update(event.get("end", {}))
         click.echo(json.dumps(gathered, ensure_ascii=False))
         return
+    sources: dict[str, str] = {}
     for event in events:
-        _show(event)
+        sources |= {source["label"]: source["place"] for source in event.get("sources", [])}
+        _show(event, sources)
 
 
-def _show(event: dict[str, Any]) -> None:
+def _show(event: dict[str, Any], sources: dict[str, str]) -> None:
     """Print one event as it comes; what is no answer goes to stderr."""
     if "text" in event:
         click.echo(event["text"], nl=False)
@@ -72,11 +68,12 @@ def _show(event: dict[str, Any]) -> None:
     elif "end" in event:
         click.echo()
         end = event["end"]
-        for label, place in end["citations"].items():
+        # A small model is not asked to name its sources: all that it was given are shown.
+        for label, place in (end["citations"] if end["cites"] else sources).items():
             click.echo(f"  [{label}] {place}")
         if end["unknown_citations"]:
             text = f"the answer names sources that were not given: {', '.join(end['unknown_citations'])}"
             click.echo("\n".join(wrapped(text, "Note: ")), err=True)
-        elif not end["citations"]:
+        elif end["cites"] and not end["citations"]:
             click.echo("Note: the answer names no source; check it before you rely on it.", err=True)
         click.echo(f"Conversation {end['conversation']['id'][:8]}", err=True)

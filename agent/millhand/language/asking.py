@@ -13,6 +13,7 @@ import msgspec
 
 from millhand.errors import InputError, LanguageError
 from millhand.language.conversation import Conversation, Turn, fitting, title_of
+from millhand.language.guarding import Part
 from millhand.records import Citation, WorkOrder
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ CONTEXT_TOKENS = 2048
 """Of a model that does not tell."""
 QUESTION_BYTES_CAP = 32 << 10
 SMALL_PARAMETERS = 1_000_000_000
+ASK, ASK_SMALL = "ask", "ask_small"
+"""Prompts of the pack."""
 _CITED = re.compile(r"\[\s*(S\d+|order)\s*\]", re.IGNORECASE)
 ORDER = "order"
 """The label of the work order among the sources; passages are S1, S2, ...: a small model copies those without fault."""
@@ -78,7 +81,8 @@ class Asking:
         if left_out:
             yield {"notice": f"{left_out} earlier turns of this conversation are too long ago for the model to see"}
         answer: list[str] = []
-        async for piece in self._client.stream(messages, max_tokens=answer_tokens):
+        parts, grounds = _parts(text, passages, question.order)
+        async for piece in self._client.stream(messages, max_tokens=answer_tokens, parts=parts, grounds=grounds):
             answer.append(piece)
             yield {"text": piece}
         if not "".join(answer).strip():
@@ -88,8 +92,8 @@ class Asking:
     @property
     def _prompt(self) -> str:
         """A small model loses itself in instructions: it is not asked to cite, the sources are shown all the same."""
-        small = 0 < self._client.parameters < SMALL_PARAMETERS and "ask_small" in self._pack.prompts
-        return "ask_small" if small else "ask"
+        small = 0 < self._client.parameters < SMALL_PARAMETERS and ASK_SMALL in self._pack.prompts
+        return ASK_SMALL if small else ASK
 
     async def _passages(self, text: str, question: Question) -> dict[str, Passage]:
         """What retrieval found, by the label that the model is to cite."""
@@ -136,6 +140,7 @@ class Asking:
         return {
             "conversation": msgspec.to_builtins(changed),
             "citations": {label: passages[label].place for label in sorted(cited & passages.keys())},
+            "cites": self._prompt == ASK,
             "unknown_citations": sorted(cited - passages.keys()),
         }
 
@@ -154,7 +159,17 @@ def _sources(passages: Mapping[str, Passage], order: WorkOrder | None) -> str:
     """What the answer may rest on, each with the label that it is cited by."""
     found = [f"[{label}] ({passage.place}) {passage.text[:PASSAGE_CHARS]}" for label, passage in passages.items()]
     if order is not None:
-        steps = " ".join(f"{number}. {step}" for number, step in enumerate(order.action, 1))
-        about = f"{order.symptom} Likely cause: {order.likely_cause} Steps: {steps}"
-        found.insert(0, f"[{ORDER}] (work order for {order.asset}) {about}")
+        found.insert(0, f"[{ORDER}] (work order for {order.asset}) {_about(order)}")
     return "\n".join(found) or "(none)"
+
+
+def _about(order: WorkOrder) -> str:
+    steps = " ".join(f"{number}. {step}" for number, step in enumerate(order.action, 1))
+    return f"{order.symptom} Likely cause: {order.likely_cause} Steps: {steps}"
+
+
+def _parts(text: str, passages: Mapping[str, Passage], order: WorkOrder | None) -> tuple[list[Part], list[str]]:
+    """What guards look at in the prompt, by where it comes from; and what the answer may rest on."""
+    data = [Part("knowledge", passage.text[:PASSAGE_CHARS]) for passage in passages.values()]
+    data += [] if order is None else [Part("order", _about(order))]
+    return [Part("client", text), *data], [part.text for part in data]

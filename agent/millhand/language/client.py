@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import msgspec
 from millhand.errors import DeadlineError, LanguageError, RefusedError
 from millhand.language.events import stream
 from millhand.language.exchange import Reply, exchange
+from millhand.language.guarding import Part
 from millhand.language.proving import answered, message_of
 
 TIMEOUT_S = 120.0
@@ -26,6 +28,8 @@ class Place(NamedTuple):
     """Without `/v1`."""
     headers: Mapping[str, str] = {}
     """Such as a token."""
+    guarded: bool = False
+    """Whether it is the gateway, which is told where parts of a prompt come from."""
 
 
 class LanguageClient:
@@ -105,17 +109,25 @@ class LanguageClient:
             raise LanguageError("the language model's answer has no log-probabilities", retriable=False) from error
 
     async def stream(
-        self, messages: Sequence[Mapping[str, str]], *, max_tokens: int, temperature: float = 0.0
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        parts: Sequence[Part] = (),
+        grounds: Sequence[str] = (),
     ) -> AsyncIterator[str]:
         """The answer's text, piece by piece; leaving the iterator ends it. Raises LanguageError, RefusedError."""
         place = self._place()
-        body = {
+        body: dict[str, Any] = {
             "model": self.model()["name"],
             "messages": list(messages),
             "stream": True,
             "max_tokens": max_tokens,
             "temperature": temperature,
         }
+        if place.guarded:
+            body["millhand"] = {"grounds": list(grounds), "parts": [dataclasses.asdict(part) for part in parts]}
         async for chunk in stream(f"{place.url}/v1/chat/completions", body, place.headers, self._timeout_s):
             for choice in chunk.get("choices") or ():
                 if piece := (choice.get("delta") or {}).get("content"):

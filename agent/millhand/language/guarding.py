@@ -8,6 +8,9 @@ from typing import Literal, Protocol
 Stage = Literal["input", "model", "output"]
 """The three lines of defence: what comes in, what the model is told and allowed, what goes out."""
 
+Source = Literal["client", "knowledge", "order", "agent"]
+"""Where a text comes from: a client, a retrieved passage, a work order's field, the agent's own prompts."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GuardContext:
@@ -16,7 +19,7 @@ class GuardContext:
     model: str
     role: str = ""
     """The role of the caller's token; empty where none is asked for."""
-    source: Literal["client", "knowledge", "order", "agent"] = "client"
+    source: Source = "client"
     """Where the text comes from: a client, a retrieved passage, a work order's field, the agent's own prompts."""
     secrets: tuple[str, ...] = ()
     """Texts that must not leave: system prompts."""
@@ -26,6 +29,14 @@ class GuardContext:
     """Names of the tools that the request offers to the model; asked for in the stage `model`."""
     guided: bool = False
     """Whether the request binds the answer to a JSON schema; asked for in the stage `model`."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of the agent's own prompt that comes from elsewhere, word for word as it stands there."""
+
+    source: Source
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,7 +93,7 @@ class NodeLanguage:
     def _gateway_place(self) -> Place:
         if self.gateway is None or not self.gateway.port:
             raise LanguageError("the gateway does not listen yet", hint="ask again later")
-        return Place(self.gateway_url, {"Authorization": f"Bearer {self._agent_token}"})
+        return Place(self.gateway_url, {"Authorization": f"Bearer {self._agent_token}"}, guarded=True)
 
     def _make_gateway(self) -> FrontProcess | None:
         config = self._config()

@@ -114,6 +114,12 @@ class Asked:
         holder[key] = text
         self._body = None
 
+    def exchange(self, old: str, new: str) -> None:
+        """Put another text wherever this one stands."""
+        for _, text, holder, key in list(self.inputs()):
+            if old and old in text:
+                self.change(holder, key, text.replace(old, new))
+
     def own(self) -> Mapping[str, Any]:
         """Take the field `millhand` out: what the agent's own requests say beside OpenAI's."""
         found: Mapping[str, Any] = self.fields.pop("millhand", None) or {}

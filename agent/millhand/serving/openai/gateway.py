@@ -12,7 +12,7 @@ import msgspec
 from aiohttp import web
 
 from millhand.errors import MillhandError
-from millhand.language.guarding import GuardContext
+from millhand.language.guarding import GuardContext, Part
 from millhand.metrics import CONTENT_TYPE
 from millhand.serving.front_metrics import REQUESTS, SECONDS, MetricsReporter
 from millhand.serving.observation import Observation
@@ -50,6 +50,8 @@ class Own(msgspec.Struct, frozen=True, kw_only=True):
 
     source: str = "agent"
     grounds: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
+    """What of the messages comes from elsewhere; each is judged by its own source."""
 
 
 class Doors(msgspec.Struct, frozen=True, kw_only=True):
@@ -260,7 +262,7 @@ class Gateway:
             tools=asked.tools,
             guided=asked.guided,
         )
-        return self._guards.session(context, caller.name, Opinion(self._upstream, route))
+        return self._guards.session(context, caller.name, Opinion(self._upstream, route), own.parts)
 
     async def _admit(self, session: GuardSession, asked: Asked) -> None:
         try:

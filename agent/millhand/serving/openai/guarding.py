@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from millhand.errors import RefusedError
 from millhand.hookspecs import Complete, ConsideringGuard, Guard, StreamingGuard
-from millhand.language.guarding import AnswerStream, GuardContext, Stage, Verdict
+from millhand.language.guarding import AnswerStream, GuardContext, Part, Stage, Verdict
 from millhand.serving.openai.metrics import GUARD_DECISIONS
 
 if TYPE_CHECKING:
@@ -49,24 +49,39 @@ class Guards:
         """Those that are asked in a stage."""
         return [guard for guard in self._guards if stage in guard.stages]
 
-    def session(self, context: GuardContext, caller: str, complete: Complete) -> GuardSession:
-        """Begin with one request."""
-        return GuardSession(self, self._audit, context, caller, complete)
+    def session(
+        self, context: GuardContext, caller: str, complete: Complete, parts: Sequence[Part] = ()
+    ) -> GuardSession:
+        """Begin with one request. parts: stretches of its texts from elsewhere, judged by their own source."""
+        return GuardSession(self, self._audit, context, caller, complete, parts)
 
 
 class GuardSession:
     """One request before the guards. Every method raises Refused."""
 
-    def __init__(self, guards: Guards, audit: Audit, context: GuardContext, caller: str, complete: Complete) -> None:
+    def __init__(
+        self,
+        guards: Guards,
+        audit: Audit,
+        context: GuardContext,
+        caller: str,
+        complete: Complete,
+        parts: Sequence[Part] = (),
+    ) -> None:
         self._guards = guards
         self._audit = audit
         self._caller = caller
         self._complete = complete
+        self._parts = parts
         self.context = context
 
     async def admit(self, asked: Asked) -> None:
         """Look at a request: every text of it, then what the model is told. What guards change is changed in it."""
         if self._guards.at("input"):
+            for part in self._parts:
+                seen = await self._judge("input", part.text, dataclasses.replace(self.context, source=part.source))
+                if seen != part.text:
+                    asked.exchange(part.text, seen)
             for role, text, holder, key in list(asked.inputs()):
                 seen = await self._judge("input", text, _of(self.context, role))
                 if seen != text:
