@@ -43,7 +43,9 @@ def check_socket_path(path: Path) -> Path:
 
 def error_from_dict(data: dict[str, Any]) -> errors.MillhandError:
     """Rebuild the exception that the daemon raised."""
-    classes = {cls.code: cls for cls in errors.MillhandError.__subclasses__()}
+    known = errors.MillhandError.__subclasses__()
+    # Other modules have errors of their own, which are made otherwise and may share a code.
+    classes = {cls.code: cls for cls in known if cls.__module__ == errors.__name__}
     cls = classes.get(str(data.get("code")), errors.ControlError)
     return cls(str(data.get("message", "")), hint=str(data.get("hint", "")), retriable=bool(data.get("retriable")))
 

@@ -130,3 +130,12 @@ def test_no_daemon_is_said_plainly(socket_path: Path) -> None:
 def test_a_path_too_long_for_the_kernel_is_refused() -> None:
     with pytest.raises(ControlError, match="longer than 107 bytes"):
         check_socket_path(Path("/" + "x" * 120))
+
+
+def test_errors_of_other_modules_with_the_same_code_do_not_hide_the_agents() -> None:
+    import millhand.serving.grpc.status  # noqa: F401 - has an error of its own with the code `refused`
+    from millhand.control import error_from_dict
+    from millhand.errors import RefusedError
+
+    error = error_from_dict({"code": "refused", "message": "no", "hint": "ask otherwise", "retriable": False})
+    assert type(error) is RefusedError and (error.message, error.hint) == ("no", "ask otherwise")

@@ -352,6 +352,12 @@ def test_without_numbers_in_the_grounds_none_come_out(version: WorkOrder) -> Non
     assert texts(again) == texts(order)
 
 
+def test_what_is_left_of_a_text_may_repeat_itself() -> None:
+    version = msgspec.structs.replace(NUMBERLESS, skill="bearing bearing bearing 6205-2RS 五次")
+    order = ground(version, NUMBERLESS, [], assets=("pump",))
+    assert ground(order, NUMBERLESS, [], assets=("pump",)).skill == order.skill
+
+
 @pytest.mark.parametrize("word", ["hundred ", "三", "9", "1e9", "million "])
 def test_numbers_that_no_float_holds(word: str) -> None:
     """A manual may hold anything."""

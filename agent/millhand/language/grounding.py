@@ -231,6 +231,9 @@ class _Judgement:
             if _stands(name, text.casefold()):
                 self._strike(where, name, "another machine, which stands neither in evidence nor citation")
                 text = re.sub(_bounded(name), lambda _: MARK, text, flags=re.IGNORECASE)
+        if _repeats(text):  # what is left of it may go round in circles where the whole did not
+            self._strike(where, text, "it repeats itself")
+            return ""
         return "" if _is_empty(text) else text
 
     def _fault(self, where: str, text: str) -> str:
