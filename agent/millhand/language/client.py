@@ -15,6 +15,8 @@ from millhand.language.guarding import Part
 from millhand.language.proving import answered, message_of
 
 TIMEOUT_S = 120.0
+SMALL_PARAMETERS = 1_000_000_000
+"""A model with fewer weights chooses and phrases; it is not asked to write freely, or for several things at once."""
 REFUSED = ("refused", "content_filter")
 """What the gateway calls a text that a guard refused: the error's code, or the choice's finish reason."""
 TOKEN_BIAS = 40

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 import httptools
 import msgspec
 
 from millhand.errors import LanguageError, RefusedError
+from millhand.language.exchange import requested
 
 CHUNK_BYTES = 1 << 16
 WAITING_BYTES_CAP = 1 << 20
@@ -52,28 +51,9 @@ async def stream(
     Raises LanguageError where the server is not there, breaks off or says nothing for `idle_s`; RefusedError where a
     guard said no, before or within the answer.
     """
-    parts = urlsplit(url)
-    data = msgspec.json.encode(body)
-    head = [
-        f"POST {parts.path} HTTP/1.1",
-        f"Host: {parts.netloc}",
-        "Connection: close",
-        "Content-Type: application/json",
-        f"Content-Length: {len(data)}",
-        *(f"{name}: {value}" for name, value in headers.items()),
-    ]
-    try:
-        reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 80)
-        try:
-            writer.write("\r\n".join([*head, "", ""]).encode() + data)
-            async for chunk in _chunks(reader, idle_s):
-                yield chunk
-        finally:
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
-    except OSError as error:
-        raise LanguageError(f"{parts.netloc} does not answer: {error.strerror or error}") from error
+    async with requested(url, body, headers) as reader:
+        async for chunk in _chunks(reader, idle_s):
+            yield chunk
 
 
 async def _chunks(reader: asyncio.StreamReader, idle_s: float) -> AsyncIterator[dict[str, Any]]:

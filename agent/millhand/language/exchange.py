@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -52,8 +52,17 @@ async def exchange(
     """GET, or POST `body` as JSON. Raises LanguageError where the server is not there, breaks off or answers no HTTP;
     TimeoutError after `timeout_s`.
     """
+    async with asyncio.timeout(timeout_s), requested(url, body, headers or {}) as reader:
+        return await _read(reader, bytes_cap)
+
+
+@contextlib.asynccontextmanager
+async def requested(url: str, body: object, headers: Mapping[str, str]) -> AsyncIterator[asyncio.StreamReader]:
+    """Send a GET, or `body` as JSON by POST, and give the reader of the answer; the connection is closed at the end.
+
+    Raises LanguageError where the server is not there, or the connection breaks.
+    """
     parts = urlsplit(url)
-    host, port = parts.hostname or "127.0.0.1", parts.port or 80
     data = b"" if body is None else msgspec.json.encode(body)
     lines = [
         f"{'GET' if body is None else 'POST'} {parts.path or '/'} HTTP/1.1",
@@ -61,21 +70,20 @@ async def exchange(
         "Connection: close",
         f"Content-Length: {len(data)}",
         *(["Content-Type: application/json"] if data else []),
-        *(f"{name}: {value}" for name, value in (headers or {}).items()),
+        *(f"{name}: {value}" for name, value in headers.items()),
     ]
-    async with asyncio.timeout(timeout_s):
+    try:
+        reader, writer = await asyncio.open_connection(parts.hostname or "127.0.0.1", parts.port or 80)
         try:
-            reader, writer = await asyncio.open_connection(host, port)
-            try:
-                writer.write("\r\n".join([*lines, "", ""]).encode() + data)
-                await writer.drain()
-                return await _read(reader, bytes_cap)
-            finally:
-                writer.close()
-                with contextlib.suppress(OSError):
-                    await writer.wait_closed()
-        except OSError as error:
-            raise LanguageError(f"{parts.netloc} does not answer: {error.strerror or error}") from error
+            writer.write("\r\n".join([*lines, "", ""]).encode() + data)
+            await writer.drain()
+            yield reader
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+    except OSError as error:
+        raise LanguageError(f"{parts.netloc} does not answer: {error.strerror or error}") from error
 
 
 async def _read(reader: asyncio.StreamReader, bytes_cap: int) -> Reply:

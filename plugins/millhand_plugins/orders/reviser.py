@@ -18,6 +18,7 @@ import msgspec
 
 from millhand.errors import LanguageError
 from millhand.language import form
+from millhand.language.client import SMALL_PARAMETERS
 from millhand.records import Alert, Citation, WorkOrder, evidence_facts
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from millhand.language.pack import Pack
     from millhand.language.passages import Passage
 
-SMALL_PARAMETERS = 1_000_000_000
 PASSAGE_CHARACTERS, PASSAGES_SMALL = 300, 1
 FACTS_CAP, FACTS_SMALL, HISTORY_CAP = 24, 6, 5
 ORDER_TOKENS, SENTENCE_TOKENS = 900, 40
