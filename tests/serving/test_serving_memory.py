@@ -139,10 +139,17 @@ async def test_a_model_with_requests_under_way_stays(root, make_pool):
     hold(root, "busy", 40)
     hold(root, "more", 40)
     pool = await make_pool(memory_bytes_cap=60 * MIB, load=("busy",))
-    requests = [asyncio.create_task(pool.infer("busy", action(5), deadline_ms=20_000)) for _ in range(4)]
+    refused = asyncio.Event()
+
+    async def ask():
+        while not refused.is_set():
+            await pool.infer("busy", action(5), deadline_ms=20_000)
+
+    requests = [asyncio.create_task(ask()) for _ in range(4)]
     await until(lambda: pool._workers["shared"].client.in_flight >= 4)
     with pytest.raises(ModelError):
         await pool.load("more")
+    refused.set()
     await asyncio.gather(*requests)
     await pool.load("more")
     assert state(pool, "busy")["state"] == "unloaded"

@@ -8,16 +8,23 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 from serving_kit import action, identity, until, write_faulty, write_model
 
 from millhand.errors import MillhandError, ModelError, WorkerError
+from millhand.serving.process import WorkerProcess
+from millhand.serving.settings import ModelSettings, WorkerDefaults
 
 
 def entry(pool, name="faulty"):
     return next(one for one in pool.index() if one["name"] == name)
+
+
+def descriptors():
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 async def pid_of(pool, worker="shared"):
@@ -44,6 +51,36 @@ async def test_the_back_off_grows_while_the_only_version_cannot_be_loaded(root, 
     with pytest.raises(WorkerError) as caught:
         await pool.infer("faulty", action(0))
     assert caught.value.retriable
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 5])
+async def test_an_end_that_is_cancelled_still_collects_the_process(tmp_path, turns):
+    process = await WorkerProcess.start("worker", tmp_path / "w.sock", ModelSettings(), WorkerDefaults())
+    ending = asyncio.create_task(process.kill())
+    await asyncio.sleep(0)  # begun
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    ending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await ending
+    assert not psutil.pid_exists(process.pid) and not process.path.exists()
+    assert await process.stop() == [] and await process.kill() in (0, -signal.SIGKILL)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 5, 20])
+async def test_a_start_that_is_cancelled_leaves_nothing(tmp_path, turns):
+    before = descriptors()
+    starting = asyncio.create_task(
+        WorkerProcess.start("worker", tmp_path / "w.sock", ModelSettings(), WorkerDefaults())
+    )
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    await until(lambda: not psutil.Process().children())
+    assert not list(tmp_path.iterdir())
+    await until(lambda: descriptors() <= before)
 
 
 async def test_a_version_that_cannot_come_back_fails_and_a_load_tries_again(root, make_pool):

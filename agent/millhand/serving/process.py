@@ -50,6 +50,7 @@ class WorkerProcess:
         self.client: WorkerClient
         self.last_words: deque[str] = deque(maxlen=STDERR_LINES)
         self._process = process
+        self._ended: asyncio.Task[int] | None = None
         self._stderr = asyncio.create_task(self._read_stderr())
 
     @classmethod
@@ -77,9 +78,12 @@ class WorkerProcess:
                 env=native_environment(host.accelerator, settings.threads or host.threads),
                 start_new_session=True,  # Ctrl-C reaches the daemon alone, which ends workers in order
             )
-        except OSError as error:
+        except BaseException as error:
             near.close()
+            blackbox.close()
             path.unlink()  # noqa: ASYNC240 (a name on tmpfs)
+            if not isinstance(error, OSError):
+                raise
             raise WorkerError(
                 f"worker '{name}' cannot be started with '{interpreter or sys.executable}': {error.strerror}",
                 hint="mend [models] interpreter or the profile's",
@@ -109,6 +113,9 @@ class WorkerProcess:
         Returns the stats of every loaded version after its last request; none where the worker did not answer.
         """
         stats: list[dict[str, Any]] = []
+        if self._ended is not None:
+            await self.kill()
+            return stats
         shutdown = asyncio.create_task(self.client.call("shutdown", timeout_s=grace_s))
         await self._wait_while_it_works(shutdown)
         shutdown.cancel()
@@ -130,10 +137,26 @@ class WorkerProcess:
                 return
 
     async def kill(self) -> int:
-        """End the process now and return its exit status (negative: the signal)."""
+        """End the process now and return its exit status (negative: the signal).
+
+        A caller that is cancelled meanwhile still waits for the end, which is near: nobody else collects the process.
+        """
         self.client.close() if hasattr(self, "client") else None
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
+        if self._ended is None:
+            self._ended = asyncio.create_task(self._collect())
+        cancelled = False
+        while not self._ended.done():
+            try:
+                await asyncio.shield(self._ended)
+            except asyncio.CancelledError:
+                cancelled = True
+        if cancelled:
+            raise asyncio.CancelledError
+        return self._ended.result()
+
+    async def _collect(self) -> int:
         status = await self._process.wait()
         await self._stderr
         self.blackbox.close()

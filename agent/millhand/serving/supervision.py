@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -102,10 +102,9 @@ class SupervisedWorker:
         One that takes more than `memory_bytes_cap` is refused (0 allows all); after a restart it no longer is. Raises
         what the worker raised; then nothing has changed.
         """
-        async with self._lock:
+        async with self._turn():
             key = (request.model, request.version)
             if self.client is None:
-                await self._buried.wait()  # one that has died is counted first
                 await self._begin()
                 if self.wanted.get(key) == request and key in self.ready:
                     return self.ready[key]
@@ -161,6 +160,16 @@ class SupervisedWorker:
             await self._end()
         finally:
             self._lock.release()
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """The lock, with no dead process left: one is counted first, by the watcher, which may want the lock before."""
+        while True:
+            async with self._lock:
+                if self.client is not None or self._buried.is_set():
+                    yield
+                    return
+            await self._buried.wait()
 
     # ---- one process ------------------------------------------------------------------------------------------------
 
