@@ -15,9 +15,11 @@ import pytest
 
 from millhand.errors import DeadlineError, InputError, LanguageError, RefusedError
 from millhand.language import revision
+from millhand.language.guarding import Part
 from millhand.language.pack import PackSettings, find_pack
 from millhand.language.passages import Passage
 from millhand.language.revision import Revision, Sources, fault_texts
+from millhand.language.screening import Judge
 from millhand.pipeline.settings import OrderSettings
 from millhand.records import Alert, Batch, Citation, Severity, WorkOrder
 from millhand.store import Step, Store, StoreSettings
@@ -68,6 +70,14 @@ class Knowledge:
         return [PASSAGE]
 
 
+async def passing(parts: Sequence[Part]) -> list[str | None]:
+    return [part.text for part in parts]
+
+
+async def refusing(parts: Sequence[Part]) -> list[str | None]:
+    return [None for _ in parts]
+
+
 def better(order: WorkOrder) -> WorkOrder:
     """A good step of the manual, and an invented one."""
     steps = (*order.action, STEP, "Regrease the bearing with 99 g.")
@@ -91,13 +101,16 @@ async def opened(path: Path) -> AsyncIterator[Store]:
 
 
 @asynccontextmanager
-async def revising(store: Store, reviser: Any, knowledge: Any = None, **settings: Any) -> AsyncIterator[Revision]:
+async def revising(
+    store: Store, reviser: Any, knowledge: Any = None, judged: Judge | None = None, **settings: Any
+) -> AsyncIterator[Revision]:
     sources = Sources(
         revisers=lambda: [reviser] if reviser else [],
         complete=lambda: lambda: None,  # type: ignore[arg-type,return-value]
         knowledge=lambda: knowledge,
         pack=lambda: PACK,
         assets=lambda: ["pump-3", "press-a"],
+        judge=judged or passing,
     )
     task = Revision(store, OrderSettings(reviser="scripted", **settings), sources)
     task.start()
@@ -244,3 +257,12 @@ def test_what_the_pack_says_of_a_kind() -> None:
     texts = fault_texts(PACK, "bearing_outer", "zh")
     assert "轴承外圈疲劳剥落。" in texts
     assert fault_texts(PACK, "no such kind", "en") == []
+
+
+async def test_a_draft_whose_words_are_refused_stays(tmp_path: Path) -> None:
+    async with opened(tmp_path / "store.db") as store:
+        reviser = Reviser(better)
+        async with revising(store, reviser, judged=refusing) as task:
+            await add(store, 1)
+            await until(done(task, refused=1))
+        assert await store.order(draft(1).id) == draft(1) and not reviser.seen

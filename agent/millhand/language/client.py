@@ -11,7 +11,7 @@ import msgspec
 from millhand.errors import DeadlineError, LanguageError, RefusedError
 from millhand.language.events import stream
 from millhand.language.exchange import Reply, exchange
-from millhand.language.guarding import Part
+from millhand.language.guarding import JUDGE_PATH, Part
 from millhand.language.proving import answered, message_of
 
 TIMEOUT_S = 120.0
@@ -110,6 +110,21 @@ class LanguageClient:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise LanguageError("the language model's answer has no log-probabilities", retriable=False) from error
 
+    async def judged(self, parts: Sequence[Part]) -> list[str | None]:
+        """Each text as the gateway's guards let it go on, None where they refuse it; without a gateway as it is.
+
+        Raises LanguageError, DeadlineError.
+        """
+        place = self._place()
+        if not place.guarded:
+            return [part.text for part in parts]
+        body = {"model": self.model()["name"], "parts": [dataclasses.asdict(part) for part in parts]}
+        reply = await self._exchange(place, JUDGE_PATH, body, "the guards gave no answer")
+        texts = answered(reply).get("texts")
+        if not isinstance(texts, list) or len(texts) != len(parts):
+            raise LanguageError("the gateway judged other texts than it was given", hint="report a defect")
+        return texts
+
     async def stream(
         self,
         messages: Sequence[Mapping[str, str]],
@@ -140,20 +155,20 @@ class LanguageClient:
     async def _ask(self, messages: Sequence[Mapping[str, str]], asked: Mapping[str, Any]) -> dict[str, Any]:
         place = self._place()
         body = {"model": self.model()["name"], "messages": list(messages), **asked}
-        try:
-            reply = await exchange(
-                f"{place.url}/v1/chat/completions", body=body, headers=place.headers, timeout_s=self._timeout_s
-            )
-        except TimeoutError as error:
-            raise DeadlineError(
-                f"the language model gave no answer within {self._timeout_s:g} s",
-                hint="ask for fewer tokens, or take a smaller model",
-            ) from error
+        reply = await self._exchange(place, "/v1/chat/completions", body, "the language model gave no answer")
         _raise_refusal(reply)
         answer = answered(reply)
         if _finish(answer) in REFUSED:
             raise RefusedError("a guard refused the answer", hint="see the audit of the gateway")
         return answer
+
+    async def _exchange(self, place: Place, path: str, body: Mapping[str, Any], late: str) -> Reply:
+        try:
+            return await exchange(f"{place.url}{path}", body=body, headers=place.headers, timeout_s=self._timeout_s)
+        except TimeoutError as error:
+            raise DeadlineError(
+                f"{late} within {self._timeout_s:g} s", hint="ask for fewer tokens, or take a smaller model"
+            ) from error
 
     def model(self) -> Mapping[str, Any]:
         """What is told of the model that is asked. Raises LanguageError where none is configured."""

@@ -31,6 +31,10 @@ class GuardContext:
     """Whether the request binds the answer to a JSON schema; asked for in the stage `model`."""
 
 
+JUDGE_PATH = "/millhand/judge"
+"""Where the gateway judges texts that the agent is about to put into a prompt."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A stretch of the agent's own prompt that comes from elsewhere, word for word as it stands there."""

@@ -119,5 +119,6 @@ class NodeLanguage:
             knowledge=lambda: self.knowledge.opened,
             pack=cache(partial(find_pack, config.pack)),
             assets=lambda: {asset.name for asset in self._config().assets},
+            judge=lambda parts: self.complete().judged(parts),
         )
         return Revision(self._store, config.orders, sources)

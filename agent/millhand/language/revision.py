@@ -19,6 +19,7 @@ import msgspec
 
 from millhand.errors import ConfigError, DeadlineError, LanguageError, MillhandError, RefusedError, suggestion
 from millhand.language.grounding import ground
+from millhand.language.screening import Judge, Material, restored, screened
 from millhand.records import Alert, WorkOrder
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Sources:
     knowledge: Callable[[], KnowledgeBase | None]
     pack: Callable[[], Pack]
     assets: Callable[[], Collection[str]]
+    judge: Judge
+    """The guards, on texts that a prompt may hold."""
 
 
 class Revision:
@@ -175,8 +178,11 @@ class Revision:
         delay_s = RETRY_FIRST_S
         while True:
             try:
-                passages = await self._passages(draft, alert)
-                version = await reviser.revise(draft, alert, earlier, passages, pack, self._sources.complete())
+                found = Material(draft, alert, earlier, await self._passages(draft, alert))
+                seen = await screened(found, self._sources.judge)
+                version = await reviser.revise(
+                    seen.draft, seen.alert, seen.history, seen.passages, pack, self._sources.complete()
+                )
                 break
             except LanguageError as error:
                 if not error.retriable:
@@ -184,10 +190,11 @@ class Revision:
                 self._error = error
             await asyncio.sleep(delay_s)  # the server may be starting
             delay_s = min(2 * delay_s, RETRY_LAST_S)
+        version = restored(version, seen.draft, draft)
         stamped = msgspec.structs.replace(version, writer=reviser.name, revised_ns=time.time_ns())
         known = fault_texts(pack, alert.kind, draft.language)
         # A long answer costs some milliseconds of regular expressions: not on the event loop.
-        return await asyncio.to_thread(ground, stamped, draft, passages, known, tuple(self._sources.assets()))
+        return await asyncio.to_thread(ground, stamped, draft, seen.passages, known, tuple(self._sources.assets()))
 
     async def _passages(self, draft: WorkOrder, alert: Alert) -> Sequence[Passage]:
         """What the knowledge base finds; an order is revised without it where it fails."""

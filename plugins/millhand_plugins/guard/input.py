@@ -84,7 +84,7 @@ class InputGuard:
                 bad.update(range(start, start + width))
         kept = [None if index in bad else piece for index, piece in enumerate(pieces)]
         return "".join(
-            piece if piece is not None else f"{REMOVED} " if index == 0 or kept[index - 1] is not None else ""
+            piece if piece is not None else _gap(pieces[index]) if index == 0 or kept[index - 1] is not None else ""
             for index, piece in enumerate(kept)
         ).strip()
 
@@ -93,6 +93,11 @@ class InputGuard:
         if len(self._known) >= KNOWN_TEXTS:
             self._known.pop(next(iter(self._known)))
         self._known[key] = None
+
+
+def _gap(piece: str) -> str:
+    """What stands in the place of a piece; a line that ended there ends still."""
+    return f"{REMOVED}\n" if piece.endswith("\n") else f"{REMOVED} "
 
 
 def _key(text: str, context: GuardContext) -> bytes:

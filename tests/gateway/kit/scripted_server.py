@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
@@ -31,6 +32,8 @@ class ScriptedServer:
         """Answers that are under way."""
         self.left = 0
         """Answers whose client left before their end."""
+        self.always: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+        """Makes the script of every body, where messages hold none."""
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
@@ -45,7 +48,8 @@ class ScriptedServer:
         try:
             if request.path == "/v1/embeddings":
                 return web.json_response(_embedded(body))
-            return await self._answer(request, body, _script(body))
+            script = {**DEFAULT, **self.always(body)} if self.always else _script(body)
+            return await self._answer(request, body, script)
         except asyncio.CancelledError:
             self.left += 1
             raise

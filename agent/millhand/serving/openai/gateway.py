@@ -12,7 +12,7 @@ import msgspec
 from aiohttp import web
 
 from millhand.errors import MillhandError
-from millhand.language.guarding import GuardContext, Part
+from millhand.language.guarding import JUDGE_PATH, GuardContext, Part
 from millhand.metrics import CONTENT_TYPE
 from millhand.serving.front_metrics import REQUESTS, SECONDS, MetricsReporter
 from millhand.serving.observation import Observation
@@ -52,6 +52,13 @@ class Own(msgspec.Struct, frozen=True, kw_only=True):
     grounds: tuple[str, ...] = ()
     parts: tuple[Part, ...] = ()
     """What of the messages comes from elsewhere; each is judged by its own source."""
+
+
+class Judged(msgspec.Struct, frozen=True, kw_only=True):
+    """Texts that the agent is about to put into a prompt."""
+
+    model: str
+    parts: tuple[Part, ...]
 
 
 class Doors(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,6 +103,7 @@ class Gateway:
             ("GET", "/metrics"): self._metrics,
             ("GET", MODELS): self._models,
             ("GET", f"{MODELS}/{{model}}"): self._model,
+            ("POST", JUDGE_PATH): self._judge,
             **{("POST", path): self._asking(endpoint) for path, endpoint in ENDPOINTS.items()},
         }
 
@@ -204,7 +212,7 @@ class Gateway:
         methods = [known for known, path in self._known if path == pattern]
         if methods:
             return Failure(405, f"{pattern} takes {methods[0]}, not {method}", code="method_not_allowed")
-        paths = sorted({path for _, path in self._known})
+        paths = sorted({path for _, path in self._known} - {JUDGE_PATH})
         return Failure(404, f"'{pattern}' is not served", hint=f"served: {', '.join(paths)}", code="not_found")
 
     # ---- questions --------------------------------------------------------------------------------------------------
@@ -248,6 +256,23 @@ class Gateway:
             await self._admit(session, asked)
         body = await embedded(self._control_path, asked)
         return web.Response(body=body, headers={"Content-Type": "application/json", **self._open_to(request)})
+
+    async def _judge(self, request: web.BaseRequest, caller: Token) -> web.Response:
+        """Texts as guards let them go on, for the agent alone; no server sees them."""
+        if caller.role != AGENT_ROLE:
+            raise self._unknown("", "this path")
+        body = await read_body(request, self._doors.body_bytes_cap, self._doors.request_timeout_s)
+        try:
+            judged = msgspec.json.decode(body, type=Judged)
+        except msgspec.MsgspecError as error:
+            raise Failure(400, f"the body is not what is judged: {error}", code="invalid_json") from error
+        texts: list[str | None] = [part.text for part in judged.parts]
+        if not self._guards.none:
+            opinion = Opinion(self._upstream, Route(name=judged.model))
+            context = GuardContext(model=judged.model, role=caller.role, source="agent")
+            session = self._guards.session(context, caller.name, opinion)
+            texts = [await session.part(part) for part in judged.parts]
+        return _json({"texts": texts})
 
     def _session(self, asked: Asked, route: Route, caller: Token) -> GuardSession | None:
         """What stands before one request; None where there are no guards. Raises Failure."""

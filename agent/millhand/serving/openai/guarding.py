@@ -94,6 +94,13 @@ class GuardSession:
         prompts = tuple(text for text in asked.system() if text)
         self.context = dataclasses.replace(self.context, secrets=prompts)
 
+    async def part(self, part: Part) -> str | None:
+        """Look at one text by its own source: as it may go on, None where it must not."""
+        try:
+            return await self._judge("input", part.text, dataclasses.replace(self.context, source=part.source))
+        except Refused:
+            return None
+
     async def answer(self, text: str) -> str:
         """Look at a whole answer; returns what may go out."""
         return await self._judge("output", text, self.context)
