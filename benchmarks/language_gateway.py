@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -38,6 +39,7 @@ STEPS_MS = {1: 2.3, 8: 2.6, 128: 8.4}
 ABORTS = 1000
 ABORTS_AT_ONCE = 50
 PROMPT = "Say in one sentence why the bearing on the drive side of pump 7 runs warm."
+COMPLETION_TOKENS = re.compile(rb'"completion_tokens": ?(\d+)')
 LLAMA = """
 import sys, time, xllamacpp as x
 p = x.CommonParams()
@@ -74,21 +76,25 @@ class Client:
         asked = {
             "model": MODEL, "stream": True, "max_tokens": self._tokens, "temperature": 0, "ignore_eos": True,
             "messages": [{"role": "user", "content": f"{PROMPT} ({number})"}],
+            "stream_options": {"include_usage": True},
         }  # fmt: skip
         begun_s = time.perf_counter()
         first_s = last_s = 0.0
-        tokens = 0
+        tail = b""
         async with self._session.post(f"{url}/v1/chat/completions", json=asked) as answer:
             assert answer.status == 200, await answer.text()
             async for data in answer.content.iter_any():
-                new = data.count(b'"content":"') - data.count(b'"content":""')
-                if new > 0:
+                if data.count(b'"content":"') > data.count(b'"content":""'):
                     last_s = time.perf_counter()
                     first_s = first_s or last_s
-                    tokens += new
                     if cut:
                         answer.close()
                         break
+                tail = tail[-1000:] + data
+        # The server's count: a guard may let several tokens through in one piece.
+        counted = COMPLETION_TOKENS.search(tail)
+        tokens = int(counted[1]) if counted else 0
+        assert cut or tokens, tail
         spent_s = (last_s - first_s) / max(tokens - 1, 1)
         return Stream(first_s - begun_s, spent_s, tokens)
 
@@ -101,7 +107,7 @@ class Client:
         begun_s = time.perf_counter()
         counts = await asyncio.gather(*map(one, range(streams)))
         wanted = streams * rounds * self._tokens
-        assert sum(counts) >= 0.3 * wanted, f"{sum(counts)} of {wanted} tokens came"
+        assert sum(counts) >= 0.9 * wanted, f"{sum(counts)} of {wanted} tokens came"
         return sum(counts) / (time.perf_counter() - begun_s)
 
 
