@@ -155,6 +155,22 @@ def _plain(choice: object) -> dict[str, str]:
     return {name: getattr(choice, name) for name in ("candidate", "source_sha256", "why", "date")}
 
 
+def test_a_model_is_proved_as_it_is(node: Node, built: Done) -> None:
+    assert "there is no proof.json" in node.millhand("model", "proof", "tiny", "--candidate", "original").error
+    proved = node.millhand("model", "prove", "tiny", "--data", node.root / "text.txt", "--json")
+    assert proved.code == 0, proved.error
+    proof = proved.data["proof"]
+    assert proved.data["state"] == "proved" and proof["candidate"] == "" and proof["precision"] == "F16"
+    assert proof["score"]["metric"] == "perplexity" and 200 < proof["score"]["original"] < 600
+    assert [latency["batch"] for latency in proof["latency"]] == [1, 128] and proof["memory_bytes"] > 1 << 20
+    assert proof["bytes"] == (node.root / "tiny.gguf").stat().st_size and "tokens/s written" in proof["notes"][0]
+    shown = node.millhand("model", "proof", "tiny", "--candidate", "original")
+    assert shown.code == 0 and shown.out.startswith("Proved") and "perplexity" in shown.out
+    states = {entry["artifact"]: entry["state"] for entry in node.millhand("model", "verify", "tiny", "--json").data}
+    assert states["its own"] == "proved" and "cpu/Q8_0" in states
+    assert "on 'cpu' here" in node.millhand("model", "prove", "tiny", "--target", "sm80").error
+
+
 def test_a_changed_model_is_noticed(node: Node) -> None:
     model = open_library(load_config(node.config_path)).model("tiny")
     whole = model.path.read_bytes()

@@ -41,6 +41,26 @@ def build(
         click.echo("millhand language restart has a running daemon take it up.")
 
 
+def prove(
+    output: Output, site: Site, model: LanguageModel, target: str | None, data: Path | None, listener: Listener
+) -> None:
+    """Measure a model as it is, print its proof."""
+    import msgspec
+
+    from millhand.cli.proof_text import describe
+    from millhand.language.library import own_subject
+    from millhand.language.original import prove_language_model
+    from millhand.proof.verification import verify
+
+    proof = prove_language_model(site, model, listener, target=target, data=data)
+    subject = own_subject(model, site.shelf)
+    verdict = verify(subject, site.repository.keyring)
+    if not output.as_json:
+        click.echo()
+    plain = {"state": verdict.state, "reason": verdict.reason, "proof": msgspec.to_builtins(proof)}
+    output.emit(plain, describe(proof, verdict, verdict.folder or subject.folder))
+
+
 def compare_precisions(output: Output, site: Site, model: LanguageModel) -> None:
     """The last build of one model."""
     from millhand.cli import compare
@@ -84,17 +104,19 @@ def compare_models(output: Output, site: Site, library: Library, names: Sequence
 
 def verified(library: Library, shelf: Shelf, keyring: Keyring, name: str) -> Iterator[tuple[dict[str, Any], bool]]:
     """(what was found, whether it is bad) of a language model's own files and of each precision made of it."""
-    from millhand.language.library import VERSION
+    from millhand.language.library import VERSION, own_subject
     from millhand.proof.verification import verify
 
     model = library.model(name)
-    reason = ""
+    state, reason = "whole", ""
     try:
         check_files(model)
+        own = verify(own_subject(model, shelf), keyring)
+        if own.folder is not None:
+            state, reason = own.state, own.reason
     except ModelError as error:
-        reason = error.message
-    state = "refused" if reason else "whole"
-    yield {"model": name, "artifact": "its own", "state": state, "reason": reason}, bool(reason)
+        state, reason = "refused", error.message
+    yield {"model": name, "artifact": "its own", "state": state, "reason": reason}, state == "refused"
     for place in sorted(shelf.place(name, VERSION, "").glob("*/")):
         choice = shelf.choice(name, VERSION, place.name)
         for candidate in shelf.candidates(name, VERSION, place.name):
@@ -109,24 +131,35 @@ def verified(library: Library, shelf: Shelf, keyring: Keyring, name: str) -> Ite
             yield entry, verdict.state == "refused" and (serves or not verdict.failed_gate)
 
 
-def made_of(model: LanguageModel, shelf: Shelf, candidate: str | None, target: str | None) -> Subject:
-    """A precision that was made of a model: the one that is named, else the one that was chosen. Raises ModelError."""
-    from millhand.language.library import VERSION
+def subject_of(model: LanguageModel, shelf: Shelf, candidate: str | None, target: str | None) -> Subject:
+    """A precision that was made of a model, or its own files where none is named. Raises ModelError."""
+    from millhand.language.library import VERSION, own_subject
 
+    if candidate is None:
+        return own_subject(model, shelf)
     names = []
     for place in sorted(shelf.place(model.name, VERSION, "").glob("*/")):
-        choice = shelf.choice(model.name, VERSION, place.name)
-        wanted = candidate or (choice.candidate if choice else "")
         for found in shelf.candidates(model.name, VERSION, place.name):
-            if found.name == wanted and target in (None, place.name):
+            if found.name == candidate and target in (None, place.name):
                 return shelf.subject(model.name, VERSION, place.name, found)
             names.append(found.name)
     raise ModelError(
-        f"language model '{model.name}' has no candidate '{candidate}'"
-        if candidate
-        else f"language model '{model.name}' serves as it was added, which has no proof of its own",
+        f"language model '{model.name}' has no candidate '{candidate}'",
         hint=f"there are: {', '.join(names) or 'none'}; millhand model build {model.name} makes them",
     )
+
+
+def chosen_of(name: str, shelf: Shelf) -> Subject | None:
+    """The precision that was chosen in the place of a model's own file; None where several targets have one."""
+    from millhand.language.library import VERSION
+
+    found = []
+    for place in sorted(shelf.place(name, VERSION, "").glob("*/")):
+        choice = shelf.choice(name, VERSION, place.name)
+        if choice is not None and choice.candidate:
+            candidate = shelf.find(name, VERSION, place.name, choice.candidate)
+            found.append(shelf.subject(name, VERSION, place.name, candidate))
+    return found[0] if len(found) == 1 else None
 
 
 def check_files(model: LanguageModel) -> None:

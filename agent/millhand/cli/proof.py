@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from millhand.cli.language_build import made_of, verified
+from millhand.cli.language_build import chosen_of, subject_of, verified
 from millhand.cli.output import Output, json_option, plural, table_with_reasons, wrapped
 from millhand.errors import InputError, ModelError
 from millhand.proof.document import ORIGINAL
@@ -164,7 +164,7 @@ def _subject(
     from millhand.language.library import open_library
 
     if name in (library := open_library(output.config())).names():
-        return made_of(library.model(name), _shelf(output), candidate, target)
+        return subject_of(library.model(name), _shelf(output), candidate, target)
     folder = repository.find(name)
     number = folder.chosen()[-1] if version is None else version
     if number not in folder.versions:
@@ -194,8 +194,12 @@ def _subject(
 
 def _serving(output: Output, own: Subject) -> Subject | None:
     """The candidate that was chosen in the place of a model's own artifact; None where several targets have one."""
+    from millhand.language.library import open_library
+
     if own.candidate:
         return None
+    if own.model in open_library(output.config()).names():
+        return chosen_of(own.model, _shelf(output))
     folder = output.repository().find(own.model)
     chosen = [subject for subject, serves in _candidates(folder, own.version, _shelf(output)) if serves]
     return chosen[0] if len(chosen) == 1 else None

@@ -16,6 +16,7 @@ from millhand.validation import StrictTable, read_toml, validate
 if TYPE_CHECKING:
     from millhand.config import Config
     from millhand.proof.signature import Keyring
+    from millhand.proof.verification import Subject
     from millhand.workshop.shelf import Shelf
 
 MANIFEST = "language.toml"
@@ -163,6 +164,21 @@ class Library:
         if verdict.state != "proved":
             return Served(model.path, own, f"not {choice.candidate}: it is {verdict.state}: {verdict.reason}")
         return Served(candidate.artifact, choice.candidate, choice.why)
+
+
+def own_subject(model: LanguageModel, shelf: Shelf) -> Subject:
+    """A model's own files as its proof must speak of them; the proof lies on the shelf."""
+    from millhand.proof.verification import Subject
+
+    file = model.manifest.file.as_posix()
+    return Subject(
+        model=model.name,
+        version=VERSION,
+        folder=model.folder,
+        artifact=file,
+        beside={file: model.path} if model.path.is_file() else {},
+        shelved=shelf.original(model.name, VERSION),
+    )
 
 
 def open_library(config: Config) -> Library:

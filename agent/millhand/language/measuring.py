@@ -124,6 +124,19 @@ class Bench:
             memory = first.resident_bytes(), second.resident_bytes()
         return (_latency(1, written), _latency(PROMPT_TOKENS, read)), memory
 
+    def speed_alone(self, path: Path, text: str) -> tuple[tuple[Latency, Latency], int]:
+        """The same of one file by itself, which stands on both sides of the times."""
+        times: list[tuple[float, float]] = []
+        with self.running(path) as server:
+            prompts = _prompts(tokens_of(server, text))
+            _timed(server, next(prompts))  # the first warms
+            end_s = time.monotonic() + self.seconds
+            while len(times) < ROUNDS_LEAST or time.monotonic() < end_s:
+                times.append(_timed(server, next(prompts)))
+            memory_bytes = server.resident_bytes()
+        written, read = ([*side] for side in zip(*times, strict=True))
+        return (_latency(1, (written, written)), _latency(PROMPT_TOKENS, (read, read))), memory_bytes
+
 
 def open_bench(site: Site, target: Target, scratch: Path) -> Bench:
     """Of this node. Raises ConfigError where no language server can run."""

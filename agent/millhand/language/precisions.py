@@ -228,7 +228,7 @@ class _Build:
                 check(proof, {public.id: public}).trusted
                 and proof.sha256 == candidate.record.sha256
                 and proof.node == self.site.facts(self.target)
-                and proof.versions == _versions()
+                and proof.versions == package_versions()
                 and proof.score is not None
                 and proof.score.data == self.text.source
                 and proof.score.limit_percent == self.site.config.workshop.drop_percent_cap
@@ -283,7 +283,7 @@ class _Build:
             passed=passed,
             reasons=reasons,
             node=self.site.facts(self.target),
-            versions=_versions(),
+            versions=package_versions(),
             date=now(),
         )
         signed = sign(proof, self.key, "node")
@@ -301,7 +301,8 @@ def _speed_note(latency: Sequence[Latency]) -> str:
     )
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Of what measures; another one makes a proof worth making again."""
     found = {"millhand": __version__}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
