@@ -135,15 +135,18 @@ def test_a_client_that_leaves_the_queue_leaves_no_trace(narrow):
     with httpx.stream(
         "POST",
         f"{narrow.url}/v1/chat/completions",
-        json=asked({"tokens": 9, "every_s": 0.2}, stream=True),
+        json=asked({"tokens": 20, "every_s": 0.2}, stream=True),
         trust_env=False,
     ) as first:
         until(lambda: narrow.server.open == 1)
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{narrow.url}/v1/chat/completions", json=asked("x"), timeout=0.2, trust_env=False)
+        with httpx.Client(trust_env=False) as waits, concurrent.futures.ThreadPoolExecutor() as pool:
+            asking = pool.submit(waits.post, f"{narrow.url}/v1/chat/completions", json=asked("x"), timeout=1)
+            until(lambda: narrow.sample("millhand_language_requests_waiting", model_name=MODEL) == 1)
+            with pytest.raises(httpx.ReadTimeout):
+                asking.result(30)
         first.read()
     assert narrow.chat().status_code == 200
-    assert narrow.sample("millhand_language_requests_waiting") == 0
+    assert narrow.sample("millhand_language_requests_waiting", model_name=MODEL) == 0
 
 
 @pytest.mark.parametrize(
@@ -214,7 +217,7 @@ def test_metrics_under_vllm_s_names(narrow):
         f'vllm:time_to_first_token_seconds_count{{model_name="{MODEL}"}}',
         f'vllm:inter_token_latency_seconds_count{{model_name="{MODEL}"}}',
         f'vllm:num_requests_running{{model_name="{MODEL}"}} 0',
-        "vllm:num_requests_waiting 0",
+        f'vllm:num_requests_waiting{{model_name="{MODEL}"}} 0',
         f'vllm:request_success_total{{model_name="{MODEL}",finished_reason="stop"}}',
         "# TYPE vllm:generation_tokens_total counter",
     ):

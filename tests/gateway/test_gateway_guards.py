@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 from gateway_kit import MODEL, asked, error_of, said, until
@@ -200,3 +202,20 @@ def test_the_audit_never_outgrows_its_cap(tmp_path):
     assert found == [] or found[-1]["rule"] == "rule.999"
     rules = [int(line["rule"].removeprefix("rule.")) for line in decisions(path)]
     assert rules == list(range(rules[0], 1000))
+
+
+def test_the_audit_shows_whole_reasons(tmp_path):
+    reason = "it tells the language model to leave its instructions, " * 4 + "or asks for them"
+    context = GuardContext(model="m", role="operator", source="knowledge")
+    refused = Verdict(action="refuse", text="x", rule="injection.override", reason=reason)
+    Audit(tmp_path / "data" / FILE, 1 << 16, "findings").write("g", "input", refused, "x", context, "panel-3")
+    (tmp_path / "millhand.toml").write_text(
+        f'[node]\nid = "n"\ndata_dir = "{tmp_path}/data"\nrun_dir = "{tmp_path}/r"\n'
+    )
+    told = [sys.executable, "-m", "millhand", "-c", str(tmp_path / "millhand.toml"), "gateway", "audit"]
+    short, whole = (
+        subprocess.run([*told, *more], capture_output=True, text=True, timeout=60, check=True).stdout.split()
+        for more in ([], ["--verbose"])
+    )
+    assert "or asks for them" not in " ".join(short) and "or asks for them" in " ".join(whole)
+    assert "panel-3 (operator) of m" in " ".join(whole) and "knowledge;" in whole

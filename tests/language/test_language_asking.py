@@ -12,7 +12,7 @@ import pytest
 
 from millhand.conversation_calls import ConversationCalls
 from millhand.errors import InputError, LanguageError, RefusedError
-from millhand.language.asking import Asking, Question
+from millhand.language.asking import Asking, Question, repeated
 from millhand.language.client import LanguageClient, Place
 from millhand.language.pack import SHIPPED, read_pack
 from millhand.language.passages import Passage
@@ -33,6 +33,9 @@ class Server:
         self.context_tokens = 4096
         self.parameters = 7_000_000_000
         self.guarded = False
+        self.reads = asyncio.Event()
+        """Nothing is answered before."""
+        self.reads.set()
         self._url = ""
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -41,6 +44,7 @@ class Server:
             int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")
         )
         self.asked.append(json.loads(await reader.readexactly(size)))
+        await self.reads.wait()
         answer = self.answers.pop(0)
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n")
         if isinstance(answer, bytes):
@@ -119,6 +123,45 @@ async def test_an_answer_comes_with_its_sources_and_is_kept(site):
     assert [citation.id for citation in said[1].citations] == ["aa11"]
 
 
+async def test_waiting_is_told_while_the_model_reads(site, monkeypatch):
+    server, _, _, asking = site
+    monkeypatch.setattr("millhand.language.asking.TELL_EVERY_S", 0.01)
+    server.answers = ["Tighten it [S1]."]
+    server.reads.clear()
+    seen: list[dict[str, Any]] = []
+    async for event in asking.ask(Question("why")):
+        seen.append(event)
+        if [found for found in seen if "waited_s" in found][2:]:
+            server.reads.set()
+    kinds = [next(iter(event)) for event in seen]
+    assert kinds[:4] == ["sources", "waited_s", "waited_s", "waited_s"] and kinds[-2:] == ["text", "end"]
+    waits = [event["waited_s"] for event in seen if "waited_s" in event]
+    assert waits == sorted(waits)
+
+
+async def test_an_answer_that_repeats_itself_is_cut_and_marked(site):
+    server, _, store, asking = site
+    server.answers = ["First look. " + "Tighten the gland of the pump. " * 30]
+    found = await events(asking, Question("why"))
+    assert {"notice": "the model began to repeat itself: the answer was cut off there"} in found
+    assert "".join(event.get("text", "") for event in found).endswith(" […]") and len(found) < 60
+    (known,) = await store.conversations()
+    assert (await store.turns(known.id))[1].text == "First look. Tighten the gland of the pump. […]"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Check bolt 1: 45 Nm\nCheck bolt 2: 45 Nm\nCheck bolt 3: 45 Nm\n",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "No, no, no, no.",
+        "Tighten the gland of the pump. Tighten the gland of the pump.",
+    ],
+)
+def test_what_is_no_repetition(text):
+    assert all(repeated(text[:end]) == 0 for end in range(len(text) + 1))
+
+
 async def test_a_source_that_was_not_given_is_named(site):
     server, _, _, asking = site
     server.answers = ["See [S2] and [S9] and [order]."]
@@ -128,7 +171,7 @@ async def test_a_source_that_was_not_given_is_named(site):
 
 async def test_a_conversation_goes_on_and_says_what_it_leaves_out(site):
     server, _, store, asking = site
-    server.answers = ["word " * 400, "Yes.", "No."]
+    server.answers = ["word " + " ".join(f"w{number}" for number in range(500)), "Yes.", "No."]
     await events(asking, Question("one"))
     (known,) = await store.conversations()
     await events(asking, Question("two", conversation=known))
@@ -136,7 +179,7 @@ async def test_a_conversation_goes_on_and_says_what_it_leaves_out(site):
     server.context_tokens = 900
     found = await events(asking, Question("three", conversation=known))
     assert [event["notice"] for event in found if "notice" in event] == [
-        "2 earlier turns of this conversation are too long ago for the model to see"
+        "2 earlier turns of this conversation lie too far back for the model to see"
     ]
     assert [message["content"] for message in server.asked[2]["messages"][1:3]] == ["two", "Yes."]
     assert len(await store.turns(known.id)) == 6

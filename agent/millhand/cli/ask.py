@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from millhand.cli.output import Output, json_option, wrapped
+from millhand.cli.output import Output, json_option, plural, wrapped
 
 ANSWER_TIMEOUT_S = 600.0
 NEW = "new"
@@ -60,7 +60,13 @@ def command(
 
 def _show(event: dict[str, Any], sources: dict[str, str]) -> None:
     """Print one event as it comes; what is no answer goes to stderr."""
-    if "text" in event:
+    if "sources" in event:
+        count = len(event["sources"])
+        click.echo(f"The model reads {plural(count, 'passage') if count else 'the question'} ...", err=True)
+    elif "waited_s" in event:
+        if sys.stderr.isatty():
+            click.echo(f"\r{event['waited_s']:.0f} s\r", nl=False, err=True)
+    elif "text" in event:
         click.echo(event["text"], nl=False)
         sys.stdout.flush()
     elif "notice" in event:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from millhand.cli.alert import moment
-from millhand.cli.output import LINE_CHARACTERS, Output, json_option, table
+from millhand.cli.output import LINE_CHARACTERS, Output, json_option, table, wrapped
 from millhand.errors import ConfigError, InputError, suggestion
 
 
@@ -70,9 +71,10 @@ def revoke(ctx: click.Context, name: str) -> None:
 @command.command("audit", short_help="Show what guards decided.")
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 100_000), help="The newest so many.")
 @click.option("--rule", default="", help="Only of rules whose name begins so.")
+@click.option("--verbose", is_flag=True, help="Whole reasons, and who asked which model.")
 @json_option
 @click.pass_context
-def audit(ctx: click.Context, limit: int, rule: str) -> None:
+def audit(ctx: click.Context, limit: int, rule: str, verbose: bool) -> None:
     """Show what guards decided, newest last. Of the texts only hashes are kept."""
     from millhand.serving.openai.audit import FILE, decisions
 
@@ -84,7 +86,21 @@ def audit(ctx: click.Context, limit: int, rule: str) -> None:
         for one in found
     ]
     headers = ["when", "stage", "action", "rule", "role", "reason"]
-    output.emit(found, table(headers, rows, LINE_CHARACTERS) if rows else ["Guards have found nothing."])
+    lines = [line for one in found for line in _whole(one)] if verbose else table(headers, rows, LINE_CHARACTERS)
+    output.emit(found, lines if found else ["Guards have found nothing."])
+
+
+def _whole(one: dict[str, Any]) -> list[str]:
+    """One decision with everything that is kept of it."""
+    who = one["caller"] or "a client without a token"
+    return [
+        f"{moment(int(one['time'] * 1e9))}  {one['stage']}: {one['action']} by {one['guard']}, rule {one['rule']}",
+        *wrapped(one["reason"] or "no reason was given", "  ", "  "),
+        *wrapped(f"asked by {who}{f' ({role})' if (role := one['role']) else ''} of {one['model']};", "  ", "  "),
+        *wrapped(
+            f"a text of {one['characters']} characters from: {one['source']}; SHA-256 {one['sha256']}", "  ", "  "
+        ),
+    ]
 
 
 def _tokens_file(output: Output) -> Path:

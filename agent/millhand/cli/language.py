@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from millhand.cli.output import Output, json_option, wrapped
+from millhand.cli.output import Output, json_option, plural, wrapped
 from millhand.errors import MillhandError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _facts(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _replica(replica: dict[str, Any]) -> Iterator[tuple[str, str]]:
     place = f" at {replica['url']}" if replica["url"] else ""
     where = ", ".join(replica["accelerators"]) or "the CPU"
-    restarts = f", started again {replica['restarts']} times" if replica["restarts"] else ""
+    restarts = f", started again {plural(replica['restarts'], 'time')}" if replica["restarts"] else ""
     yield "Process", f"{replica['name']}: {replica['state']}{place} on {where}{restarts}"
     yield from _trouble(replica["reason"], replica["hint"])
     proof, figures = replica["proof"], replica["figures"]
@@ -92,7 +92,7 @@ def _replica(replica: dict[str, Any]) -> Iterator[tuple[str, str]]:
         text = proof["text"].replace("\n", " ")[:TEXT_CHARACTERS]
         yield "", f"proved by {proof['tokens']} tokens in {proof['seconds']:.2f} s: {text}"
     if figures["running"] is not None:
-        yield "", f"{figures['running']:.0f} requests run, {figures['waiting'] or 0:.0f} wait"
+        yield "", f"{figures['running']:.0f} running, {figures['waiting'] or 0:.0f} waiting"
     yield "", f"log: {replica['log']}"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from millhand.cli.alert import id_text, moment
-from millhand.cli.output import Output, json_option, shorten, table, wrapped
+from millhand.cli.output import Output, json_option, plural, shorten, table, wrapped
 from millhand.errors import InputError
 
 FIELDS = ("symptom", "likely_cause", "action", "priority", "parts", "tools", "skill", "minutes")
@@ -62,7 +62,7 @@ def show(ctx: click.Context, order_id: str, versions: bool) -> None:
 @click.option("--part", "parts", multiple=True, help="A part that is needed; all of them, as steps.")
 @click.option("--tool", "tools", multiple=True, help="A tool that is needed; all of them, as steps.")
 @click.option("--skill", help="The trade that it needs.")
-@click.option("--minutes", type=int, help="How long the work takes.")
+@click.option("--minutes", type=click.IntRange(0), help="How long the work takes; 0: not known.")
 @click.option("--priority", type=click.IntRange(1, 4), help="1 (now) to 4 (next planned stop).")
 @click.option("--by", default=None, help="Who edits. Default: your user name.")
 @json_option
@@ -116,7 +116,7 @@ def export_pairs(ctx: click.Context, path: Path) -> None:
         raise InputError(f"'{path}' exists already", hint="name a new file") from error
     except OSError as error:
         raise InputError(f"'{path}' cannot be written: {error.strerror}", hint="check folder and disk") from error
-    output.emit({"pairs": pairs, "path": str(path)}, f"{pairs} pairs in {path}.")
+    output.emit({"pairs": pairs, "path": str(path)}, f"{plural(pairs, 'pair')} in {path}.")
 
 
 def order_lines(order: dict[str, Any]) -> list[str]:
@@ -125,7 +125,7 @@ def order_lines(order: dict[str, Any]) -> list[str]:
     lines += [*_field("Symptom", order["symptom"]), *_field("Cause", order["likely_cause"]), "Action"]
     for number, step in enumerate(order["action"], 1):
         lines += wrapped(step, f"  {number}. ", " " * 5)
-    minutes = f"{order['minutes']} minutes" if order["minutes"] else ""
+    minutes = plural(order["minutes"], "minute") if order["minutes"] else ""
     for label, text in (
         ("Parts", "; ".join(order["parts"])),
         ("Tools", "; ".join(order["tools"])),

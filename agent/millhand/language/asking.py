@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,11 @@ CONTEXT_TOKENS = 2048
 QUESTION_BYTES_CAP = 32 << 10
 ASK, ASK_SMALL = "ask", "ask_small"
 """Prompts of the pack."""
+TELL_EVERY_S = 2.0
+CUT = "[…]"
+"""Where an answer was cut off."""
+REPEATED_CHARS_LEAST, REPEATED_CHARS_CAP = 20, 400
+_LETTERS = re.compile(r"[^\W\d_]")
 _CITED = re.compile(r"\[\s*(S\d+|order)\s*\]", re.IGNORECASE)
 ORDER = "order"
 """The label of the work order among the sources; passages are S1, S2, ...: a small model copies those without fault."""
@@ -63,8 +70,9 @@ class Asking:
         self._pack = pack
 
     async def ask(self, question: Question) -> AsyncIterator[dict[str, Any]]:
-        """Yield what happens: `sources` first, `notice` where something was left out, `text` piece by piece, `end` with
-        the conversation and what the answer cited. Only a whole answer is kept.
+        """Yield what happens: `sources` first, `notice` where something was left out or cut off, `waited_s` as long as
+        the model reads, `text` piece by piece, `end` with the conversation and what the answer cited. Only an answer
+        that came to its end, or was cut where it repeats itself, is kept.
 
         Raises InputError for a question that is empty or too long, LanguageError, RefusedError.
         """
@@ -78,15 +86,26 @@ class Asking:
         }
         messages, left_out = await self._messages(question, text, passages, context_tokens - answer_tokens)
         if left_out:
-            yield {"notice": f"{left_out} earlier turns of this conversation are too long ago for the model to see"}
-        answer: list[str] = []
+            turns = "1 earlier turn" if left_out == 1 else f"{left_out} earlier turns"
+            yield {"notice": f"{turns} of this conversation lie too far back for the model to see"}
+        answer = ""
         parts, grounds = _parts(text, passages, question.order)
-        async for piece in self._client.stream(messages, max_tokens=answer_tokens, parts=parts, grounds=grounds):
-            answer.append(piece)
-            yield {"text": piece}
-        if not "".join(answer).strip():
+        pieces = self._client.stream(messages, max_tokens=answer_tokens, parts=parts, grounds=grounds)
+        async with contextlib.aclosing(_with_waits(pieces)) as coming:
+            async for piece in coming:
+                if isinstance(piece, float):
+                    yield {"waited_s": piece}
+                    continue
+                answer += piece
+                yield {"text": piece}
+                if again := repeated(answer):
+                    answer = f"{answer[: len(answer) - again].rstrip()} {CUT}"
+                    yield {"text": f" {CUT}"}
+                    yield {"notice": "the model began to repeat itself: the answer was cut off there"}
+                    break
+        if not answer.strip():
             raise LanguageError("the language model gave an empty answer", hint="ask again, or in other words")
-        yield {"end": await self._keep(question, text, "".join(answer).strip(), passages)}
+        yield {"end": await self._keep(question, text, answer.strip(), passages)}
 
     @property
     def _prompt(self) -> str:
@@ -142,6 +161,36 @@ class Asking:
             "cites": self._prompt == ASK,
             "unknown_citations": sorted(cited - passages.keys()),
         }
+
+
+async def _with_waits(pieces: AsyncGenerator[str]) -> AsyncGenerator[str | float]:
+    """The pieces; before the first, every `TELL_EVERY_S`, for how many seconds it has been waited for."""
+    begun_s = time.monotonic()
+    async with contextlib.aclosing(pieces):
+        first = asyncio.ensure_future(anext(pieces, None))
+        try:
+            while not (await asyncio.wait({first}, timeout=TELL_EVERY_S))[0]:
+                yield time.monotonic() - begun_s
+            piece = await first
+        finally:
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+        if piece is not None:
+            yield piece
+        async for piece in pieces:
+            yield piece
+
+
+def repeated(text: str) -> int:
+    """How many characters at the end say again, for the second and third time, what stands before them; 0: none do.
+
+    Only what is long enough to be no habit of speech counts, and what has words: a table's rules repeat themselves too.
+    """
+    for size in range(REPEATED_CHARS_LEAST, min(REPEATED_CHARS_CAP, len(text) // 3) + 1):
+        block = text[-size:]
+        if text.endswith(block, 0, -size) and text.endswith(block, 0, -2 * size) and len(_LETTERS.findall(block)) > 9:
+            return 2 * size
+    return 0
 
 
 def _check(text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -133,7 +133,7 @@ class LanguageClient:
         temperature: float = 0.0,
         parts: Sequence[Part] = (),
         grounds: Sequence[str] = (),
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str]:
         """The answer's text, piece by piece; leaving the iterator ends it. Raises LanguageError, RefusedError."""
         place = self._place()
         body: dict[str, Any] = {

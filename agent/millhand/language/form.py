@@ -54,6 +54,11 @@ def edited(order: WorkOrder, changes: Mapping[str, Any]) -> WorkOrder:
     try:
         text = msgspec.convert({**filled, **changes}, OrderText)
     except msgspec.ValidationError as error:
+        minutes = changes.get("minutes", 0)
+        if type(minutes) is int and not 0 <= minutes <= MINUTES_CAP:
+            raise InputError(
+                f"minutes = {minutes} is not 0 to {MINUTES_CAP}", hint="0 where it is not known; at most a week"
+            ) from error
         raise InputError(f"the edit does not fit: {error}", hint="shorten it, or mend the value") from error
     fields: Mapping[str, Any] = {name: getattr(text, name) for name in changes}
     blank = [name for name, value in fields.items() if _is_blank(value)]

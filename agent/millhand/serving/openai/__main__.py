@@ -127,8 +127,8 @@ def _guards(arguments: GatewayArguments) -> Guards:
 
 
 def _gauge(admission: Admission, routes: LanguageRoutes) -> None:
-    metrics.WAITING.set(admission.waiting)
     for route in routes.all:
+        metrics.WAITING.set(admission.waiting[route.name], model_name=route.name)
         metrics.RUNNING.set(routes.running(route), model_name=route.name)
 
 

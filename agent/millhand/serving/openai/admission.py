@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 
 import msgspec
@@ -24,14 +24,11 @@ class Admission:
         self._wait_s = wait_s
         self._waiters: deque[asyncio.Future[None]] = deque()
         self.running = 0
+        self.waiting: Counter[str] = Counter()
+        """How many wait now, by model."""
 
-    @property
-    def waiting(self) -> int:
-        """How many wait now."""
-        return len(self._waiters)
-
-    async def enter(self) -> None:
-        """Wait for a place. Raises Failure (503) where the queue is full or the wait too long."""
+    async def enter(self, model: str) -> None:
+        """Wait for a place to ask a model. Raises Failure (503) where the queue is full or the wait too long."""
         if self.running < self._running_cap and not self._waiters:
             self.running += 1
             return
@@ -39,6 +36,7 @@ class Admission:
             raise _overloaded(f"{self.running} requests are answered and {len(self._waiters)} wait: no more can wait")
         waiter = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
+        self.waiting[model] += 1
         try:
             async with asyncio.timeout(self._wait_s):
                 await waiter
@@ -50,6 +48,8 @@ class Admission:
             if isinstance(error, TimeoutError):
                 raise _overloaded(f"no place came free within {self._wait_s:g} s") from error
             raise
+        finally:
+            self.waiting[model] -= 1
 
     def leave(self) -> None:
         """Give the place back: to the first who waits."""

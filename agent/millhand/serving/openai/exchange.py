@@ -83,7 +83,7 @@ class Exchange:
         """Ask and answer. Raises Failure as long as nothing was sent; after that the stream ends with it."""
         key = (self._route.name,)
         queued_s = time.monotonic()
-        await self._admission.enter()
+        await self._admission.enter(self._route.name)
         metrics.QUEUE_SECONDS.observe_in(key, time.monotonic() - queued_s)
         try:
             body = self._asked.body(with_usage="usage" in self._route.abilities, as_read=self._session is not None)

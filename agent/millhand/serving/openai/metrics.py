@@ -25,6 +25,7 @@ WAITING = Gauge(
     FRONT,
     "millhand_language_requests_waiting",
     "Requests that wait in the gateway's queue.",
+    _MODEL,
     vllm="vllm:num_requests_waiting",
 )
 PROMPT_TOKENS = Counter(
