@@ -183,6 +183,26 @@ def test_a_driver_that_does_not_start_shows_the_bus(monkeypatch: pytest.MonkeyPa
     assert read(monkeypatch, StandIn("nvmlInit"), tmp_path).problems == ()
 
 
+@pytest.mark.parametrize(
+    ("mode", "remedy"), [(0o660, "add the agent's user to the group"), (0o600, "NVreg_DeviceFileMode=0660")]
+)
+def test_a_device_that_may_not_be_opened(
+    mode: int, remedy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    card = tmp_path / "sys/bus/pci/devices/0000:0b:00.0"
+    card.mkdir(parents=True)
+    (card / "vendor").write_text("0x10de\n")
+    (card / "class").write_text("0x030200\n")
+    device = tmp_path / "nvidiactl"
+    device.touch()
+    device.chmod(mode)
+    monkeypatch.setattr(nvml, "CONTROL_DEVICE", str(device))
+    monkeypatch.setattr(nvml.os, "access", lambda *_: False)  # root may open everything
+    (problem,) = read(monkeypatch, StandIn("nvmlInit"), tmp_path).problems
+    assert f"this user may not open {device} (-rw" in problem.message
+    assert remedy in problem.hint
+
+
 def script(folder: Path, name: str, body: str) -> None:
     path = folder / name
     path.write_text(f"#!/bin/sh\n{body}\n")

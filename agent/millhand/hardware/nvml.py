@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import grp
+import os
+import stat
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from millhand.hardware.facts import Accelerator, Hardware, MigInstance, Problem, Topology
@@ -18,6 +22,8 @@ ARCHITECTURES = {4: "Pascal", 5: "Volta", 6: "Turing", 7: "Ampere", 8: "Ada Love
 # nvmlDeviceGetTopologyCommonAncestor -> the words of `nvidia-smi topo -m`.
 ANCESTORS = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
 NVLINKS_CAP = 18
+CONTROL_DEVICE = "/dev/nvidiactl"
+"""What NVML opens first, for reading and writing."""
 DRIVER_HINT = "install the NVIDIA driver, or boot the node so that driver and library are of one version"
 
 
@@ -44,12 +50,33 @@ def read_nvml(tree: Tree, *, integrated: bool = False) -> Hardware:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         # A Jetson before JetPack 6 has no NVML, and a node without a GPU may still have the library.
-        problems = (Problem("nvml", "accelerators", f"NVML does not start: {error}", DRIVER_HINT),) if on_bus else ()
+        problems = (_no_start(error),) if on_bus else ()
         return Hardware(source="nvml", accelerators=on_bus, problems=problems)
     try:
         return _Reading(pynvml, tree, integrated).hardware()
     finally:
         pynvml.nvmlShutdown()
+
+
+def _no_start(error: Exception) -> Problem:
+    """What keeps NVML from starting: most often a driver that is not loaded, or rights that are missing."""
+    device, message = Path(CONTROL_DEVICE), f"NVML does not start: {error}"
+    if not device.exists() or os.access(device, os.R_OK | os.W_OK):
+        return Problem("nvml", "accelerators", message, DRIVER_HINT)
+    mode, group = device.stat().st_mode, device.stat().st_gid
+    message += f"; this user may not open {device} ({stat.filemode(mode)}, group {_group_name(group)})"
+    if mode & stat.S_IRGRP and mode & stat.S_IWGRP:
+        hint = f"add the agent's user to the group '{_group_name(group)}' (usermod -aG), then start the agent again"
+    else:
+        hint = "set NVreg_DeviceFileGID and NVreg_DeviceFileMode=0660 of the driver's module, then boot the node"
+    return Problem("nvml", "accelerators", message, hint)
+
+
+def _group_name(number: int) -> str:
+    try:
+        return grp.getgrgid(number).gr_name
+    except KeyError:
+        return str(number)
 
 
 def _pci_gpus(tree: Tree) -> tuple[Accelerator, ...]:
