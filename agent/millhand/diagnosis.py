@@ -292,7 +292,7 @@ def _backends(config: Config) -> Iterator[Finding]:
     registry.load(config.plugin_tables())
     test = SelfTest(registry, config.models, match.workers, repository, config.models_needed())
     for tried in asyncio.run(test.run()):
-        level: Level = "ok" if tried.works else "error"
+        level: Level = "ok" if tried.works else "error" if tried.needed else "warning"
         yield Finding(f"{tried.backend} {tried.part}", level, tried.message, tried.hint)
 
 

@@ -69,6 +69,12 @@ class ModelError(MillhandError):
     code = "model"
 
 
+class ProviderMissingError(ModelError):
+    """The installed build of a library has no part that computes on this hardware."""
+
+    code = "provider_missing"
+
+
 class WorkerError(MillhandError):
     """A worker died, hangs, or could not be reached; the request may be sent again."""
 

@@ -199,6 +199,8 @@ class Trial:
     inputs: Mapping[str, tuple[str, tuple[int, ...]]]
     """As `Session` has them."""
     outputs: Mapping[str, tuple[str, tuple[int, ...]]]
+    asked: bool = True
+    """False where nobody named the part: a build that lacks it (ProviderMissingError) keeps no model from serving."""
 
 
 @runtime_checkable

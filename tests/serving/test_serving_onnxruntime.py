@@ -66,7 +66,8 @@ def test_a_missing_a_damaged_and_a_cut_file_are_named(artifact, tmp_path):
         assert "complete" in caught.value.hint
 
 
-@pytest.mark.parametrize(("accelerator", "options"), [("GPU-123", {}), ("cpu", {"providers": ["tensorrt", "cpu"]})])
+@pytest.mark.parametrize("accelerator", ["GPU-123", "cpu"])
+@pytest.mark.parametrize("options", [{"providers": ["cuda", "cpu"]}, {"providers": ["tensorrt", "cpu"]}])
 def test_a_provider_that_is_not_there_is_an_error_not_the_cpu(artifact, accelerator, options):
     import onnxruntime
 
@@ -75,6 +76,15 @@ def test_a_provider_that_is_not_there_is_an_error_not_the_cpu(artifact, accelera
     with pytest.raises(ModelError, match="has no provider") as caught:
         OnnxruntimeBackend().load(artifact, accelerator, options)
     assert "onnxruntime-gpu" in caught.value.hint
+
+
+def test_the_cpu_computes_where_nobody_asked_for_what_the_build_has_not(artifact, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    session = OnnxruntimeBackend().load(artifact, "GPU-123", {})
+    x = np.ones((2, 3), np.float32)
+    assert session.run({"x": x})
 
 
 def test_a_silent_fall_back_is_an_error(artifact, monkeypatch):

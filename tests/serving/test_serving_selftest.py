@@ -57,8 +57,16 @@ async def test_each_provider_is_tried_by_itself_and_says_why_it_does_not_work(ro
     assert test.worthwhile
     cuda, cpu = await test.run()
     assert (cuda.part, cuda.works, cpu.part, cpu.works) == ("cuda", False, "cpu", True)
+    assert not cuda.needed and cuda.message.endswith("; the CPU computes"), "nobody asked for it"
     assert f"does not work on {GPU.accelerator}: this build of ONNX Runtime has no provider 'cuda'" in cuda.message
     assert "onnxruntime-gpu" in cuda.hint
+
+
+@pytest.mark.skipif(not CPU_ONLY, reason="this ONNX Runtime has CUDA")
+async def test_what_the_owner_asked_for_is_needed(root, planned):
+    identity(write_model(root, "same", extra='[options]\nproviders = ["cuda", "cpu"]\n') / "1/model.onnx")
+    cuda, _ = await planned(GPU).run()
+    assert cuda.needed and not cuda.works
 
 
 async def test_a_models_own_list_is_tried_once_whoever_asks_for_it(root, planned):

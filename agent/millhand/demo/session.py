@@ -30,7 +30,7 @@ STANDSTILL_RPM = 60.0
 JUDGED_S = 1.0
 """A judged window speaks for this long before its end: two snapshots, of which the transmitter may lose one."""
 WATCHED_PERCENT_LIMIT = 60.0
-DRAIN_DEADLINE_S = 30.0
+DRAIN_DEADLINE_S = 120.0
 
 AGENT_TOML = """\
 # Written by `millhand demo`: a node that watches one skid over Modbus TCP.

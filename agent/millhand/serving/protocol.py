@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -108,7 +108,14 @@ class ProtocolError(errors.MillhandError):
 
 
 _DTYPES = {name: np.dtype(name) for name in DATATYPE_OF}
-_CLASSES: dict[str, type[errors.MillhandError]] = {cls.code: cls for cls in errors.MillhandError.__subclasses__()}
+def _descendants(cls: type[errors.MillhandError]) -> Iterator[type[errors.MillhandError]]:
+    for child in cls.__subclasses__():
+        yield from _descendants(child)
+        yield child
+
+
+# Of classes with one code the one above comes last, and holds.
+_CLASSES: dict[str, type[errors.MillhandError]] = {cls.code: cls for cls in _descendants(errors.MillhandError)}
 
 
 def fault_of(error: BaseException) -> Fault:

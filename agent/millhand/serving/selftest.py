@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from millhand.errors import MillhandError, WorkerError
+from millhand.errors import MillhandError, ProviderMissingError, WorkerError
 from millhand.hookspecs import Trial, TriedBackend
 from millhand.registry import Registry
 from millhand.serving.lanes import LoadRequest
@@ -39,6 +39,8 @@ class Tried:
     works: bool
     message: str
     hint: str = ""
+    needed: bool = True
+    """False where models are served without it, on the CPU."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,6 +64,7 @@ class SelfTest:
         self._settings = settings
         self._hosts = {CPU: cpu_host(hosts[0]), "": hosts[0]}
         self._requests: dict[str, list[LoadRequest]] = {}
+        self._asked: list[LoadRequest] = []
         models = _manifests(repository, repository.names_to_load(settings, needed))
         for _, backend in registry.collect("millhand_backends"):
             if isinstance(backend, TriedBackend):
@@ -75,7 +78,7 @@ class SelfTest:
     async def run(self) -> list[Tried]:
         """Try everything, one after the other. Never raises a MillhandError."""
         for place, requests in self._requests.items():
-            self.tried += await _try_on(self._hosts[place], self._settings, requests)
+            self.tried += await _try_on(self._hosts[place], self._settings, requests, self._asked)
         return self.tried
 
     def _planned(self) -> Iterator[LoadRequest]:
@@ -93,6 +96,7 @@ class SelfTest:
             except Exception as error:  # whatever a plugin does, the others are tried
                 self.tried.append(_untried(backend.name, model.name, host.accelerator, error))
                 continue
+            self._asked += [request for one, request in zip(trials, wanted, strict=True) if one.asked]
             known = self._requests.setdefault(place, [])
             known += [request for request in wanted if request not in known]
 
@@ -111,7 +115,9 @@ def _told(table: Mapping[str, Any], backend: str, model: Manifest) -> dict[str, 
     return {**table, **(model.options if model.backend == backend and not model.steps else {})}
 
 
-async def _try_on(host: WorkerDefaults, settings: ModelSettings, requests: Sequence[LoadRequest]) -> list[Tried]:
+async def _try_on(
+    host: WorkerDefaults, settings: ModelSettings, requests: Sequence[LoadRequest], asked: Sequence[LoadRequest]
+) -> list[Tried]:
     """Load one after the other; a worker that dies over one is followed by another."""
     found: list[Tried] = []
     worker: WorkerProcess | None = None
@@ -123,7 +129,8 @@ async def _try_on(host: WorkerDefaults, settings: ModelSettings, requests: Seque
                         worker = await WorkerProcess.start("self-test", Path(folder) / f"{number}.sock", settings, host)
                     found.append(_good(request, await _load(worker, request)))
                 except MillhandError as error:
-                    found.append(_bad(request, error))
+                    needed = request in asked or not isinstance(error, ProviderMissingError)
+                    found.append(_bad(request, error, needed))
                     if isinstance(error, WorkerError) and worker is not None:
                         await worker.kill()
                         worker = None
@@ -145,13 +152,14 @@ def _good(request: LoadRequest, loaded: Mapping[str, Any]) -> Tried:
     return _tried(request, True, f"works on {_place(request)}: {evidence}, loaded in {loaded['load_ms'] / 1e3:.1f} s")
 
 
-def _bad(request: LoadRequest, error: MillhandError) -> Tried:
-    return _tried(request, False, f"does not work on {_place(request)}: {error.message}", error.hint)
+def _bad(request: LoadRequest, error: MillhandError, needed: bool) -> Tried:
+    message = f"does not work on {_place(request)}: {error.message}" + ("" if needed else "; the CPU computes")
+    return _tried(request, False, message, error.hint, needed)
 
 
-def _tried(request: LoadRequest, works: bool, message: str, hint: str = "") -> Tried:
+def _tried(request: LoadRequest, works: bool, message: str, hint: str = "", needed: bool = True) -> Tried:
     part = request.model.partition(" ")[2]
-    return Tried(request.backend, part, request.accelerator, works, message, hint)
+    return Tried(request.backend, part, request.accelerator, works, message, hint, needed)
 
 
 def _untried(backend: str, model: str, accelerator: str, error: Exception) -> Tried:
@@ -167,6 +175,6 @@ def _place(request: LoadRequest) -> str:
 async def log_trials(test: SelfTest) -> None:
     """Run a daemon's self-test and say in the log what came of it."""
     for tried in await test.run():
-        level = logging.INFO if tried.works else logging.ERROR
+        level = logging.INFO if tried.works else logging.ERROR if tried.needed else logging.WARNING
         hint = f" (try: {tried.hint})" if tried.hint else ""
         log.log(level, "%s: '%s' %s%s", tried.backend, tried.part, tried.message, hint)

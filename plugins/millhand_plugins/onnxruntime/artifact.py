@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from millhand.errors import ModelError
+from millhand.errors import ModelError, ProviderMissingError
 from millhand_plugins.onnxruntime.providers import CPU, Provider, first_line, library_device, read_providers
 
 
@@ -74,9 +74,10 @@ class Artifact:
         available = onnxruntime.get_available_providers()
         for one in providers:
             if one.library is None and one.label not in available:
-                raise ModelError(
+                raise ProviderMissingError(
                     f"this build of ONNX Runtime has no provider '{one.name}'",
-                    hint="install onnxruntime-gpu in place of onnxruntime, or leave the provider out of the options",
+                    hint="install onnxruntime-gpu in place of onnxruntime (on a Jetson a build for it), or set "
+                    "[plugins.onnxruntime] providers = ['cpu']",
                 )
         if any(one.on_cuda for one in providers):
             self._check_visible(providers)

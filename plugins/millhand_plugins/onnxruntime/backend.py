@@ -13,7 +13,7 @@ from millhand.hookspecs import Trial
 from millhand_plugins.onnxruntime.accelerated import AcceleratedSession
 from millhand_plugins.onnxruntime.artifact import Artifact
 from millhand_plugins.onnxruntime.probe import provider_trials
-from millhand_plugins.onnxruntime.providers import default_providers, read_providers
+from millhand_plugins.onnxruntime.providers import built_in, default_providers, read_providers
 from millhand_plugins.onnxruntime.session import OnnxruntimeSession
 
 
@@ -35,9 +35,10 @@ class OnnxruntimeBackend:
     def load(self, artifact: Path, accelerator: str, options: Mapping[str, Any]) -> OnnxruntimeSession:
         """Load one file. `options`: the keys of `[plugins.onnxruntime]`. An AcceleratedSession must `prove` itself.
 
+        Where nobody named providers and this build has none for the accelerator, the CPU computes.
         Raises ModelError naming the file where it is missing or damaged, or where a provider was left out.
         """
-        wanted = options.get("providers") or default_providers(accelerator)
+        wanted = options.get("providers") or built_in(default_providers(accelerator))
         read_providers(wanted, options)
         opened = Artifact(artifact, tuple(wanted), options)
         return AcceleratedSession(opened) if opened.accelerated else OnnxruntimeSession(opened.open(), artifact)

@@ -17,10 +17,11 @@ QUICK = {"io_binding": False, "cuda_graph": False, "fixed_batches": False, "thre
 
 def provider_trials(accelerator: str, options: Mapping[str, Any]) -> Sequence[Trial]:
     """A trial for each provider of the list. Raises ModelError where the list cannot be."""
+    asked = bool(options.get("providers"))
     names = options.get("providers") or default_providers(accelerator)
     read_providers(names, options)
     told = {key: options[key] for key in ("libraries", "provider_options") if options.get(key)}
     return [
-        Trial(name, NET, {**told, **QUICK, "providers": list(dict.fromkeys([name, CPU]))}, INPUTS, OUTPUTS)
+        Trial(name, NET, {**told, **QUICK, "providers": list(dict.fromkeys([name, CPU]))}, INPUTS, OUTPUTS, asked)
         for name in names
     ]

@@ -1,7 +1,8 @@
 """Which execution providers a list names: those of ONNX Runtime's build, and those of plugin libraries.
 
-Imported in workers: Python 3.10, and no import of onnxruntime. Plugin libraries are ONNX Runtime's own interface from
-1.22 on (`register_execution_provider_library`): a library says itself which devices of this machine it can use.
+Imported in workers: Python 3.10, and onnxruntime only where a function says so. Plugin libraries are ONNX Runtime's own
+interface from 1.22 on (`register_execution_provider_library`): a library says itself which devices of this machine it
+can use.
 """
 
 from __future__ import annotations
@@ -69,6 +70,14 @@ def first_line(error: Exception) -> str:
 def default_providers(accelerator: str) -> tuple[str, ...]:
     """What is used where nobody says: `accelerator` is "cpu" or a GPU's UUID."""
     return (CPU,) if accelerator == CPU else ("cuda", CPU)
+
+
+def built_in(names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the names that the installed build has. For workers: it imports onnxruntime."""
+    import onnxruntime  # type: ignore[import-untyped]
+
+    available = onnxruntime.get_available_providers()
+    return tuple(name for name in names if BUILT_IN[name] in available)
 
 
 def known(name: str, libraries: Mapping[str, Any]) -> bool:
