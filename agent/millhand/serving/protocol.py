@@ -108,6 +108,8 @@ class ProtocolError(errors.MillhandError):
 
 
 _DTYPES = {name: np.dtype(name) for name in DATATYPE_OF}
+
+
 def _descendants(cls: type[errors.MillhandError]) -> Iterator[type[errors.MillhandError]]:
     for child in cls.__subclasses__():
         yield from _descendants(child)
