@@ -14,6 +14,7 @@ from millhand.errors import MillhandError
 COMMANDS = {
     "deb": "millhand_images.deb",
     "lock": "millhand_images.lock",
+    "sbom": "millhand_images.sbom",
 }
 
 

@@ -17,6 +17,15 @@ from millhand_images.target import ROOT, Target, target_options
 EXTRAS = ("cpu", "gateway", "knowledge", "quantize", "demo")
 """Extras of the project that every package carries."""
 
+KINDS = {
+    "": EXTRAS,
+    # Container images: without a GPU's wheels, with them, and what builds an image.
+    "cpu": (*EXTRAS, "language"),
+    "gpu": ("gpu", "tensorrt-rtx", "gateway", "quantize", "language"),
+    "tools": (),
+}
+TOOLS = ("click>=8.1,<9", "cyclonedx-bom>=7", "hatchling>=1.26")
+
 LEFT_OUT = frozenset(
     {
         # sqlite-utils needs it to install plugins of its own.
@@ -45,11 +54,13 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def requirements() -> list[str]:
-    """What pyproject.toml asks for, EXTRAS included."""
+def requirements(kind: str = "") -> list[str]:
+    """What pyproject.toml asks for, with the extras of a kind."""
+    if kind == "tools":
+        return list(TOOLS)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    return [*project["dependencies"], *(line for extra in EXTRAS for line in extras[extra])]
+    return [*project["dependencies"], *(line for extra in KINDS[kind] for line in extras[extra])]
 
 
 def read(target: Target) -> list[Pin]:
@@ -77,7 +88,7 @@ def resolve(target: Target) -> list[Pin]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         wanted = Path(folder) / "requirements.txt"
-        wanted.write_text("\n".join(requirements()), encoding="utf-8")
+        wanted.write_text("\n".join(requirements(target.kind)), encoding="utf-8")
         dry: list[str | Path] = ["install", "--quiet", "--dry-run", "--ignore-installed", "--target", folder]
         pip([*dry, "--report", report, "-c", ROOT / "constraints.txt", "-r", wanted, *target.pip_options()])
         found = json.loads(report.read_text(encoding="utf-8"))["install"]
@@ -89,14 +100,16 @@ def resolve(target: Target) -> list[Pin]:
         )
         for entry in found
     ]
-    return sorted((pin for pin in pins if pin.name not in LEFT_OUT), key=lambda pin: pin.name)
+    left_out = LEFT_OUT if target.kind != "tools" else ()
+    return sorted((pin for pin in pins if pin.name not in left_out), key=lambda pin: pin.name)
 
 
 @click.command("lock")
 @target_options
-def command(arch: str, python: str) -> None:
+@click.option("--kind", type=click.Choice(list(KINDS)), default="", help="Of an image: cpu, gpu or tools.")
+def command(arch: str, python: str, kind: str) -> None:
     """Write the lock of a target anew."""
-    target = Target(arch, python)
+    target = Target(arch, python, kind)
     pins = resolve(target)
     lines = [f"{pin.name}=={pin.version} --hash=sha256:{pin.sha256}\n" for pin in pins]
     target.lock_path.write_text(HEAD + "".join(lines), encoding="utf-8")

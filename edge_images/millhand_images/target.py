@@ -24,14 +24,15 @@ GLIBC_MINOR_FIRST = 17
 
 @dataclass(frozen=True)
 class Target:
-    """`arch` as Debian names it, `python` as `3.11`."""
+    """`arch` as Debian names it, `python` as `3.11`; `kind` is one of lock.KINDS, empty for a package."""
 
     arch: str
     python: str
+    kind: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.arch}-python{self.python}"
+        return "-".join(filter(None, (self.arch, f"python{self.python}", self.kind)))
 
     @property
     def lock_path(self) -> Path:
