@@ -21,7 +21,7 @@ KINDS = {
     "": EXTRAS,
     # Container images: without a GPU's wheels, with them, and what builds an image.
     "cpu": (*EXTRAS, "language"),
-    "gpu": ("gpu", "tensorrt-rtx", "gateway", "quantize", "language"),
+    "gpu": ("gpu", "tensorrt-rtx", "gateway", "knowledge", "quantize", "language"),
     "tools": (),
 }
 TOOLS = ("click>=8.1,<9", "cyclonedx-bom>=7", "hatchling>=1.26")
@@ -60,7 +60,9 @@ def requirements(kind: str = "") -> list[str]:
         return list(TOOLS)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    return [*project["dependencies"], *(line for extra in KINDS[kind] for line in extras[extra])]
+    lines = [*project["dependencies"], *(line for extra in KINDS[kind] for line in extras[extra])]
+    # An extra that names onnxruntime is content with onnxruntime-gpu, which has the same import name.
+    return [line for line in lines if kind != "gpu" or not line.startswith("onnxruntime>")]
 
 
 def read(target: Target) -> list[Pin]:
