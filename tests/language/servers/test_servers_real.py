@@ -119,6 +119,8 @@ def test_the_command_line_tells_of_it(agent: Agent, ready: dict[str, Any], capsy
     checked = json.loads(run("check", "--json"))
     (finding,) = [one for one in checked["findings"] if one["name"] == "language"]
     assert finding["level"] == "ok" and "llamacpp: " in finding["message"]
+    (finding,) = [one for one in checked["findings"] if one["name"] == "language server"]
+    assert finding["level"] == "ok" and "1 of 1 processes ready" in finding["message"]
     assert "Served by   'smollm2': llamacpp" in run("profile", "match")
 
 
