@@ -45,8 +45,8 @@ CANNOT = (
     "Texts are short and single: no attack that is spread over several turns, none that grows slowly over a dialogue.",
     "No attack found by optimisation against a model (suffixes of odd tokens), none in images or sound.",
     (
-        "Languages: English, German, Chinese in some breadth; French, Spanish, Italian, Portuguese, Russian, Dutch, "
-        "Japanese in a few sentences; no others."
+        "Languages: English, German, Chinese in some breadth; French, Spanish, Polish, Turkish in some thirty "
+        "sentences each; Italian, Portuguese, Dutch, Russian, Czech, Japanese, Korean in a few; hardly any others."
     ),
     "Harmful wishes are some dozens of written-out deeds; the guard knows words, it does not understand plans.",
     "Harmless texts are a shop floor's. On other subjects (crime novels, security training) it will err more often.",

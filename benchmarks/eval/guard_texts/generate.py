@@ -1,7 +1,8 @@
 """Attacks on a language model in a factory, and harmless texts of a shop floor, from templates.
 
-Two parts, `tuning` and `testing`, share no template and no filler (tuning.toml, testing.toml); testing hides attacks in
-more ways than tuning (disguises.py). The same part is the same texts each time.
+Three parts share no template and no filler: `tuning` (tuning.toml) and `broad` (the files of broad/, whose fillers may
+hold slots themselves) are for tuning, `testing` (testing.toml) is for testing and hides attacks in more ways
+(disguises.py). The same part is the same texts each time.
 
     python benchmarks/eval/guard_texts/generate.py testing | head
 """
@@ -15,6 +16,7 @@ import re
 import sys
 import tomllib
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,7 +29,9 @@ sys.path.insert(0, str(HERE))
 from disguises import DISGUISES, Disguise  # noqa: E402 - a neighbour, found by the line above
 
 SLOT = re.compile(r"\{([a-z_]+)\}")
-SEEDS = {"tuning": 20_260, "testing": 91_177}
+SEEDS = {"tuning": 20_260, "testing": 91_177, "broad": 4_711}
+DEPTH = 6
+"""So deep may slots stand in slots."""
 DISGUISED_FAMILIES = ("override", "leak", "persona", "unsafe", "indirect", "exfiltrate")
 PER_FAMILY = 420
 """At most so many attacks of one family; a family of few templates gives what it can."""
@@ -52,7 +56,12 @@ class Text:
 
 
 def read(part: str) -> Mapping[str, Any]:
-    return tomllib.loads((HERE / f"{part}.toml").read_text(encoding="utf-8"))
+    """Tables `fillers`, `attacks` and `harmless` of a part's file, or of all files in its folder."""
+    tables: dict[str, dict[str, list[str]]] = defaultdict(dict)
+    for path in sorted((HERE / part).glob("*.toml")) or [HERE / f"{part}.toml"]:
+        for name, table in tomllib.loads(path.read_text(encoding="utf-8")).items():
+            tables[name].update(table)
+    return tables
 
 
 def texts(part: str) -> list[Text]:
@@ -75,8 +84,8 @@ class _Maker:
         attacks = self._tables["attacks"]
         for family, templates in attacks.items():
             _draw(made, PER_FAMILY, partial(self._attack, family, templates, harmless))
-        plain = [template for family in DISGUISED_FAMILIES for template in attacks[family]]
-        for name, disguise in DISGUISES[self._part].items():
+        plain = [template for family in DISGUISED_FAMILIES for template in attacks.get(family, ())]
+        for name, disguise in DISGUISES.get(self._part, {}).items():
             _draw(made, PER_DISGUISE[self._part], partial(self._hidden, name, disguise, plain))
         return list(made.values())
 
@@ -99,7 +108,10 @@ class _Maker:
 
     def _fill(self, templates: Sequence[str]) -> tuple[str, int]:
         template = self._dice.choice(templates)
-        return SLOT.sub(self._filler, template), zlib.crc32(template.encode())
+        text = template
+        for _ in range(DEPTH):
+            text = SLOT.sub(self._filler, text)
+        return text, zlib.crc32(template.encode())
 
     def _filler(self, match: re.Match[str]) -> str:
         fillers = self._tables["fillers"].get(match[1])

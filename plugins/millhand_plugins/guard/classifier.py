@@ -1,49 +1,65 @@
-"""A light classifier beside the rules: logistic regression over hashed n-grams of characters.
+"""A light classifier beside the rules: logistic regression over hashed words and pairs of words.
 
-A text's features are its 3-, 4- and 5-grams (UTF-8 bytes, lower case, digits as one), each counted as its share of the
-text. A long text is judged window by window and gets the highest score, so that an attack in a long page is not
-diluted. Weighting by shares keeps all of it a running sum: linear in the text's length.
+Each word of a text adds the weights of itself and of its pairs with the two words before it. A text is judged window by
+window and gets the highest score, so that an attack in a long page is not diluted. All of it is running sums: linear in
+the text's length.
 """
 
 from __future__ import annotations
 
+import math
 import re
+import unicodedata
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-BUCKET_BITS = 16
-GRAMS = (3, 4, 5)
-WINDOW = 160
-"""Bytes that are judged together; windows begin at each half."""
-SCALE = 40.0
-"""Logits are shares of n-grams times their weights; the scale keeps weights near 1."""
-FULL_EVIDENCE = 180
-"""A text of fewer n-grams counts as if it had so many, the rest of them saying nothing: a word proves little."""
-DIGITS = re.compile(rb"[0-9]+")
-SPACES = re.compile(rb"\s+")
+BUCKET_BITS = 17
+WINDOW = 40
+"""Words that are judged together; windows begin at each half."""
+FULL_EVIDENCE = 8
+"""A text of fewer words counts as if it had so many, the rest of them saying nothing: a word proves little."""
+LONGEST_WORD = 40
+CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+WORD = re.compile(rf"[{CJK}]|[^\W\d_{CJK}]+|\d+|[{{}}<>\[\]=:!?/#]")
+"""Scripts without spaces are read sign by sign; a number is a word, and so is a mark that code is made of."""
+_FIRST, _SECOND = np.uint32(0x9E3779B1), np.uint32(0x85EBCA6B)
+"""Odd constants of multiplicative hashing (Knuth; MurmurHash3)."""
+_BEGIN = np.array([1, 2], np.uint32)
+"""Stand for the words before a text's first."""
 
 
-def signature(text: str) -> NDArray[np.uint8]:
-    """(bytes,) what n-grams are made of: lower case, one 0 for each number, one space for each gap, spaces around."""
-    raw = text.lower().encode("utf-8", "replace")
-    return np.frombuffer(b" " + SPACES.sub(b" ", DIGITS.sub(b"0", raw)).strip() + b" ", np.uint8)
+def words(text: str) -> list[str]:
+    """Lower case without accents; each number is `0`."""
+    folded = text.lower()
+    if not folded.isascii():
+        folded = "".join(c for c in unicodedata.normalize("NFKD", folded) if not unicodedata.combining(c))
+        folded = unicodedata.normalize("NFC", folded)
+    return ["0" if word[0].isdigit() else word[:LONGEST_WORD] for word in WORD.findall(folded)]
 
 
-def buckets(letters: NDArray[np.uint8]) -> list[NDArray[np.uint32]]:
-    """For each length of n-gram, the bucket of each place (Knuth's multiplicative hash)."""
-    wide = letters.astype(np.uint32)
-    found = []
-    for length in GRAMS:
-        places = len(wide) - length + 1
-        if places < 1:
-            continue
-        mixed = np.zeros(places, np.uint32)
-        for offset in range(length):
-            mixed = (mixed ^ wide[offset : offset + places]) * np.uint32(0x9E3779B1)
-        found.append((mixed ^ np.uint32(length)) >> np.uint32(32 - BUCKET_BITS))
-    return found
+def buckets(found: Sequence[str]) -> tuple[NDArray[np.uint32], ...]:
+    """Of each word, of each with the one before it, and of each with the one before that."""
+    hashes = np.array([zlib.crc32(word.encode("utf-8", "replace")) for word in found], np.uint32)
+    edged = np.concatenate((_BEGIN, hashes))
+    here, before, earlier = edged[2:], edged[1:-1], edged[:-2]
+    return (
+        _bucket(here),
+        _bucket(here * _FIRST ^ before * _SECOND),
+        _bucket(here * _SECOND ^ earlier * _FIRST ^ np.uint32(0x27D4EB2F)),
+    )
+
+
+def _bucket(hashes: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    return (hashes * _FIRST) >> np.uint32(32 - BUCKET_BITS)
+
+
+def evidence(count: int) -> float:
+    """What the sum over so many words is divided by."""
+    return math.sqrt(max(count, FULL_EVIDENCE))
 
 
 class Classifier:
@@ -60,16 +76,17 @@ class Classifier:
 
     def score(self, text: str) -> float:
         """The logit of the most suspicious window; above 0 an attack is likelier than not."""
-        letters = signature(text)
-        if len(letters) < GRAMS[0]:
+        found = words(text)
+        if not found:
             return self._bias
-        sums = np.zeros(len(letters) + 1)
-        counts = np.zeros(len(letters) + 1)
-        for found in buckets(letters):
-            sums[1 : len(found) + 1] += self._weights[found]
-            counts[1 : len(found) + 1] += 1
-        sums, counts = sums.cumsum(), counts.cumsum()
-        starts = np.arange(0, max(1, len(letters) - WINDOW // 2), WINDOW // 2)
-        ends = np.minimum(starts + WINDOW, len(letters))
-        shares = (sums[ends] - sums[starts]) / np.maximum(counts[ends] - counts[starts], FULL_EVIDENCE)
-        return float(shares.max() * SCALE + self._bias)
+        sums = np.sum([self._weights[places] for places in buckets(found)], axis=0, dtype=np.float64)
+        totals = np.concatenate(([0.0], sums.cumsum()))
+        starts = np.arange(0, max(1, len(found) - WINDOW // 2), WINDOW // 2)
+        ends = np.minimum(starts + WINDOW, len(found))
+        divisors = np.sqrt(np.maximum(ends - starts, FULL_EVIDENCE))
+        return float(((totals[ends] - totals[starts]) / divisors).max()) + self._bias
+
+
+def windows(found: Sequence[str]) -> list[Sequence[str]]:
+    """Words as they are judged together."""
+    return [found[at : at + WINDOW] for at in range(0, max(1, len(found) - WINDOW // 2), WINDOW // 2)]

@@ -49,14 +49,15 @@ class Detector:
     def _rule(self, text: str) -> str:
         if any(pattern.search(text) for pattern in self._own):
             return "terms.pattern"
-        for reading in readings(text):
+        for index, reading in enumerate(readings(text)):
             form = form_in(reading)
             if form:
                 return form
             found = self._lexicon.read(reading)
             if found.rule:
                 return found.rule
-            if found.telling and self._classifier.score(reading) > self._threshold:
+            # Other readings than the first may be garbage, in which any word means something by chance.
+            if (found.telling or not index) and self._classifier.score(reading) > self._threshold:
                 return "classifier.text"
         return ""
 

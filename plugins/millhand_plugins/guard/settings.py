@@ -21,7 +21,7 @@ class InputTable(StrictTable):
 
     attacks: Literal["refuse", "pass"] = "refuse"
     """What happens to a client's text that attacks the model. In passages and order fields it is always cut out."""
-    threshold: float = 7.0
+    threshold: float = 2.85
     """The classifier's logit from which a text is an attack without any rule; lower catches more, and errs more."""
     terms: tuple[str, ...] = ()
     """Words and phrases of your own that are refused; `*` at a word's end stands for any ending."""

@@ -33,8 +33,7 @@ class StandIn:
         return ""
 
     def command(self, launch: Launch) -> Command:
-        argv = (sys.executable, os.fspath(PROGRAM), os.fspath(self._file), str(launch.port))
-        return Command(argv, {"STANDIN_KEY": launch.api_key})
+        return Command((sys.executable, os.fspath(PROGRAM), os.fspath(self._file), str(launch.port)))
 
     def figures(self, metrics: str) -> ServerFigures:
         found = read_samples(metrics)

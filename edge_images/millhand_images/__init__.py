@@ -1,1 +1,0 @@
-"""Builds what a node is installed from. Not part of the wheel."""
