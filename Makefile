@@ -11,7 +11,7 @@ TEST_JOBS ?= 4
 # Nothing that runs here may phone home.
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: venv demo demo-language test test-long lint format bench clean lock providers
+.PHONY: venv demo demo-language test test-long test-packages test-images lint format bench clean lock providers deb
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	@echo "Preparing $(VENV) for the demo (once) ..."
@@ -51,11 +51,15 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 test: lint
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -m "not long" --durations 20 $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -m "not long and not images" --durations 20 $(TEST_ARGS)
 
 # What shows at length what shorter tests show too: more kills, more seeds, a soak, a fuzzer. Before a release.
 test-long: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m long $(TEST_ARGS)
+
+# Build the container images step by step and run them, as root (buildah, podman, crun, debootstrap; docs/containers.md).
+test-images: $(VENV)/.dev
+	$(BIN)/python -m pytest -m images tests/containers $(TEST_ARGS)
 
 # Plugin libraries of ONNX Runtime for the tests that meet real ones (170 MB, with GPU=1 430 MB). They lie beside the
 # project, since a package of theirs may ask for another onnxruntime; TensorRT-RTX comes under NVIDIA's licence.
@@ -63,6 +67,16 @@ providers: $(VENV)/.dev
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/providers onnxruntime-ggml==0.2.0 \
 	  onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0
 	$(if $(GPU),$(BIN)/python -m pip install -q --no-deps --upgrade --target build/providers/gpu onnxruntime-gpu==1.31.1)
+
+# The Debian package, for either architecture on either: make deb ARCH=arm64
+ARCH ?= amd64
+DEB_PYTHON ?= 3.11
+deb: $(VENV)/.dev
+	$(BIN)/python -m millhand_images deb --arch $(ARCH) --python $(DEB_PYTHON) --out dist
+
+# Installs, upgrades, kills and failures of the package in chroots of Debian, at length; as root, with debootstrap.
+test-packages: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/images $(TEST_ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/all.py

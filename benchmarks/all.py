@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 HERE = Path(__file__).parent
 SCRIPTS: list[tuple[str, list[str]]] = [
@@ -51,6 +52,10 @@ def main() -> int:
         scripts.append(("tensorrt_build", ["tensorrt_build.py"]))
     else:
         print("TensorRT-RTX is not installed: tensorrt_build is left out", file=sys.stderr)
+    if os.geteuid() == 0 and which("buildah"):
+        scripts.append(("image_size", ["image_size.py"]))
+    else:
+        print("not root, or buildah is not installed: image_size is left out", file=sys.stderr)
     failed = []
     for name, command in scripts:
         print(f"== {name}", flush=True)

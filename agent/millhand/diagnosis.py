@@ -59,8 +59,8 @@ def diagnose(config_path: Path | None) -> list[Finding]:
         return [_of_error("config", error)]
     findings = [Finding("config", "ok", f"valid, {len(config.assets)} assets")]
     checks: list[Callable[[Config], Iterator[Finding]]] = [
-        _folders, _clock, _hardware, _plugins, _pack, _keys, _models, _worker, _backends, _language, _orders, _tokens,
-        _tracing, _listeners, _broker, _daemon,
+        _folders, _clock, _hardware, _plugins, _pack, _keys, _models, _worker, _backends, _language, _gateway, _orders,
+        _tokens, _tracing, _listeners, _broker, _daemon,
     ]  # fmt: skip
     for check in checks:
         try:
@@ -147,13 +147,13 @@ def _memory(config: Config, hardware: Hardware, found: Match) -> Finding:
     if budget is None:
         return Finding("memory", "warning", f"the memory of '{device}' is not known", "millhand hw show")
     wanted = sum(folder.size_bytes(version) for folder, version in _loaded(config))
-    text = f"models may take {_mib(budget)} of '{device}'; their files take {_mib(wanted)}"
+    text = f"models may take {mib(budget)} of '{device}'; their files take {mib(wanted)}"
     if wanted > budget:
         return Finding("memory", "error", text, "serve fewer or smaller models, or free memory on the node")
     return Finding("memory", "ok", text)
 
 
-def _mib(size_bytes: int) -> str:
+def mib(size_bytes: int) -> str:
     mib = size_bytes / 2**20
     return f"{mib:.0f} MiB" if mib >= 10 or mib.is_integer() else f"{mib:.2g} MiB"
 
@@ -297,31 +297,15 @@ def _backends(config: Config) -> Iterator[Finding]:
 
 
 def _language(config: Config) -> Iterator[Finding]:
-    """Which server would serve the language model, and why; whether it fits. Nothing is started."""
-    from millhand.hardware.visible import find_device
-    from millhand.language.plan import plan_of
+    from millhand.language.diagnosis import language_findings
 
-    if not config.language.model:
-        return
-    hardware, match, plan = plan_of(config)
-    processes = f"{len(plan.launches)} processes" if len(plan.launches) > 1 else "1 process"
-    spread = f" on {len(plan.head.accelerators)} GPUs each" if len(plan.head.accelerators) > 1 else ""
-    text = f"'{plan.model.name}' in {processes}{spread}; {'; '.join(plan.reasons)}"
-    yield Finding("language", "ok", text)
-    if config.gateway.enabled == "auto" and not config.serves_gateway:
-        hint = "pip install 'millhand[gateway]', or set [gateway] enabled = false"
-        yield Finding("gateway", "warning", "off: the package aiohttp is not installed", hint)
-    device = plan.head.accelerators[0] if plan.head.accelerators else "cpu"
-    budget = match.profile.budget_bytes(hardware, find_device(hardware, device))
-    room = None if budget is None else budget * max(1, len(plan.head.accelerators))
-    weights = plan.model.weights_bytes * (1 if plan.head.accelerators else len(plan.launches))
-    cache = plan.model.manifest.kv_bytes(plan.head.context_tokens, plan.head.kv_bits)
-    if room is not None and weights + cache > room:
-        text = (
-            f"its weights take {_mib(weights)} and one conversation {_mib(cache)}; "
-            f"models may take {_mib(room)} of '{device}'"
-        )
-        yield Finding("language memory", "error", text, "take a smaller model or precision: millhand model catalog")
+    yield from language_findings(config)
+
+
+def _gateway(config: Config) -> Iterator[Finding]:
+    from millhand.language.diagnosis import gateway_findings
+
+    yield from gateway_findings(config)
 
 
 def _orders(config: Config) -> Iterator[Finding]:
@@ -342,25 +326,6 @@ def _tokens(config: Config) -> Iterator[Finding]:
                 yield Finding(key, "ok", f"'{settings.admin_token_file}' holds a token")
             except MillhandError as error:
                 yield _of_error(key, error)
-    yield from _gateway_tokens(config)
-
-
-def _gateway_tokens(config: Config) -> Iterator[Finding]:
-    """The file whose tokens let clients ask the language model."""
-    from millhand.serving.openai.tokens import read_tokens
-
-    path, key = config.gateway.tokens_file, "gateway tokens_file"
-    if path is None or not config.serves_gateway:
-        return
-    try:
-        count = len(read_tokens(path))
-    except MillhandError as error:
-        yield _of_error(key, error)
-        return
-    if count:
-        yield Finding(key, "ok", f"'{path}' holds {count} tokens")
-    else:
-        yield Finding(key, "warning", f"'{path}' is empty: nobody may ask", "millhand gateway token NAME")
 
 
 def _tracing(config: Config) -> Iterator[Finding]:
@@ -381,15 +346,18 @@ def _listeners(config: Config) -> Iterator[Finding]:
     """Whether the ports are ours to take. A running daemon holds them itself, which `_daemon` tells of."""
     from millhand.control import ControlClient
 
-    wanted = {name: settings for name, settings in _fronts(config).items() if settings.port}
+    listening: dict[str, tuple[str, int]] = {name: (one.host, one.port) for name, one in _fronts(config).items()}
+    if config.serves_gateway:
+        listening["gateway"] = config.gateway.host, config.gateway.port
+    wanted = {name: (host, port) for name, (host, port) in listening.items() if port}
     try:
         if wanted:
             ControlClient(config.node.control_path, 5.0).call("asset.list")
         return
     except ControlError:
         pass
-    for name, settings in wanted.items():
-        yield _listener(name, settings.host, settings.port)
+    for name, (host, port) in wanted.items():
+        yield _listener(name, host, port)
 
 
 def _listener(name: str, host: str, port: int) -> Finding:
@@ -435,6 +403,10 @@ def _daemon(config: Config) -> Iterator[Finding]:
             # A machine that is switched off is no fault of the node.
             level: Level = "warning" if asset["state"] == "silent" else "error"
             yield Finding(f"asset {asset['asset']}", level, asset["error"], asset["hint"])
+    if config.language.model:
+        from millhand.language.diagnosis import server_finding
+
+        yield server_finding(ControlClient(config.node.control_path, 5.0).call("language.show"))
     for model in state["models"]:
         if model["state"] == "failed":
             yield Finding(f"model {model['name']}", "error", model["reason"], model["hint"])

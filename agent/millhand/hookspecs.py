@@ -371,6 +371,9 @@ class KnowledgeBase(Protocol):
     async def open(self, folder: Path, embed: Embed | None) -> None:
         """Begin with what lies in `folder`. `embed` is None where no embedding model is served: text search alone."""
 
+    async def use(self, embed: Embed) -> None:
+        """An embedding model is served now, which was not when it was opened."""
+
     async def add(self, path: Path, assets: Sequence[str] = (), kind: str = "manual") -> Mapping[str, Any]:
         """Take a file or a folder in; what is known already is not read again. Returns counts. Raises InputError."""
 

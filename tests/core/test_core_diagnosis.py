@@ -17,6 +17,7 @@ import pytest
 
 from millhand.clock import is_synchronised
 from millhand.diagnosis import Finding, diagnose
+from millhand.language.diagnosis import server_finding
 from millhand.proof.keys import node_key
 from millhand.serving.packages import look, look_into
 from millhand_plugins import turbofan
@@ -283,6 +284,41 @@ def test_a_port_that_another_program_holds(node: Node) -> None:
         assert f"127.0.0.1:{port}" in finding.message
         assert "[http] port" in finding.hint
     assert node.only("http").level == "ok"
+
+
+def test_the_gateway_s_port_that_another_program_holds(node: Node) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        finding = node.set("gateway", enabled=True, port=port).only("gateway")
+        assert finding.level == "error" and f"127.0.0.1:{port}" in finding.message
+        assert "[gateway] port" in finding.hint
+    assert node.only("gateway").level == "ok"
+
+
+def test_the_guards_before_the_language_model(node: Node) -> None:
+    node.set("gateway", enabled=True, port=0)
+    assert node.only("guards").message == "guard.input, guard.model, guard.output"
+    bare = node.set("plugins.guard", enabled=False).only("guards")
+    assert bare.level == "warning" and bare.message.startswith("none stands before")
+
+
+@pytest.mark.parametrize(
+    ("states", "level", "words"),
+    [
+        (["ready", "ready"], "ok", "2 of 2 processes ready"),
+        (["ready", "failed"], "warning", "1 of 2 processes ready: it died"),
+        (["failed"], "error", "is failed, 0 of 1 processes ready: it died"),
+        ([], "warning", "is starting"),
+    ],
+)
+def test_how_the_language_servers_stand(states: list[str], level: str, words: str) -> None:
+    state = "ready" if "ready" in states else states[0] if states else "starting"
+    reason = "it died" if "failed" in states else ""
+    shown = {
+        "name": "m", "state": state, "reason": reason, "hint": "", "replicas": [{"state": one} for one in states],
+    }  # fmt: skip
+    finding = server_finding(shown)
+    assert finding.level == level and words in finding.message and finding.hint == "millhand language show"
 
 
 # ---- what listens ---------------------------------------------------------------------------------------------------

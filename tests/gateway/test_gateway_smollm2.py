@@ -12,6 +12,7 @@ import psutil
 import pytest
 from gateway_kit import error_of, events_of, said
 
+from millhand.language.exchange import bearer
 from millhand.testing import millhand_agents
 
 sys.path.insert(0, os.fspath(Path(__file__).parents[1] / "language" / "kit"))
@@ -74,8 +75,14 @@ def server_url(agent):
     return agent.call("language.show")["urls"][0]
 
 
+def own_key(agent):
+    """What the server wants to be shown."""
+    (model,) = next(iter(agent.client.stream("language.routes")))["models"]
+    return bearer(model["keys"][model["urls"][0]])
+
+
 def busy(agent):
-    slots = httpx.get(f"{server_url(agent)}/slots", trust_env=False, timeout=60).json()
+    slots = httpx.get(f"{server_url(agent)}/slots", headers=own_key(agent), trust_env=False, timeout=60).json()
     return sum(slot["is_processing"] for slot in slots)
 
 
@@ -86,7 +93,9 @@ def test_an_answer_whole_and_streamed_is_the_server_s_own(agent):
     events = events_of(chat(agent, stream=True, stream_options={"include_usage": True}).text)
     assert said(events) == text and events[-2]["usage"]["completion_tokens"] == 8
     direct = {"messages": QUESTION, "max_tokens": 8, "temperature": 0}
-    answer = httpx.post(f"{server_url(agent)}/v1/chat/completions", json=direct, trust_env=False, timeout=120).json()
+    path = f"{server_url(agent)}/v1/chat/completions"
+    assert httpx.post(path, json=direct, trust_env=False, timeout=120).status_code == 401
+    answer = httpx.post(path, json=direct, headers=own_key(agent), trust_env=False, timeout=120).json()
     assert answer["choices"][0]["message"]["content"] == text
 
 

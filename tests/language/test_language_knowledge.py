@@ -18,7 +18,7 @@ import pytest
 
 from millhand.errors import InputError, ModelError, PluginError
 from millhand.language.embedding import Embedding
-from millhand.language.knowledge import KnowledgeSettings, NodeKnowledge
+from millhand.language.knowledge import FolderSettings, KnowledgeSettings, NodeKnowledge
 from millhand.language.pack import PackSettings
 from millhand.language.sentence_model import bert_graph, make, read_safetensors, unpack
 from millhand.records import TECHNICIAN, Batch, WorkOrder
@@ -49,9 +49,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def agent(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Iterator[Agent]:
     with millhand_agents(tmp_path_factory.mktemp("agents")) as start:
         agent = start(CONFIG, started=False)
+        agent.start()
+        assert agent.call("knowledge.list")["by_meaning"] is False
         done = run(agent, "knowledge", "setup", "--from", str(source))
-        assert "minilm" in done
-        yield agent.start()
+        assert "minilm" in done and "finds by meaning now" in done
+        yield agent
 
 
 def run(agent: Agent, *words: str) -> str:
@@ -111,7 +113,8 @@ def test_a_model_that_does_not_embed_is_refused(tmp_path: Path) -> None:
 
 def test_the_packs_knowledge_is_there_and_found(agent: Agent) -> None:
     agent.wait(lambda: len(known(agent)) >= 4, "the pack's knowledge")
-    assert agent.call("knowledge.list")["by_meaning"] is True
+    told = agent.call("knowledge.list")
+    assert told["by_meaning"] is True and told["problems"] == [] and told["orders"]["error"] == ""
     found = agent.call("knowledge.search", query="induction heater")
     assert found[0]["place"].startswith("bearings.md, line ")
 
@@ -178,3 +181,23 @@ async def test_without_the_plugin_the_calls_say_what_to_do() -> None:
         await knowledge.handlers()["knowledge.list"]()
     assert "[plugins.knowledge]" in caught.value.hint
     assert await knowledge.search("anything") == []
+
+
+async def test_what_was_not_taken_in_is_told(tmp_path: Path) -> None:
+    settings = KnowledgeSettings(pack=False, orders=False, folders=(FolderSettings(path=tmp_path / "gone"),))
+    base = Knowledge(KnowledgeConfig())
+    node = NodeKnowledge(base, settings, PackSettings())
+
+    def none(name: str) -> ModelFolder:
+        raise ModelError(f"model '{name}' is not known")
+
+    await node.start(tmp_path, none, None, None)  # type: ignore[arg-type]
+    try:
+        told = await node.handlers()["knowledge.list"]()
+        while told["feeding"]:
+            await asyncio.sleep(0.01)
+            told = await node.handlers()["knowledge.list"]()
+        assert f"'{tmp_path / 'gone'}'" in told["problems"][0] and told["orders"] is None
+        assert (await node.handlers()["knowledge.take_up"]()) == {"by_meaning": False}
+    finally:
+        await node.stop()

@@ -18,7 +18,9 @@ from millhand.errors import MillhandError, suggestion
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("run", "Run the agent in the foreground."),
     "demo": ("demo", "Watch a machine fail, be predicted, and be reported."),
+    "setup": ("setup", "Set this node up: five questions, or one file."),
     "check": ("check", "Check this node: errors, warnings, remedies."),
+    "health": ("health", "Say by the exit code whether the agent answers."),
     "hw": ("hw", "Show this node's hardware."),
     "profile": ("profile", "List, show and match hardware profiles."),
     "plugin": ("plugin", "List, show and test plugins."),

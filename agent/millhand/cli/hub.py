@@ -42,6 +42,21 @@ def run(hub_config: Path | None) -> None:
     receiver.run(settings)
 
 
+@command.command("health")
+@hub_config
+@json_option
+@click.pass_context
+def health(ctx: click.Context, hub_config: Path | None) -> None:
+    """Exit with 0 while the broker knows the hub as online; else with 1. For health checks of containers and probes."""
+    import asyncio
+
+    from millhand_hub.presence import online_since_ms
+
+    output: Output = ctx.obj
+    since_ms = asyncio.run(online_since_ms(_settings(hub_config)))
+    output.emit({"online": True, "since_ms": since_ms}, f"online since {_time(since_ms)}")
+
+
 @command.command("nodes")
 @hub_config
 @json_option

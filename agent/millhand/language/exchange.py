@@ -24,6 +24,11 @@ class Reply(NamedTuple):
     body: bytes
 
 
+def bearer(key: str) -> dict[str, str]:
+    """The headers that show a key; none for none."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 class _Reading:
     """Callbacks of httptools' parser."""
 

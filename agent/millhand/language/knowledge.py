@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,8 @@ class NodeKnowledge:
         self._embed: Embedding | None = None
         self._error: MillhandError | None = None
         self._feeding: asyncio.Task[None] | None = None
+        self._problems: list[str] = []
+        """What of the pack and the folders was not taken in, and why."""
         self._orders: SinkRunner | None = None
 
     async def start(self, data_dir: Path, find: Callable[[str], ModelFolder], infer: Infer, store: SinkStore) -> None:
@@ -103,7 +106,8 @@ class NodeKnowledge:
         """
         if self._base is None:
             return
-        embed = self._embed = await self._embedding(find, infer)
+        self._find_embedder = partial(self._embedding, find, infer)
+        embed = self._embed = await self._find_embedder()
         self._embedded = embed is not None
         try:
             await self._base.open(data_dir / FOLDER, embed)
@@ -160,6 +164,7 @@ class NodeKnowledge:
             pack = await asyncio.to_thread(find_pack, self._pack) if self._settings.pack else None
         except MillhandError as error:
             log.error("the pack's knowledge is not taken in: %s", error.text)
+            self._problems.append(f"the pack: {error.text}")
             pack = None
         try:
             for source in await self.base.sources():
@@ -174,9 +179,11 @@ class NodeKnowledge:
                 counts = await self.base.add(folder.path, folder.assets, kind)
             except MillhandError as error:
                 log.error("'%s' is not taken in: %s", folder.path, error.text)
+                self._problems.append(f"'{folder.path}': {error.text}")
                 continue
             for refused in counts["refused"]:
                 log.warning("not taken in: %s (%s)", refused["error"], refused["hint"])
+                self._problems.append(f"{refused['error']} ({refused['hint']})")
 
     # ---- control calls ----------------------------------------------------------------------------------------------
 
@@ -190,6 +197,14 @@ class NodeKnowledge:
         vectors: list[list[float]] = (await self._embed(texts)).tolist()
         return vectors
 
+    async def _take_up(self) -> dict[str, Any]:
+        """Use the embedder where it was not there at the start; its model must be loaded."""
+        base = self.base
+        if self._embed is None and (embed := await self._find_embedder()) is not None:
+            await base.use(embed)
+            self._embed, self._embedded = embed, True
+        return {"by_meaning": self._embedded}
+
     def handlers(self) -> dict[str, Handler]:
         """The calls of the control socket."""
         return {
@@ -198,6 +213,7 @@ class NodeKnowledge:
             "knowledge.list": self._list,
             "knowledge.remove": self._remove,
             "knowledge.search": self._search,
+            "knowledge.take_up": self._take_up,
         }
 
     async def _add(self, path: str, assets: Sequence[str] = (), kind: str = "manual") -> dict[str, Any]:
@@ -206,7 +222,16 @@ class NodeKnowledge:
         return dict(await self.base.add(Path(path), assets, kind))
 
     async def _list(self) -> dict[str, Any]:
-        return {"by_meaning": self._embedded, "sources": list(await self.base.sources())}
+        sources = list(await self.base.sources())
+        orders = None if self._orders is None else self._orders.status()
+        feeding = self._feeding is not None and not self._feeding.done()
+        return {
+            "by_meaning": self._embedded,
+            "sources": sources,
+            "feeding": feeding,
+            "problems": list(self._problems),
+            "orders": orders,
+        }
 
     async def _remove(self, source: str) -> dict[str, Any]:
         return {"passages": await self.base.remove(source)}

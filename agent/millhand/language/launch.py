@@ -39,6 +39,9 @@ class Launch:
     """Whether drafts are made from the text itself; the greedy answer must stay the same."""
     embeddings: bool = False
     """Whether the model is one that embeds."""
+    api_key: str = field(default="", repr=False)
+    """What it must be shown as a bearer token, made anew for each start; hand it on by environment or file, never as an
+    argument, which every user of the machine can read. Empty: it asks for none."""
     reasoning: bool = False
     """Whether the model thinks in `<think>` before it answers: thoughts come as `reasoning_content`."""
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -20,6 +21,8 @@ POLL_S = 0.1
 PROOF_TOKENS = 8
 PROOF_TEXT = "Say that you are ready."
 WORDS_CHARACTERS = 300
+Send = Callable[..., Awaitable[Reply]]
+"""`exchange` with time and headers."""
 
 
 class Proof(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,12 +55,14 @@ async def healthy(url: str, timeout_s: float) -> bool:
         return False
 
 
-async def prove(url: str, model: str, abilities: Collection[Ability], embeds: bool, timeout_s: float) -> Proof:
-    """Have it complete something short. Raises LanguageError naming what is wrong with its answer."""
+async def prove(
+    url: str, model: str, abilities: Collection[Ability], embeds: bool, timeout_s: float, headers: Mapping[str, str]
+) -> Proof:
+    """Have it complete something short; `headers` show its key. Raises LanguageError naming what is wrong with it."""
     ask = _embedding if embeds else _completion
     begun_s = time.perf_counter()
     try:
-        text, tokens = await ask(url, model, abilities, timeout_s)
+        text, tokens = await ask(partial(exchange, timeout_s=timeout_s, headers=headers), url, model, abilities)
     except TimeoutError as error:
         raise LanguageError(
             f"it says that it is well, but gave no completion within {timeout_s:.0f} s",
@@ -66,14 +71,14 @@ async def prove(url: str, model: str, abilities: Collection[Ability], embeds: bo
     return Proof(text=text, tokens=tokens, seconds=time.perf_counter() - begun_s)
 
 
-async def _completion(url: str, model: str, abilities: Collection[Ability], timeout_s: float) -> tuple[str, int]:
+async def _completion(send: Send, url: str, model: str, abilities: Collection[Ability]) -> tuple[str, int]:
     asked = {
         "model": model,
         "messages": [{"role": "user", "content": PROOF_TEXT}],
         "max_tokens": PROOF_TOKENS,
         "temperature": 0,
     }
-    answer = answered(await exchange(f"{url}/v1/chat/completions", body=asked, timeout_s=timeout_s))
+    answer = answered(await send(f"{url}/v1/chat/completions", body=asked))
     text, reasoning = message_of(answer)
     if not (text + reasoning).strip():
         raise LanguageError("its completion is empty", hint="is it a model that chats? see its chat template")
@@ -85,9 +90,9 @@ async def _completion(url: str, model: str, abilities: Collection[Ability], time
     return text or reasoning, tokens
 
 
-async def _embedding(url: str, model: str, abilities: Collection[Ability], timeout_s: float) -> tuple[str, int]:
+async def _embedding(send: Send, url: str, model: str, abilities: Collection[Ability]) -> tuple[str, int]:
     asked = {"model": model, "input": PROOF_TEXT}
-    answer = answered(await exchange(f"{url}/v1/embeddings", body=asked, timeout_s=timeout_s))
+    answer = answered(await send(f"{url}/v1/embeddings", body=asked))
     try:
         vector = [float(value) for value in answer["data"][0]["embedding"]]
     except (KeyError, IndexError, TypeError, ValueError) as error:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from millhand.errors import LanguageError, MillhandError
-from millhand.language.exchange import exchange
+from millhand.language.exchange import bearer, exchange
 from millhand.language.launch import Launch, ServerFigures
 from millhand.language.process import ServerProcess, free_port
 from millhand.language.proving import Proof, await_health, healthy, prove
@@ -29,6 +30,7 @@ STEADY_DELAYS = 2
 """A server that was ready for so many of the longest pauses starts with the shortest again."""
 HTTP_OK = 200
 EXIT_WAIT_S = 0.5
+KEY_BYTES = 32
 KILLED = "died of SIGKILL"
 
 
@@ -56,6 +58,8 @@ class Replica:
         """As of the last look."""
         self.url = ""
         """Where it answers; empty while it is not ready."""
+        self.api_key = ""
+        """What it wants to be shown there."""
         self.log_path = log_path
         self.pid = 0
         """The process that holds all of it, and leads its group; 0 while there is none."""
@@ -152,8 +156,8 @@ class Replica:
         self.pid = 0
 
     async def _start(self) -> ServerProcess:
-        port = free_port()
-        command = self._server.command(dataclasses.replace(self.launch, port=port))
+        port, self.api_key = free_port(), secrets.token_urlsafe(KEY_BYTES)
+        command = self._server.command(dataclasses.replace(self.launch, port=port, api_key=self.api_key))
         settings = self._settings
         process = await ServerProcess.start(
             command, port, self.log_path, log_bytes_cap=settings.log_bytes_cap, stop_s=settings.stop_s
@@ -201,6 +205,7 @@ class Replica:
             self._server.abilities,
             self.launch.embeddings,
             self._settings.start_timeout_s,
+            bearer(self.api_key),
         )
 
     async def _watch(self, process: ServerProcess) -> str:
@@ -235,7 +240,9 @@ class Replica:
             await asyncio.gather(ending, return_exceptions=True)
 
     async def _look(self, process: ServerProcess) -> ServerFigures:
-        reply = await exchange(f"{_url(process)}/metrics", timeout_s=self._settings.hang_s)
+        reply = await exchange(
+            f"{_url(process)}/metrics", headers=bearer(self.api_key), timeout_s=self._settings.hang_s
+        )
         if reply.status != HTTP_OK:
             return ServerFigures()
         return self._server.figures(reply.body.decode(errors="replace"))

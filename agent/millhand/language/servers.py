@@ -10,6 +10,7 @@ from typing import Any
 
 from millhand.errors import InputError, LanguageError, MillhandError
 from millhand.language.client import LanguageClient, Place
+from millhand.language.exchange import bearer
 from millhand.language.launch import Ability
 from millhand.language.plan import Plan
 from millhand.language.replica import Replica
@@ -138,8 +139,9 @@ class LanguageServers:
         }
 
     def routes(self) -> dict[str, Any]:
-        """What another process needs to send requests itself."""
-        return {"models": [self._told()] if self.settings.model else []}
+        """What another process needs to send requests itself, `keys` by URL included."""
+        keys = {replica.url: replica.api_key for replica in self._ready()}
+        return {"models": [{**self._told(), "keys": keys}] if self.settings.model else []}
 
     async def watch_routes(self) -> AsyncIterator[dict[str, Any]]:
         """Yield `routes` now and after every change."""
@@ -163,8 +165,11 @@ class LanguageServers:
             "reasoning": plan.head.reasoning if plan else False,
             "embeddings": plan.head.embeddings if plan else False,
             "parameters": plan.model.manifest.parameters if plan else 0,
-            "urls": [replica.url for replica in self.replicas if replica.state == "ready" and replica.url],
+            "urls": [replica.url for replica in self._ready()],
         }
+
+    def _ready(self) -> list[Replica]:
+        return [replica for replica in self.replicas if replica.state == "ready" and replica.url]
 
     def _tell(self) -> None:
         self._changed.set()
@@ -177,14 +182,16 @@ class LanguageServers:
         return LanguageClient(gateway or self._next_place, lambda: self.routes()["models"])
 
     def _next_place(self) -> Place:
-        told = self._told()
-        if not told["urls"]:
+        ready = self._ready()
+        if not ready:
+            told = self._told()
             why = f": {told['reason']}" if told["reason"] else ""
             raise LanguageError(
                 f"the language model is {told['state']}{why}", hint=told["hint"] or "millhand language show"
             )
         self._turn += 1
-        return Place(told["urls"][self._turn % len(told["urls"])])
+        chosen = ready[self._turn % len(ready)]
+        return Place(chosen.url, bearer(chosen.api_key))
 
 
 def _abilities(plan: Plan) -> frozenset[Ability]:

@@ -55,12 +55,16 @@ class Knowledge:
 
     async def open(self, folder: Path, embed: Embed | None) -> None:
         """As in the protocol. Raises StoreError."""
-        self._embed = embed
         await self._do(lambda: self._open(folder))
         if embed is not None:
-            model = embed.model
-            await self._do(lambda: self._opened.use_embedder(model))
-            self._behind.set()
+            await self.use(embed)
+
+    async def use(self, embed: Embed) -> None:
+        """As in the protocol. Raises StoreError."""
+        await self._do(lambda: self._opened.use_embedder(embed.model))
+        self._embed = embed
+        self._behind.set()
+        if self._filling is None:
             self._filling = asyncio.create_task(self._fill(), name="knowledge vectors")
 
     def _open(self, folder: Path) -> None:

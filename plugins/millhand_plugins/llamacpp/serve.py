@@ -9,6 +9,8 @@ from typing import Any
 
 import msgspec
 
+API_KEY = "LLAMA_API_KEY"
+"""The variable that a native server reads its key from, too."""
 CHECK_TENSORS_BYTES_CAP = 256 << 20
 """Smaller files are looked through for values that are not finite, which takes a fraction of a second."""
 
@@ -69,6 +71,8 @@ def _parameters(library: Any, serving: Serving) -> Any:
     params.endpoint_metrics = True
     params.endpoint_slots = True
     params.cors_origins = "localhost"  # pages of other hosts in a browser here must not ask it
+    if key := os.environ.pop(API_KEY, ""):
+        params.api_keys = [key]
     params.offline = True
     params.ui = False
     params.verbosity = 2  # warnings and errors

@@ -17,6 +17,8 @@ from millhand.language.samples import read_samples
 from millhand_plugins.llamacpp.settings import LlamacppSettings
 
 SERVE = "millhand_plugins.llamacpp.serve"
+API_KEY = "LLAMA_API_KEY"
+"""llama.cpp's own variable for the key (common/arg.cpp, `--api-key`)."""
 GGUF = b"GGUF"
 CACHE_TYPES = {16: "f16", 8: "q8_0", 4: "q4_0"}
 SPECULATION = "ngram-map-k"
@@ -55,15 +57,17 @@ class LlamacppServer:
         _require_gguf(launch.model)
         binary = None if self._settings.use == "xllamacpp" else self._binary()
         if binary is not None:
-            visible = {"CUDA_VISIBLE_DEVICES": ",".join(launch.accelerators)}
-            return Command((binary, *self._arguments(launch)), visible, f"a native server: {binary}")
+            environment = {"CUDA_VISIBLE_DEVICES": ",".join(launch.accelerators), **_key(launch)}
+            return Command((binary, *self._arguments(launch)), environment, f"a native server: {binary}")
         if len(launch.accelerators) > 1:
             raise ConfigError(
                 f"[language] tensor_parallel = {len(launch.accelerators)}, but xllamacpp computes on the CPU",
                 hint="put a llama-server that was built with CUDA on PATH",
             )
         note = "xllamacpp, on the CPU" + ("; a llama-server on PATH could use the GPU" if launch.accelerators else "")
-        return Command((sys.executable, "-m", SERVE, self._told(launch)), {"CUDA_VISIBLE_DEVICES": ""}, note)
+        return Command(
+            (sys.executable, "-m", SERVE, self._told(launch)), {"CUDA_VISIBLE_DEVICES": "", **_key(launch)}, note
+        )
 
     def figures(self, metrics: str) -> ServerFigures:
         """From llama.cpp's page; it does not tell of its KV cache."""
@@ -121,6 +125,10 @@ class LlamacppServer:
             embeddings=launch.embeddings,
         )
         return msgspec.json.encode(serving).decode()
+
+
+def _key(launch: Launch) -> dict[str, str]:
+    return {API_KEY: launch.api_key} if launch.api_key else {}
 
 
 def _require_gguf(path: Path) -> None:

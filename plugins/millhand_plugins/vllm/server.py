@@ -18,6 +18,8 @@ from millhand_plugins.vllm.settings import VllmSettings
 MODULE = "vllm.entrypoints.openai.api_server"
 CACHE_TYPES = {16: "auto", 8: "fp8"}
 PROMPT_LOOKUP_MAX = 4
+API_KEY = "VLLM_API_KEY"
+"""vLLM asks for it at every path under /v1 (vllm/envs.py)."""
 DRIVER = Path("/dev/nvidiactl")
 # It reports to its makers unless told otherwise, and looks for files at a hub.
 ENVIRONMENT = {
@@ -120,7 +122,8 @@ class VllmServer:
 
     def _environment(self, launch: Launch) -> Mapping[str, str]:
         names = launch.accelerators if self._settings.device_uuids else [*map(_number, launch.accelerators)]
-        return {**ENVIRONMENT, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(names)}
+        key = {API_KEY: launch.api_key} if launch.api_key else {}
+        return {**ENVIRONMENT, **key, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(names)}
 
 
 def _number(name: str) -> str:

@@ -18,8 +18,11 @@ import psutil
 import pytest
 from server_kit import PROGRAM, StandIn, gone, server_of, session_of
 
+from millhand.errors import LanguageError
 from millhand.language import replica as replica_module
+from millhand.language.exchange import bearer
 from millhand.language.launch import Command, Launch, ServerFigures
+from millhand.language.proving import prove
 from millhand.language.replica import Replica
 
 Start = Callable[..., Replica]
@@ -53,6 +56,22 @@ async def test_killed_it_comes_back_at_another_place(replica: Start, until: Unti
     assert server.url == ""
     await until(lambda: server.restarts == 1 and server.state == "ready", "ready again")
     assert server.url and server.url != first
+
+
+async def test_nobody_else_may_ask_it(replica: Start, until: Until) -> None:
+    """The key is new at each start, and stands neither in arguments nor in what is shown."""
+    server = replica()
+    await until(lambda: server.state == "ready" and server.figures.steps == 7, "ready, and its figures")
+    first, child = server.api_key, server_of(server.pid)
+    assert len(first) > 40
+    with pytest.raises(LanguageError, match="401"):
+        await prove(server.url, "m", (), False, 10, {})
+    await prove(server.url, "m", (), False, 10, bearer(first))
+    assert first not in str([*child.cmdline(), *psutil.Process(server.pid).cmdline(), server.to_dict()])
+    assert first not in repr(server.launch)
+    await server.restart()
+    await until(lambda: server.state == "ready", "ready again")
+    assert server.api_key and server.api_key != first
 
 
 async def test_a_keeper_that_is_killed_takes_the_server_along(replica: Start, until: Until) -> None:

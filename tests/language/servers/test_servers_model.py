@@ -90,6 +90,9 @@ async def test_the_agents_client_asks_them_in_turn(servers: LanguageServers, unt
     await until(lambda: len(told(servers)["urls"]) == 2, "both")
     place = servers._next_place
     assert {place().url for _ in range(4)} == set(told(servers)["urls"])
+    keys = told(servers)["keys"]
+    assert len(set(keys.values())) == 2 and all("keys" not in shown for shown in (servers.show(),))
+    assert {place().headers["Authorization"] for _ in range(4)} == {f"Bearer {key}" for key in keys.values()}
     schema = {"type": "object"}
     asked = json.loads(await client([{"role": "user", "content": "hello"}], schema=schema, max_tokens=5))
     assert asked["model"] == "m" and asked["max_tokens"] == 5 and asked["temperature"] == 0

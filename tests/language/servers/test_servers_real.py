@@ -19,6 +19,8 @@ from server_kit import gone, server_of
 
 from millhand.errors import DeadlineError, LanguageError
 from millhand.language.client import LanguageClient, Place
+from millhand.language.exchange import bearer, exchange
+from millhand.language.proving import answered
 from millhand.testing import Agent, millhand_agents
 
 CONFIG = """
@@ -78,7 +80,18 @@ def wait_ready(agent: Agent) -> dict[str, Any]:
 
 
 def client_of(ready: dict[str, Any], **options: Any) -> LanguageClient:
-    return LanguageClient(lambda: Place(ready["urls"][0]), lambda: [ready], **options)
+    url = ready["urls"][0]
+    return LanguageClient(lambda: Place(url, bearer(ready["keys"].get(url, ""))), lambda: [ready], **options)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/completion", "/metrics", "/slots", "/props"])
+def test_nobody_talks_past_the_gateway(ready: dict[str, Any], path: str) -> None:
+    url = ready["urls"][0]
+    body = {"messages": QUESTION, "prompt": "a", "max_tokens": 1} if "comp" in path else None
+    with pytest.raises(LanguageError, match="401"):
+        answered(asyncio.run(exchange(f"{url}{path}", body=body, timeout_s=60)))
+    reply = asyncio.run(exchange(f"{url}{path}", body=body, headers=bearer(ready["keys"][url]), timeout_s=60))
+    assert reply.status == 200
 
 
 def test_it_is_proved_and_told(agent: Agent, ready: dict[str, Any]) -> None:
@@ -106,6 +119,8 @@ def test_the_command_line_tells_of_it(agent: Agent, ready: dict[str, Any], capsy
     checked = json.loads(run("check", "--json"))
     (finding,) = [one for one in checked["findings"] if one["name"] == "language"]
     assert finding["level"] == "ok" and "llamacpp: " in finding["message"]
+    (finding,) = [one for one in checked["findings"] if one["name"] == "language server"]
+    assert finding["level"] == "ok" and "1 of 1 processes ready" in finding["message"]
     assert "Served by   'smollm2': llamacpp" in run("profile", "match")
 
 
@@ -214,9 +229,8 @@ def test_what_it_refuses_comes_as_an_error(ready: dict[str, Any]) -> None:
 def test_killed_while_it_answers_it_comes_back(agent: Agent, ready: dict[str, Any]) -> None:
     (replica,) = agent.call("language.show")["replicas"]
     body = {"model": "smollm2", "messages": QUESTION, "max_tokens": 400, "stream": True, "ignore_eos": True}
-    request = urllib.request.Request(
-        f"{ready['urls'][0]}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+    headers = {"Content-Type": "application/json", **bearer(ready["keys"][ready["urls"][0]])}
+    request = urllib.request.Request(f"{ready['urls'][0]}/v1/chat/completions", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=60) as answer:
         assert answer.readline().startswith(b"data: ")
         server_of(replica["pid"]).kill()

@@ -32,6 +32,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     hint: str = ""
     urls: tuple[str, ...] = ()
     """Where its servers answer, as `http://127.0.0.1:9000`; several where it is served more than once."""
+    keys: dict[str, str] = {}
+    """What each server wants to be shown, by URL; made anew at each of its starts."""
     abilities: frozenset[str] = frozenset()
     context_tokens: int = 0
     """Tokens that a conversation may hold; 0 where it is not known."""

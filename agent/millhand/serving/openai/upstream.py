@@ -14,6 +14,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from millhand.language.exchange import bearer
 from millhand.serving.openai.failure import Failure
 from millhand.serving.openai.relay import server_failure
 from millhand.serving.openai.routes import LanguageRoutes, Route, unanswered
@@ -59,7 +60,7 @@ class Upstream:
         while url := self._routes.least_busy(route, tried):
             self._routes.begin(url)
             try:
-                return url, await self._session.post(f"{url}{path}", data=body)
+                return url, await self._session.post(f"{url}{path}", data=body, headers=bearer(route.keys.get(url, "")))
             except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as error:
                 self._routes.end(url)
                 tried |= {url}

@@ -81,6 +81,13 @@ def test_else_xllamacpp_on_the_cpu(launch: Any, native: Path) -> None:
         server.command(launch(accelerators=("GPU-1", "GPU-2")))
 
 
+@pytest.mark.parametrize("use", ["native", "xllamacpp"])
+def test_its_key_is_handed_on_unseen(launch: Any, native: Path, use: Any) -> None:
+    command = LlamacppServer(LlamacppSettings(use=use, binary=native)).command(launch(api_key="secret-key"))
+    assert command.environment["LLAMA_API_KEY"] == "secret-key"
+    assert "secret-key" not in " ".join(command.argv)
+
+
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     server = LlamacppServer(LlamacppSettings(use="native", binary=Path("no-such-server")))
     assert "no llama-server at 'no-such-server'" in server.missing()

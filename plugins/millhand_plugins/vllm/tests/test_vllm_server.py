@@ -90,6 +90,11 @@ def test_it_reports_to_nobody_and_sees_its_gpus_only(launch: Any) -> None:
     assert later.command(launch(accelerators=("MIG-7",))).environment["CUDA_VISIBLE_DEVICES"] == "MIG-7"
 
 
+def test_its_key_is_handed_on_unseen(launch: Any) -> None:
+    command = VllmServer(VllmSettings()).command(launch(api_key="secret-key"))
+    assert command.environment["VLLM_API_KEY"] == "secret-key" and "secret-key" not in " ".join(command.argv)
+
+
 def test_a_program_on_path(launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "bin" / "vllm"
     program.parent.mkdir()

@@ -33,7 +33,8 @@ class StandIn:
         return ""
 
     def command(self, launch: Launch) -> Command:
-        return Command((sys.executable, os.fspath(PROGRAM), os.fspath(self._file), str(launch.port)))
+        argv = (sys.executable, os.fspath(PROGRAM), os.fspath(self._file), str(launch.port))
+        return Command(argv, {"STANDIN_KEY": launch.api_key})
 
     def figures(self, metrics: str) -> ServerFigures:
         found = read_samples(metrics)

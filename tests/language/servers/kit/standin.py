@@ -1,6 +1,7 @@
 """A small server of OpenAI's API that misbehaves on demand: `python standin.py WAYS_FILE PORT`."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 WAYS = set(Path(sys.argv[1]).read_text().split())
+KEY = os.environ.get("STANDIN_KEY")
 BODIES = {
     "empty": {"choices": [{"message": {"content": ""}}], "usage": {"completion_tokens": 1}},
     "shapeless": {"answer": "yes"},
@@ -28,6 +30,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/health":
             self._answer(503 if "sick" in WAYS else 200, {"status": "ok"})
+        elif self._is_strange():
+            self._answer(401, {"error": {"message": "no key"}})
         elif self.path == "/metrics":
             text = "running 1\nsteps 7\n" if "stuck" in WAYS else "running 0\nsteps 7\n"
             self._send(200, text.encode())
@@ -36,7 +40,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if "broken" in WAYS:
+        if self._is_strange():
+            self._answer(401, {"error": {"message": "no key"}})
+        elif "broken" in WAYS:
             self._answer(500, {"error": {"message": "the chat template fails at line 3"}})
         elif "garbage" in WAYS:
             self._send(200, b"<html>")
@@ -49,6 +55,9 @@ class Handler(BaseHTTPRequestHandler):
             if "echo" in WAYS:
                 body = {**GOOD, "choices": [{"message": {"content": json.dumps(asked)}, "finish_reason": "stop"}]}
             self._answer(200, body)
+
+    def _is_strange(self) -> bool:
+        return bool(KEY) and self.headers["Authorization"] != f"Bearer {KEY}"
 
     def _answer(self, status: int, body: object) -> None:
         self._send(status, json.dumps(body).encode())

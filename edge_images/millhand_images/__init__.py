@@ -1,0 +1,1 @@
+"""Builds what a node is installed from. Not part of the wheel."""

@@ -1,0 +1,9 @@
+"""The stack's test takes the queries from the compose files' test."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, os.fspath(Path(__file__).parent))
