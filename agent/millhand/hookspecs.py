@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from millhand.language.guarding import AnswerStream, GuardContext, Stage, Verdict
-    from millhand.language.launch import Ability, Command, Launch, ServerFigures
+    from millhand.language.launch import Ability, Command, Launch, ServerFigures, Speculation
     from millhand.language.pack import Pack
     from millhand.language.passages import Passage
     from millhand.pipeline.windows import Window
@@ -457,6 +457,21 @@ class LanguageServer(Protocol):
 
     def figures(self, metrics: str) -> ServerFigures:
         """What its own page `/metrics` says (Prometheus text)."""
+
+
+@runtime_checkable
+class TunableServer(LanguageServer, Protocol):
+    """A server that can serve a model in several ways; `millhand model build` measures which of them pays on a node. It
+    has llama.cpp's pages /apply-template and /completion, with tokens and timings.
+    """
+
+    speculations: Sequence[Speculation]
+    """What `Launch.speculation` may be, `none` left out."""
+
+    def programs(self) -> Mapping[str, str]:
+        """The programs that can be started here, the one that is taken by default first: name -> its release. Another
+        release is measured anew.
+        """
 
 
 # ---- hooks ----------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class Language(StrictTable):
     kv_bits: Literal[4, 8, 16] = 16
     """Bits of one number in the KV cache."""
     speculation: Literal["none", "ngram"] = "none"
-    """Whether drafts are made from the text itself."""
+    """Whether drafts are made from the text itself, where nothing was measured."""
     replicas: int = Field(default=1, ge=0, le=64)
     """Processes of one model; 0 takes as many as there are GPUs, or sets of them that it is spread over."""
     tensor_parallel_max: int = Field(default=1, ge=1)

@@ -114,6 +114,28 @@ def test_precisions_are_proved_and_one_is_chosen(node: Node, built: Done) -> Non
     assert choice is not None and choice.candidate in ("", *names)
 
 
+def test_how_it_is_served_best_is_proved_and_used(node: Node, built: Done) -> None:
+    config = load_config(node.config_path)
+    shelf = open_shelf(config)
+    proof = json.loads((shelf.place("tiny", VERSION, "cpu") / "way" / PROOF).read_text())
+    way, tried = proof["options"], proof["notes"][1:]
+    assert proof["signatures"] and proof["reasons"][0] in " ".join(built.out.split())
+    assert (way["program"], way["threads"]) == ("xllamacpp", 1) and way["release"].startswith("xllamacpp 20")
+    for kind in ("ngram", "ngram-simple", "ngram-mod", "ngram-cache"):
+        (line,) = (line for line in tried if f"drafts by {kind}:" in line)
+        assert any(word in line for word in ("the same answers", "is another from token", "now another"))
+    _, _, plan = plan_of(config)
+    assert plan.head.speculation == way["speculation"] and plan.head.program == "xllamacpp"
+    assert f"way: {proof['reasons'][0]}" in plan.reasons
+    node.config_path.write_text(node.config_path.read_text().replace("threads = 1", "threads = 2"))
+    try:
+        _, _, other = plan_of(load_config(node.config_path))
+        assert (other.head.threads, other.head.speculation, other.head.program) == (2, "none", "")
+        assert any("under other settings" in reason for reason in other.reasons)
+    finally:
+        node.config_path.write_text(node.config_path.read_text().replace("threads = 2", "threads = 1"))
+
+
 def test_what_lies_on_the_shelf_is_not_made_again(node: Node, built: Done) -> None:
     again = node.millhand("model", "build", "tiny", "--only", "Q8_0", "--data", node.root / "text.txt", "--json")
     outcomes = again.data["outcomes"]

@@ -98,7 +98,10 @@ def _lines(report: BuildReport, proofs: dict[str, Proof], own: Proof | None) -> 
         f"Built for {report.target}, which is not in this machine: nothing was run, and nothing was chosen. On a node "
         f"with that chip 'millhand model build {report.model}' proves what lies on its shelf."
     )
-    return [*lines, "", *wrapped(why)]
+    lines += ["", *wrapped(why)]
+    for number, way in enumerate(report.ways):
+        lines += ["", *wrapped(way)] if number == 0 else wrapped(way, "  ", "    ")
+    return lines
 
 
 def _told(report: BuildReport) -> list[str]:

@@ -14,6 +14,10 @@ Ability = Literal[
 """What a server can do of OpenAI's API; what it cannot do the gateway refuses, before the server sees it. `text_bias`
 goes beyond: keys of `logit_bias` may be texts, whose tokens are meant."""
 
+Speculation = Literal["none", "ngram", "ngram-simple", "ngram-mod", "ngram-cache", "draft"]
+"""Where drafts come from that the model then checks: from the text itself, by its repetitions (`ngram` is what a server
+does best of that kind, the others are llama.cpp's own), or from a smaller model of the same vocabulary."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
@@ -35,8 +39,12 @@ class Launch:
     """UUIDs of the GPUs that this process uses, as many as the model is spread over; empty: the CPU."""
     kv_bits: Literal[4, 8, 16] = 16
     """Bits of one number in the KV cache."""
-    speculation: Literal["none", "ngram"] = "none"
-    """Whether drafts are made from the text itself; the greedy answer must stay the same."""
+    speculation: Speculation = "none"
+    """The greedy answer must stay the same."""
+    draft: Path | None = None
+    """With `draft`: the smaller model, of the same form."""
+    program: str = ""
+    """Which of the server's programs, by the server's own name for it; empty leaves it to the server."""
     embeddings: bool = False
     """Whether the model is one that embeds."""
     api_key: str = field(default="", repr=False)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -15,6 +15,8 @@ from millhand.validation import StrictTable, read_toml, validate
 
 if TYPE_CHECKING:
     from millhand.config import Config
+    from millhand.hookspecs import LanguageServer
+    from millhand.language.way import Way
     from millhand.proof.signature import Keyring
     from millhand.proof.verification import Subject
     from millhand.workshop.shelf import Shelf
@@ -80,6 +82,11 @@ class LanguageModel:
         return (self.folder / self.manifest.file).resolve()
 
     @property
+    def sha256(self) -> str:
+        """Of the file when it was added; empty where it was not written down."""
+        return self.manifest.sha256.get(self.manifest.file.as_posix(), "")
+
+    @property
     def weights_bytes(self) -> int:
         """Of the GGUF file, or of the folder's weights. Raises OSError where one is gone."""
         if self.path.is_file():
@@ -94,6 +101,8 @@ class Served(NamedTuple):
     precision: str
     why: str
     """In words; empty where nothing was made of the model."""
+    sha256: str
+    """Of the file, by who wrote it down."""
 
 
 class Library:
@@ -153,17 +162,36 @@ class Library:
         choice = self._shelf.choice(model.name, VERSION, target) if self._shelf and used else None
         own = model.manifest.precision
         if self._shelf is None or self._keyring is None or choice is None or not choice.candidate:
-            return Served(model.path, own, choice.why if choice else "")
-        if choice.source_sha256 != model.manifest.sha256.get(model.manifest.file.as_posix()):
-            return Served(model.path, own, f"not {choice.candidate}: it was made of another file of this name")
+            return Served(model.path, own, choice.why if choice else "", model.sha256)
+        if choice.source_sha256 != model.sha256:
+            why = f"not {choice.candidate}: it was made of another file of this name"
+            return Served(model.path, own, why, model.sha256)
         try:
             candidate = self._shelf.find(model.name, VERSION, target, choice.candidate)
         except ModelError as error:
-            return Served(model.path, own, f"not {choice.candidate}: {error.message}")
+            return Served(model.path, own, f"not {choice.candidate}: {error.message}", model.sha256)
         verdict = verify(self._shelf.subject(model.name, VERSION, target, candidate), self._keyring)
         if verdict.state != "proved":
-            return Served(model.path, own, f"not {choice.candidate}: it is {verdict.state}: {verdict.reason}")
-        return Served(candidate.artifact, choice.candidate, choice.why)
+            why = f"not {choice.candidate}: it is {verdict.state}: {verdict.reason}"
+            return Served(model.path, own, why, model.sha256)
+        return Served(candidate.artifact, choice.candidate, choice.why, candidate.record.sha256)
+
+    def way(
+        self, model: LanguageModel, target: str, sha256: str, server: LanguageServer, under: Mapping[str, Any]
+    ) -> tuple[Way | None, str]:
+        """(how it is served best, why), as `millhand model build` measured it; (None, why not) where that does not
+        count here, and (None, "") where nothing was measured. under: what holds now (`way.conditions`).
+        """
+        from millhand.language.way import FOLDER, read_way
+
+        used = self._use_built if isinstance(self._use_built, bool) else model.name in self._use_built
+        if self._shelf is None or self._keyring is None or not used:
+            return None, ""
+        folder = self._shelf.place(model.name, VERSION, target) / FOLDER
+        way, why, _ = read_way(folder, self._keyring, sha256, server, under)
+        if way is not None and way.draft and self.model(way.draft).sha256 != way.draft_sha256:
+            return None, f"not served as it was measured: '{way.draft}', which drafted, is another file now"
+        return way, why
 
 
 def own_subject(model: LanguageModel, shelf: Shelf) -> Subject:

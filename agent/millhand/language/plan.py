@@ -11,12 +11,14 @@ from millhand.hardware.joined import best_set
 from millhand.hardware.visible import device_names, find_device
 from millhand.language.launch import Launch
 from millhand.language.library import LanguageModel, Library, open_library
+from millhand.language.way import conditions
 
 if TYPE_CHECKING:
     from millhand.config import Config
     from millhand.hardware.facts import Hardware
     from millhand.hookspecs import LanguageServer
     from millhand.language.settings import LanguageSettings
+    from millhand.language.way import Way
     from millhand.profiles import Match
     from millhand.registry import Registry
 
@@ -70,10 +72,15 @@ def make_plan(
     server = _server(settings, model, servers, match.profile.language.server, reasons)
     groups = _groups(settings, model, match, hardware, reasons)
     context_tokens = _context(settings, model, match, reasons)
-    profile = match.profile.language
-    served = library.served(model, _target(match, hardware))
+    profile, target = match.profile.language, _target(match, hardware)
+    served = library.served(model, target)
     if served.why:
         reasons.append(f"weights: {served.why}")
+    under = conditions(settings, match.profile, hardware.cpu.model)
+    way, why = library.way(model, target, served.sha256, server, under)
+    if why:
+        reasons.append(f"way: {why}")
+    drafting = way.draft if way else settings.draft
     launches = tuple(
         Launch(
             name=model.name,
@@ -81,10 +88,12 @@ def make_plan(
             port=0,
             context_tokens=context_tokens,
             slots=settings.slots or profile.slots,
-            threads=settings.threads or profile.threads or _threads(hardware, groups),
+            threads=settings.threads or profile.threads or _threads(hardware, groups, way),
             accelerators=group,
             kv_bits=settings.kv_bits or profile.kv_bits,
-            speculation=settings.speculation or profile.speculation,
+            speculation=way.speculation if way else settings.speculation or profile.speculation,
+            draft=library.model(drafting).path if drafting else None,
+            program=way.program if way else "",
             embeddings=model.manifest.embeddings,
             reasoning=model.manifest.reasoning,
         )
@@ -154,13 +163,19 @@ def _context(settings: LanguageSettings, model: LanguageModel, match: Match, rea
     return wanted
 
 
-def _threads(hardware: Hardware, groups: Sequence[tuple[str, ...]]) -> int:
-    """One for each core that may be used, shared by the processes; on a GPU it is left to the server."""
+def _threads(hardware: Hardware, groups: Sequence[tuple[str, ...]], way: Way | None) -> int:
+    """As was measured, of one process alone; else one for each core, shared by them; on a GPU the server's matter."""
     if groups[0]:
         return 0
+    if way is not None and way.threads and len(groups) == 1:
+        return way.threads
+    return max(1, cores_of(hardware) // len(groups))
+
+
+def cores_of(hardware: Hardware) -> int:
+    """Cores that may be used."""
     usable = int(hardware.cpu.usable or 1)
-    cores = min(usable, hardware.cpu.cores or usable)
-    return max(1, cores // len(groups))
+    return max(1, min(usable, hardware.cpu.cores or usable))
 
 
 # ---- GPUs -----------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from millhand.language.library import VERSION, LanguageModel
 from millhand.language.measuring import Text, held_text, open_bench
 from millhand.language.requantise import PRECISIONS, requantise
 from millhand.language.sources import free_bytes
+from millhand.language.way_proof import prove_way
 from millhand.proof.digest import artifact_files, digest
 from millhand.proof.document import PROOF, RECORD, Latency, Proof, Score
 from millhand.proof.file import read_proof, write_proof
@@ -141,10 +142,24 @@ class _Build:
             outcomes=tuple(self.outcomes),
             chosen=chosen,
             why=why,
+            ways=self._ways(),
             date=now(),
         )
         write_report(shelf.place(*self.where), report)
         return report
+
+    def _ways(self) -> tuple[str, ...]:
+        """How what serves now is served best, and what else was tried."""
+        site, listener = self.site, self.listener
+        return prove_way(
+            site,
+            self.model,
+            self.target,
+            self.bench,
+            self.text.text,
+            self.fresh,
+            lambda way: listener.progress("way", 0.0, way),
+        )
 
     def _try(self, name: str) -> None:
         """Make and prove one; what goes wrong is its outcome."""

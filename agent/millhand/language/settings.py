@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from millhand.validation import StrictTable
 
@@ -20,11 +20,14 @@ class LanguageSettings(StrictTable):
     slots: int = Field(default=0, ge=0, le=1024)
     """Conversations that one process answers at once; 0 takes the profile's."""
     threads: int = Field(default=0, ge=0, le=1024)
-    """Threads on the CPU; 0 takes the profile's."""
+    """Threads on the CPU; 0 takes what `millhand model build` found to pay, else the profile's."""
     kv_bits: Literal[0, 4, 8, 16] = 0
     """Bits of one number in the KV cache; 0 takes the profile's."""
-    speculation: Literal["", "none", "ngram"] = ""
-    """`ngram` drafts what comes from the text itself, for answers that quote; empty takes the profile's."""
+    speculation: Literal["", "none", "ngram", "ngram-simple", "ngram-mod", "ngram-cache", "draft"] = ""
+    """`ngram` drafts what comes from the text itself, for answers that quote, as do llama.cpp's other kinds; `draft`
+    has the model named by `draft` do it. Empty takes what `millhand model build` found to pay, else the profile's."""
+    draft: str = ""
+    """With speculation = "draft": a smaller language model of this node with the same vocabulary, by name."""
     replicas: int = Field(default=0, ge=0, le=64)
     """Processes that serve the same model, each on a GPU or a set of them of its own; 0 takes the profile's."""
     tensor_parallel: int = Field(default=0, ge=0, le=64)
@@ -50,3 +53,9 @@ class LanguageSettings(StrictTable):
         if value.startswith(".") or "/" in value or "\0" in value:
             raise ValueError("give the name that it was added under, not a path")
         return value
+
+    @model_validator(mode="after")
+    def _a_model_that_drafts(self) -> LanguageSettings:
+        if (self.speculation == "draft") != bool(self.draft):
+            raise ValueError(f"speculation = '{self.speculation}' and draft = '{self.draft}': give both, or neither")
+        return self

@@ -51,6 +51,8 @@ class BuildReport(msgspec.Struct, frozen=True, kw_only=True):
     """Empty: the original serves."""
     why: str = ""
     """In a sentence; empty where nothing could be chosen, for hardware that is not here."""
+    ways: tuple[str, ...] = ()
+    """Of a language model: how it is served best on this node and why, then what else was tried."""
     date: str
 
 

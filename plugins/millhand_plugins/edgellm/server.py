@@ -95,7 +95,7 @@ def _refuse_what_it_lacks(launch: Launch) -> None:
     lacks = {
         f"tensor_parallel = {len(launch.accelerators)}": len(launch.accelerators) > 1,
         f"kv_bits = {launch.kv_bits}": launch.kv_bits != 16,
-        'speculation = "ngram"': launch.speculation != "none",
+        f"speculation = '{launch.speculation}'": launch.speculation != "none",
     }
     for key, asked in lacks.items():
         if asked:

@@ -28,7 +28,10 @@ class Serving(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     batch_tokens: int
     cache_type: str
     prompt_cache_mib: int
-    ngram: bool
+    speculation: str
+    """As llama.cpp names it: `ngram-map-k`; empty for none."""
+    draft: str
+    """The file of the smaller model; empty for none."""
     embeddings: bool
 
 
@@ -63,8 +66,11 @@ def _parameters(library: Any, serving: Serving) -> Any:
     params.cache_type_k = params.cache_type_v = cache_type
     if serving.threads:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = serving.threads
-    if serving.ngram:
-        params.speculative.types = [library.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_MAP_K]
+    if serving.speculation:
+        name = serving.speculation.upper().replace("-", "_")
+        params.speculative.types = [getattr(library.common_speculative_type, f"COMMON_SPECULATIVE_TYPE_{name}")]
+    if serving.draft:
+        params.speculative.draft.mparams.path = serving.draft
     if serving.embeddings:
         params.embedding = True
     params.check_tensors = os.path.getsize(serving.model) < CHECK_TENSORS_BYTES_CAP  # noqa: PTH202

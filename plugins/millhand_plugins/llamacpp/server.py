@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from millhand.errors import ConfigError, ModelError
-from millhand.language.launch import Ability, Command, Launch, ServerFigures
+from millhand.language.launch import Ability, Command, Launch, ServerFigures, Speculation
 from millhand.language.samples import read_samples
 from millhand_plugins.llamacpp.settings import LlamacppSettings
 
@@ -21,12 +22,19 @@ API_KEY = "LLAMA_API_KEY"
 """llama.cpp's own variable for the key (common/arg.cpp, `--api-key`)."""
 GGUF = b"GGUF"
 CACHE_TYPES = {16: "f16", 8: "q8_0", 4: "q4_0"}
-SPECULATION = "ngram-map-k"
-"""Of llama.cpp's kinds that draft from the text itself."""
+SPECULATIONS: Mapping[Speculation, str] = {
+    "ngram": "ngram-map-k",
+    "ngram-simple": "ngram-simple",
+    "ngram-mod": "ngram-mod",
+    "ngram-cache": "ngram-cache",
+    "draft": "draft-simple",
+}
+"""As llama.cpp names them (`--spec-type`)."""
+NATIVE, XLLAMACPP = "native", "xllamacpp"
 
 
 class LlamacppServer:
-    """Implements `LanguageServer`."""
+    """Implements `TunableServer`."""
 
     name = "llamacpp"
     formats: Sequence[str] = ("gguf",)
@@ -34,6 +42,7 @@ class LlamacppServer:
         "chat", "completions", "embeddings", "json_schema", "tools", "logprobs", "seed", "stop", "usage", "reasoning",
         "text_bias",
     })  # fmt: skip
+    speculations: Sequence[Speculation] = tuple(SPECULATIONS)
 
     def __init__(self, settings: LlamacppSettings) -> None:
         self._settings = settings
@@ -49,13 +58,24 @@ class LlamacppServer:
             return "neither a llama-server on PATH nor the package xllamacpp: pip install 'millhand[language]'"
         return ""
 
+    def programs(self) -> Mapping[str, str]:
+        """A native server by its file, which another build of it replaces."""
+        found = {}
+        use, binary = self._settings.use, self._binary()
+        if use != XLLAMACPP and binary is not None:
+            state = Path(binary).stat()
+            found[NATIVE] = f"{binary}, {state.st_size} bytes of {state.st_mtime_ns}"
+        if use != NATIVE and importlib.util.find_spec("xllamacpp") is not None:
+            found[XLLAMACPP] = f"xllamacpp {importlib.metadata.version('xllamacpp')}"
+        return found
+
     def command(self, launch: Launch) -> Command:
         """The native server where there is one, else ours around xllamacpp.
 
         Raises ModelError where the file is no GGUF, ConfigError where several GPUs are asked of xllamacpp.
         """
         _require_gguf(launch.model)
-        binary = None if self._settings.use == "xllamacpp" else self._binary()
+        binary = None if XLLAMACPP in (self._settings.use, launch.program) else self._binary()
         if binary is not None:
             environment = {"CUDA_VISIBLE_DEVICES": ",".join(launch.accelerators), **_key(launch)}
             return Command((binary, *self._arguments(launch)), environment, f"a native server: {binary}")
@@ -101,8 +121,10 @@ class LlamacppServer:
         flags = ["--metrics", "--no-webui", "--jinja", "--offline"]
         if launch.threads:
             values = {**values, "--threads": launch.threads}
-        if launch.speculation == "ngram":
-            values = {**values, "--spec-type": SPECULATION}
+        if launch.speculation != "none":
+            values = {**values, "--spec-type": SPECULATIONS[launch.speculation]}
+        if launch.draft is not None:
+            values = {**values, "--model-draft": launch.draft}
         if launch.embeddings:
             flags.append("--embeddings")
         return [*(str(word) for pair in values.items() for word in pair), *flags, *settings.arguments]
@@ -121,7 +143,8 @@ class LlamacppServer:
             batch_tokens=self._settings.batch_tokens,
             cache_type=CACHE_TYPES[launch.kv_bits],
             prompt_cache_mib=self._settings.prompt_cache_mib,
-            ngram=launch.speculation == "ngram",
+            speculation=SPECULATIONS.get(launch.speculation, ""),
+            draft="" if launch.draft is None else os.fspath(launch.draft),
             embeddings=launch.embeddings,
         )
         return msgspec.json.encode(serving).decode()

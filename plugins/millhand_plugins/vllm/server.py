@@ -57,11 +57,16 @@ class VllmServer:
         return ""
 
     def command(self, launch: Launch) -> Command:
-        """Raises ConfigError for a KV cache of 4 bits or without a GPU, ModelError for what is no checkpoint."""
+        """Raises ConfigError for what it lacks and without a GPU, ModelError for what is no checkpoint."""
         if not launch.accelerators:
             raise ConfigError("vllm needs a GPU, and none may be used", hint="take llamacpp: [language] server")
         if launch.kv_bits not in CACHE_TYPES:
             raise ConfigError(f"[language] kv_bits = {launch.kv_bits}: vllm has 16 and 8", hint="set it to 8 or 16")
+        if launch.speculation not in ("none", "ngram"):
+            raise ConfigError(
+                f"[language] speculation = '{launch.speculation}': vllm has 'ngram' here",
+                hint="set it to ngram or none",
+            )
         if not (launch.model / "config.json").is_file():
             raise ModelError(
                 f"'{launch.model}' is no checkpoint: it has no config.json",
