@@ -38,6 +38,7 @@ import uvloop
 from figures import Figure, parser, progress, report
 from language_gateway import MODEL, PROMPT, Client, abort, free_port, get, settled
 
+from millhand.control import ControlClient
 from millhand.language.launch import Launch
 from millhand.language.pack import PackSettings, find_pack
 from millhand.language.trial import TrialServer
@@ -94,7 +95,8 @@ class Node:
     server_url: str
     """Of the language server behind it."""
     process: psutil.Process
-    version: str
+    key: str
+    """What the language server asks of who talks to it."""
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
@@ -137,7 +139,9 @@ def node(options: Options, context_tokens: int = CONTEXT_TOKENS, cache_mib: int 
         try:
             shown = _served(millhand, daemon, root)
             replica = shown["replicas"][0]
-            yield Node(f"http://127.0.0.1:{port}", replica["url"], psutil.Process(daemon.pid), "; ".join(shown["why"]))
+            with contextlib.closing(ControlClient(root / "run/control.sock").stream("language.routes")) as routes:
+                key = next(routes)["models"][0]["keys"][replica["url"]]
+            yield Node(f"http://127.0.0.1:{port}", replica["url"], psutil.Process(daemon.pid), key)
         finally:
             daemon.terminate()
             daemon.wait(60)
@@ -213,7 +217,7 @@ async def rate(session: aiohttp.ClientSession, url: str, tokens: int, users: int
 
 async def decode(options: Options) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder, alone(options, Path(folder)) as url, node(options) as served:
-        async with _session() as session:
+        async with _session() as session, _session(served.key) as direct:
 
             async def without() -> float:
                 with served.stopped():
@@ -223,7 +227,7 @@ async def decode(options: Options) -> list[Figure]:
                 return await rate(session, served.url, TOKENS)
 
             async def behind() -> float:
-                return await rate(session, served.server_url, TOKENS)
+                return await rate(direct, served.server_url, TOKENS)
 
             share, left, right = await paired(without, through, options.pairs)
             gateway, _, _ = await paired(behind, through, options.pairs // 2)
@@ -370,11 +374,11 @@ async def prefix(options: Options) -> list[Figure]:
 
 async def aborts(options: Options) -> list[Figure]:
     with node(options, SHORT_CONTEXT_TOKENS, 0) as served:
-        async with _session() as session:
+        async with _session() as session, _session(served.key) as direct:
 
             async def left() -> tuple[int, float]:
-                busy = sum(slot["is_processing"] for slot in await get(session, f"{served.server_url}/slots"))
-                async with session.get(f"{served.server_url}/metrics") as answer:
+                busy = sum(slot["is_processing"] for slot in await get(direct, f"{served.server_url}/slots"))
+                async with direct.get(f"{served.server_url}/metrics") as answer:
                     lines = (await answer.text()).splitlines()
                 waiting = (line for line in lines if line.startswith("llamacpp:requests_deferred"))
                 return busy, sum(float(line.split()[-1]) for line in waiting)
@@ -419,10 +423,12 @@ PARTS: dict[str, Callable[[Options], Awaitable[list[Figure]]]] = {
 }
 
 
-def _session() -> aiohttp.ClientSession:
+def _session(key: str = "") -> aiohttp.ClientSession:
     # A connection of its own for each request: llama.cpp's server closes after a stream.
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, force_close=True), timeout=aiohttp.ClientTimeout(total=600)
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        timeout=aiohttp.ClientTimeout(total=600),
+        headers={"Authorization": f"Bearer {key}"} if key else {},
     )
 
 
