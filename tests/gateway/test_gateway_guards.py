@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 from gateway_kit import MODEL, asked, error_of, said, until
 
-from millhand.language.guarding import GuardContext, Verdict
+from millhand.language.guarding import GuardContext, Part, Verdict
 from millhand.serving.openai.audit import FILE, Audit, decisions, previous
+from millhand.serving.openai.guarding import Guards
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,31 @@ def test_the_policy_is_told_to_the_model(guarded):
     assert guarded.server.bodies[-1]["messages"][0]["content"] == "Be brief. You help."
     guarded.post("/v1/completions", {"model": MODEL, "prompt": "x"})
     assert guarded.server.bodies[-1]["prompt"] == "Be brief.\n\nx"
+
+
+class Waiting:
+    """Ends its check once the event loop has gone on: never, where it holds the loop up."""
+
+    name = "waiting"
+    stages = ("input",)
+
+    def __init__(self):
+        self.gone_on = threading.Event()
+
+    def check(self, stage, text, context):
+        if not self.gone_on.wait(30):
+            raise TimeoutError
+        return Verdict(action="refuse" if "no" in text else "pass", text=text)
+
+
+@pytest.mark.parametrize(("text", "seen"), [("x" * 50_000, "x" * 50_000), ("no" * 50_000, None)])
+async def test_a_long_text_holds_up_nobody_else(tmp_path, text, seen):
+    guard = Waiting()
+    session = Guards([guard], Audit(tmp_path / "a", 1 << 16, "none")).session(GuardContext(model="m"), "", None)
+    judging = asyncio.create_task(session.part(Part("client", text)))
+    await asyncio.sleep(0)
+    guard.gone_on.set()
+    assert await judging == seen
 
 
 def test_a_tool_that_is_not_allowed(guarded):

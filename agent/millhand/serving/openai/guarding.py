@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from millhand.errors import RefusedError
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("millhand.gateway")
 
+LONG_CHARS = 20_000
+"""A longer text is judged in a thread: it costs some tens of milliseconds, and a megabyte seconds."""
 BROKEN = "guard.error"
 """The rule that speaks where a guard raises."""
 
@@ -111,8 +115,10 @@ class GuardSession:
 
     async def _judge(self, stage: Stage, text: str, context: GuardContext) -> str:
         for guard in self._guards.at(stage):
-            verdict = self.ask(guard.name, stage, text, context, lambda: guard.check(stage, text, context))  # noqa: B023
-            text = verdict.text
+            check: Callable[[], Verdict] = partial(guard.check, stage, text, context)
+            if len(text) > LONG_CHARS:
+                check = await _checked_aside(check)
+            text = self.ask(guard.name, stage, text, context, check).text
             if isinstance(guard, ConsideringGuard):
                 text = await self._consider(guard, stage, text, context)
         return text
@@ -208,6 +214,18 @@ class _Whole:
 
     def finish(self) -> Verdict:
         return self._guard.check("output", self._text, self._session.context)
+
+
+async def _checked_aside(check: Callable[[], Verdict]) -> Callable[[], Verdict]:
+    """What a guard says, asked in a thread so that other requests go on; raises it where it raised."""
+    (found,) = await asyncio.gather(asyncio.to_thread(check), return_exceptions=True)
+
+    def say() -> Verdict:
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    return say
 
 
 def _of(context: GuardContext, role: str) -> GuardContext:
