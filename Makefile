@@ -63,7 +63,7 @@ test-images: $(VENV)/.dev
 
 # The package on boards that are not here, from recordings below MILLHAND_DATA: an AGX Orin under emulation, an A30 and an
 # A100 dressed. As root, with debootstrap, qemu-user-static and binfmt-support; what is missing is said where a test is
-# skipped. Prints every command and what it said. Not part of the others: about an hour where nothing is built yet.
+# skipped. Prints every command and what it said. Part of no other target: emulation is slow.
 test-arm64: $(VENV)/.dev
 	@test -n "$$MILLHAND_DATA" || { echo "make test-arm64 needs MILLHAND_DATA: the folder with the recordings of hardware"; exit 2; }
 	$(BIN)/python -m pytest -s -m emulated tests/images/test_images_emulated.py $(TEST_ARGS)
@@ -83,7 +83,7 @@ deb: $(VENV)/.dev
 
 # Installs, upgrades, kills and failures of the package in chroots of Debian, at length; as root, with debootstrap.
 test-packages: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/images $(TEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not emulated" tests/images $(TEST_ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/all.py

@@ -1,4 +1,4 @@
-"""What ran of the package on boards that are not here: `make test-arm64` once, and what each board's node said of itself.
+"""What ran of the package on boards that are not here: `make test-arm64` once, and what the nodes said.
 
 Nothing is timed: under emulation Python is ten to thirty times slower. Needs root, debootstrap, qemu-user and the
 recordings below MILLHAND_DATA.

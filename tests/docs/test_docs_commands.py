@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -80,7 +81,13 @@ def test_configurations_are_valid(block: Block) -> None:
 
 @pytest.mark.parametrize("command", HERE, ids=str)
 def test_commands_that_need_no_node(command: Command, tmp_path: Path) -> None:
-    environment = {**os.environ, "MILLHAND_NODE__DATA_DIR": str(tmp_path), "MILLHAND_NODE__RUN_DIR": str(tmp_path)}
+    path = os.pathsep.join((os.fspath(Path(sys.executable).parent), os.environ["PATH"]))
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "MILLHAND_NODE__DATA_DIR": str(tmp_path),
+        "MILLHAND_NODE__RUN_DIR": str(tmp_path),
+    }
     done = subprocess.run(
         ["sh", "-c", command.text],
         cwd=tmp_path,

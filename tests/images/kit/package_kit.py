@@ -39,7 +39,17 @@ def package(architecture: str, folder: Path) -> Path:
         found = sorted(Path(ready).glob(f"millhand_*_{architecture}.deb"), key=lambda path: path.stat().st_mtime)
         assert found, f"MILLHAND_PACKAGES={ready} holds no package for {architecture}"
         return found[-1]
-    command = [sys.executable, "-m", "millhand_images", "deb", "--arch", architecture, "--out", os.fspath(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "millhand_images",
+        "deb",
+        "--arch",
+        architecture,
+        "--quick",
+        "--out",
+        os.fspath(folder),
+    ]
     folders = [os.fspath(ROOT / name) for name in ("edge_images", "agent", "plugins", "profiles", "hub")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=BUILD_DEADLINE_S)
