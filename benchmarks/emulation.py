@@ -25,7 +25,7 @@ def main() -> int:
         progress("MILLHAND_DATA does not name the folder of public data sets: no recordings to dress boards from")
         return 2
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "MILLHAND_EMULATION_RECORD": folder}
+        environment = {**os.environ, "TEST_RECORD": folder}
         command = [sys.executable, "-m", "pytest", "-s", "-m", "emulated", "tests/images/test_images_emulated.py"]
         code = subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, check=False).returncode
         found = {name: _read(Path(folder) / f"{name}.json") for name in BOARDS}

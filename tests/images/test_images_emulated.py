@@ -25,7 +25,7 @@ from node_kit import Node
 from package_kit import ROOT, bare_root, install, missing, package
 
 DATA = os.environ.get("MILLHAND_DATA")
-RECORD = os.environ.get("MILLHAND_EMULATION_RECORD")
+RECORD = os.environ.get("TEST_RECORD")
 """A folder for what ran, one JSON file a board: benchmarks/emulation.py reads it."""
 pytestmark = [
     pytest.mark.emulated,

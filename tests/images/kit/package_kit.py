@@ -34,10 +34,10 @@ def missing(architecture: str = "amd64") -> str:
 
 
 def package(architecture: str, folder: Path) -> Path:
-    """The Debian package: one of the folder that MILLHAND_PACKAGES names, else built anew into `folder`."""
-    if ready := os.environ.get("MILLHAND_PACKAGES"):
+    """The Debian package: one of the folder that TEST_PACKAGES names, else built anew into `folder`."""
+    if ready := os.environ.get("TEST_PACKAGES"):
         found = sorted(Path(ready).glob(f"millhand_*_{architecture}.deb"), key=lambda path: path.stat().st_mtime)
-        assert found, f"MILLHAND_PACKAGES={ready} holds no package for {architecture}"
+        assert found, f"TEST_PACKAGES={ready} holds no package for {architecture}"
         return found[-1]
     command = [
         sys.executable,
@@ -58,8 +58,8 @@ def package(architecture: str, folder: Path) -> Path:
 
 
 def bare_root(architecture: str, root: Path) -> None:
-    """Unpack Debian 12 with its Python into `root`; made once, kept below MILLHAND_CHROOTS or build/chroots."""
-    cache = Path(os.environ.get("MILLHAND_CHROOTS", ROOT / "build/chroots"))
+    """Unpack Debian 12 with its Python into `root`; made once, kept below TEST_CHROOTS or build/chroots."""
+    cache = Path(os.environ.get("TEST_CHROOTS", ROOT / "build/chroots"))
     cache.mkdir(parents=True, exist_ok=True)
     base = cache / f"bookworm-{architecture}-minbase-python.tar"
     with (cache / f"{base.name}.lock").open("w") as lock:
