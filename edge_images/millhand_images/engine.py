@@ -99,7 +99,8 @@ class Engine:
         """
         files = str(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
         fixed = ["--read-only", "--read-only-tmpfs=false", "--cap-drop=all", "--security-opt=no-new-privileges"]
-        fixed += ["--tmpfs=/tmp", "--tmpfs=/run/millhand:uid=10001,gid=10001,mode=0750", "--network=none"]
+        # podman 4 does not know a tmpfs' uid.
+        fixed += ["--tmpfs=/tmp", "--tmpfs=/run/millhand:mode=1777", "--network=none"]
         # Without these podman asks for more than a root with few capabilities may give.
         fixed += ["--cgroups=disabled", f"--ulimit=nofile={files}:{files}", "--ulimit=nproc=1024:1024"]
         return self._podman("run", "--detach", "--no-healthcheck", *fixed, *options, image, *command).strip()

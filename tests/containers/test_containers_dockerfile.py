@@ -107,7 +107,7 @@ def test_the_context_holds_nothing_private():
         for step in dockerfile.parse_file(str(ROOT / name)):
             if step.cmd == "COPY" and not step.flags:
                 copied |= set(step.value[:-1])
-    assert let_in == copied, "what is copied, and nothing else"
+    assert let_in == {path.removesuffix("/amd64-python3.12-*.txt").removesuffix("/${LOCK}-*.txt") for path in copied}
     left_out = [line.removeprefix("**/") for line in lines[1:] if not line.startswith("!")]
     for private in (".env", "node.pem", "api.key", "secrets", "tests", "__pycache__"):
         assert any(fnmatch.fnmatch(private, pattern) for pattern in left_out), private
