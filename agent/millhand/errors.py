@@ -133,6 +133,12 @@ class SinkError(MillhandError):
     retriable = True
 
 
+class BundleError(MillhandError):
+    """A bundle is damaged, not signed by the plant, not for this node, or could not be laid."""
+
+    code = "bundle"
+
+
 class ControlError(MillhandError):
     """The daemon's control socket could not be reached, or it refused the call."""
 

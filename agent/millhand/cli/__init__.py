@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "knowledge": ("knowledge", "Add, list, remove and search manuals and past orders."),
     "readings": ("readings", "Export stored readings as CSV."),
     "telemetry": ("telemetry", "Show and follow what goes to the hub."),
+    "bundle": ("bundle", "Verify and install an offline bundle."),
     "hub": ("hub", "Run and query the central hub."),
     "config": ("config", "Show, validate and describe the configuration."),
     "completion": ("completion", "Print the shell completion script."),

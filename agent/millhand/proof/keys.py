@@ -46,6 +46,11 @@ class PublicKey:
             return False
         return True
 
+    @property
+    def raw(self) -> bytes:
+        """Its 32 bytes."""
+        return self.key.public_bytes_raw()
+
     def pem(self) -> bytes:
         """SubjectPublicKeyInfo, PEM."""
         from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat

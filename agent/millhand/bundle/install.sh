@@ -1,0 +1,208 @@
+#!/bin/sh
+# Installs a millhand bundle on a node without a network. Nothing of the bundle is run before the plant's signature and
+# every hash have been checked; nothing is changed without --yes; killed at any moment, it can be run again.
+#
+#   sh install.sh FILE --key plant.public.pem [--yes] [--downgrade]
+#   sh install.sh FILE --fingerprint 40-HEX-DIGITS [--yes] [--downgrade]
+#
+# This script decides what is trusted: take it and the key from where you trust them, not from where the bundle lay.
+set -u
+LC_ALL=C
+PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+DEBIAN_FRONTEND=noninteractive
+PYTHONDONTWRITEBYTECODE=1
+export LC_ALL PATH DEBIAN_FRONTEND PYTHONDONTWRITEBYTECODE
+umask 022
+
+STAGED=/var/cache/millhand-bundle
+LIBRARIES=/usr/local/lib/millhand/site-packages
+work=
+staging=
+
+say() { printf '%s\n' "$*"; }
+refuse() { # what is wrong, what to do
+  printf 'Error: %s\nTry: %s\n' "$1" "$2" >&2
+  exit 1
+}
+clean() {
+  [ -z "$work" ] || rm -rf "$work"
+  [ -z "$staging" ] || rm -rf "$STAGED"
+}
+field() { sed -n "s/^$1: //p" "$work/MANIFEST"; }
+section() { sed -n "/^$1:\$/,/^[A-Z]/s/^ //p" "$work/MANIFEST"; }
+free_kb() { df -Pk "$1" | awk 'NR == 2 { print $4 }'; }
+disk() { df -Pk "$1" | awk 'NR == 2 { print $6 }'; }
+kb() { say $((($1 + 1023) / 1024)); }
+
+read_arguments() {
+  bundle='' key='' fingerprint='' yes='' downgrade=''
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --key) key=${2-} && shift ;;
+      --fingerprint) fingerprint=$(printf %s "${2-}" | tr -d ' ' | tr a-f A-F) && shift ;;
+      --yes) yes=1 ;;
+      --downgrade) downgrade=1 ;;
+      -*) refuse "option '$1' is not known" "sh install.sh FILE --key plant.public.pem [--yes] [--downgrade]" ;;
+      *) bundle=$1 ;;
+    esac
+    shift || break
+  done
+  [ -f "$bundle" ] && [ -r "$bundle" ] || refuse "there is no bundle '$bundle'" "sh install.sh FILE --key plant.public.pem"
+  [ -z "$key" ] || fingerprint=$(fingerprint_of "$key")
+  printf %s "$fingerprint" | grep -Eqx '[0-9A-F]{40}' ||
+    refuse "no key of the plant is named" "--key plant.public.pem, or --fingerprint with its 40 hex digits"
+}
+
+# The OpenPGP fingerprint (RFC 9580, 5.5.4) of an Ed25519 public key in PEM (RFC 8410), made one second after the epoch.
+fingerprint_of() {
+  der=$(sed '/-----/d' "$1" 2>/dev/null | base64 -d 2>/dev/null | od -An -v -tx1 | tr -d ' \n')
+  case $der in 302a300506032b6570032100*) [ ${#der} -eq 88 ] || return 0 ;; *) return 0 ;; esac
+  {
+    printf '\231\000\063\004\000\000\000\001\026\011\053\006\001\004\001\332\107\017\001\001\007\100'
+    sed '/-----/d' "$1" | base64 -d | tail -c 32
+  } | sha1sum | cut -c 1-40 | tr a-f A-F
+}
+
+verify() {
+  work=$(mktemp -d /run/millhand-bundle.XXXXXX 2>/dev/null || mktemp -d 2>/dev/null) ||
+    refuse "neither /run nor /tmp can be written" "make room, or mount them writable"
+  sum=$(head -c -72 "$bundle" | sha256sum | cut -c 1-64)
+  printf 'sha256 %s\n' "$sum" >"$work/trailer"
+  tail -c 72 "$bundle" | cmp -s - "$work/trailer" ||
+    refuse "bundle '$bundle' is damaged or cut short" "carry it here again"
+  tar -xf "$bundle" --occurrence=1 --no-same-owner -C "$work" MANIFEST MANIFEST.sig KEY.pgp 2>/dev/null ||
+    refuse "'$bundle' is no bundle of millhand" "name a file that 'make bundle' made"
+  if command -v gpgv >/dev/null; then
+    gpgv --homedir "$work" --keyring "$work/KEY.pgp" --status-fd 1 "$work/MANIFEST.sig" "$work/MANIFEST" 2>/dev/null |
+      grep -q "^\[GNUPG:\] VALIDSIG $fingerprint "
+  elif command -v sqv >/dev/null; then
+    [ "$(sqv --keyring "$work/KEY.pgp" --signature-file "$work/MANIFEST.sig" "$work/MANIFEST" 2>/dev/null)" = "$fingerprint" ]
+  else
+    refuse "neither gpgv nor sqv is here, one of which every Debian and Ubuntu has" "install the package gpgv or sqv"
+  fi || refuse "bundle '$bundle' is not signed by the key $fingerprint" "carry another bundle, or name another key"
+  [ "$(head -n 1 "$work/MANIFEST")" = "millhand bundle 1" ] ||
+    refuse "the bundle's form is not known here" "take the install.sh that came with it"
+  section Files >"$work/signed"
+  # Each file goes through sha256sum and nowhere else: nothing is written before everything is known to be signed.
+  tar -xf "$bundle" -C "$work" --to-command='echo "$(sha256sum | cut -c 1-64) $TAR_SIZE $TAR_FILENAME"' 2>/dev/null |
+    tail -n +4 | cmp -s - "$work/signed" ||
+    refuse "a file of bundle '$bundle' is not what the plant has signed" "carry another bundle"
+}
+
+check_node() {
+  version=$(field Package) system=$(field System) target=$(field Target)
+  here=$(. /etc/os-release && say "$ID ${VERSION_ID-}")
+  [ "$here" = "$system" ] || refuse "the bundle is for $system, this is $here" "make bundle with SYSTEM for this node"
+  [ "$(dpkg --print-architecture)" = "$(field Architecture)" ] ||
+    refuse "the bundle is for $(field Architecture), this is $(dpkg --print-architecture)" "make bundle with another TARGET"
+  have=$(installed millhand)
+  [ -z "$have" ] || [ -n "$downgrade" ] || dpkg --compare-versions "$have" le "$version" ||
+    refuse "millhand $have is installed, the bundle has the older $version" "--downgrade, if you mean it"
+  for folder in /usr /usr/local /var/lib /var/cache; do
+    [ -w "$folder" ] || refuse "'$folder' cannot be written" "run as root, on a file system that is mounted writable"
+  done
+  [ ! -d "$LIBRARIES" ] || [ -f "$LIBRARIES/.bundle" ] ||
+    refuse "'$LIBRARIES' was not laid by a bundle" "move it away"
+  check_room
+}
+
+check_room() {
+  staged=$(kb "$(field Staged-Bytes)") below_usr=$(kb "$(field System-Bytes)") below_var=$(kb "$(field Data-Bytes)")
+  below_var=$((below_var + staged + 65536)) # the store beside it must never find the disk full
+  if [ "$(disk /usr)" = "$(disk /var/cache)" ]; then
+    below_usr=$((below_usr + below_var))
+  fi
+  for need in "/var/cache $below_var" "/usr $below_usr"; do
+    left=$(free_kb "${need% *}")
+    [ "$left" -ge "${need#* }" ] ||
+      refuse "the disk of ${need% *} has $((left / 1024)) MB left, the bundle needs $((${need#* } / 1024)) MB" "make room"
+  done
+}
+
+installed() { # the version of a package that is installed whole, else nothing
+  dpkg-query -W -f '${db:Status-Abbrev}${Version}\n' "$1" 2>/dev/null | sed -n 's/^[ihr]i //p' | head -n 1
+}
+
+plan() {
+  say "Bundle    millhand $(field Version) for $target, of $(field Date), signed by $fingerprint"
+  : >"$work/debs"
+  section Debs >"$work/packages"
+  while read -r path package wanted; do
+    have=$(installed "$package")
+    if [ "$package" = millhand ]; then
+      [ "$have" != "$wanted" ] || continue
+    elif [ -n "$have" ] && dpkg --compare-versions "$have" ge "$wanted"; then
+      continue
+    fi
+    say "Package   $package $wanted${have:+, in place of $have}"
+    say "$STAGED/$path" >>"$work/debs"
+  done <"$work/packages"
+  sed -n 's|^[0-9a-f]* [0-9]* wheels/\(.*\)|Library   \1|p' "$work/signed"
+  sed -n 's|^[0-9a-f]* [0-9]* data/\(.*\)|Data      \1|p' "$work/signed"
+  case $target in
+    orin) tr -d '\000' 2>/dev/null </proc/device-tree/model | grep -q Orin || say "Note      no Jetson Orin is seen here" ;;
+    a100) [ -e /dev/nvidiactl ] || say "Note      no NVIDIA driver is seen here: models are served by the CPU" ;;
+  esac
+  say "Where the same package, library or model is there already, it is left alone. What was recorded is never touched."
+}
+
+stage() {
+  staging=1
+  rm -rf "$STAGED" && mkdir -m 755 "$STAGED" || refuse "'$STAGED' cannot be made" "mend the disk"
+  head -c -72 "$bundle" | tar -xf - --no-same-owner -C "$STAGED" 2>/dev/null && cmp -s "$work/MANIFEST" "$STAGED/MANIFEST" ||
+    refuse "the bundle cannot be unpacked into '$STAGED'" "make room, or carry it here again"
+  sed 's/ [0-9]* /  /' "$work/signed" >"$work/sums"
+  (cd "$STAGED" && sha256sum --check --strict --quiet "$work/sums" >/dev/null 2>&1) &&
+    [ "$(find "$STAGED" -type f | wc -l)" -eq "$(($(wc -l <"$work/sums") + 3))" ] ||
+    refuse "the bundle has changed while it was read" "copy it to the node's own disk first"
+}
+
+# Ask apt first: it knows what the packages that are here already would not bear. It changes nothing (-s).
+check_packages() {
+  [ -s "$work/debs" ] && [ -z "$(dpkg --audit)" ] && command -v apt-get >/dev/null || return 0
+  # shellcheck disable=SC2046  # no path of a bundle has a space
+  apt-get -s -q --no-download --no-remove --allow-downgrades -o Debug::NoLocking=1 -o Dir::Cache::pkgcache= \
+    -o Dir::Cache::srcpkgcache= install $(cat "$work/debs") >"$work/apt" 2>&1 && return
+  sed 's/^/  /' "$work/apt" >&2
+  refuse "the packages do not fit those that are installed" "see above; install or remove what apt names"
+}
+
+act() {
+  if [ -s "$work/debs" ]; then
+    broken=$(dpkg --audit)
+    # shellcheck disable=SC2046
+    dpkg --install --force-confold $(cat "$work/debs") >"$work/dpkg" 2>&1 || {
+      cat "$work/dpkg" >&2
+      refuse "dpkg could not install the packages" "mend what it says, and run this again"
+    }
+    [ -z "$broken" ] || dpkg --configure --pending >/dev/null 2>&1 || say "Note      other packages are still broken: dpkg --audit"
+  fi
+  millhand bundle lay "$STAGED" >"$work/laid" || exit 1
+  cat "$work/laid"
+  if [ ! -s "$work/debs" ] && [ ! -s "$work/laid" ]; then
+    say "Nothing had to be changed."
+  elif [ -d /run/systemd/system ]; then
+    systemctl try-restart millhand.service
+  fi
+}
+
+main() {
+  read_arguments "$@"
+  trap clean EXIT
+  trap 'exit 130' INT TERM HUP
+  verify
+  check_node
+  plan
+  if [ -z "$yes" ]; then
+    say "Nothing has been changed. To install it, give --yes."
+    exit 0
+  fi
+  exec 9</var/lib/dpkg
+  flock -n 9 || refuse "another install is under way" "wait until it has ended"
+  stage
+  check_packages
+  act
+  say "millhand $(field Version) is installed."
+}
+
+main "$@"

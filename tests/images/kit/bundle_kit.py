@@ -1,0 +1,159 @@
+"""Bundles with a small package in place of the real one, and roots to install them in: this system, written elsewhere.
+
+A root is an overlay on `/` in a mount and network namespace of its own: what an install changes lies in `upper`, and
+nothing else. It knows none of this machine's package lists, as a node without a network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from millhand.bundle.manifest import SCRIPT, Deb
+from millhand.proof.keys import PrivateKey
+from millhand_images.bundle_file import Content, write
+
+PROJECT = Path(__file__).parents[3]
+INSTALL = PROJECT / "agent/millhand/bundle" / SCRIPT
+CODE = ("agent", "plugins", "profiles", "hub")
+EPOCH_S = 1_700_000_000
+STUB = """#!/bin/sh
+PYTHONPATH={path} exec {python} -m millhand "$@"
+"""
+
+
+def architecture() -> str:
+    return subprocess.run(["dpkg", "--print-architecture"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def system() -> str:
+    lines = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
+    return f"{lines['ID']} {lines['VERSION_ID']}".replace('"', "")
+
+
+def deb(folder: Path, version: str) -> Path:
+    """A package `millhand` whose command is this checkout's."""
+    tree = folder / f"tree-{version}"
+    for name in ("DEBIAN", "usr/bin", "var/lib/millhand", f"usr/share/doc/millhand/{version}"):
+        (tree / name).mkdir(parents=True)
+    (tree / "DEBIAN/control").write_text(
+        f"Package: millhand\nVersion: {version}\nArchitecture: {architecture()}\n"
+        "Maintainer: The millhand maintainers\nDescription: stands in for the real one\n"
+    )
+    stub = tree / "usr/bin/millhand"
+    stub.write_text(STUB.format(path=":".join(str(PROJECT / name) for name in CODE), python=sys.executable))
+    stub.chmod(0o755)
+    path = folder / f"millhand-{version}.deb"
+    subprocess.run(["dpkg-deb", "--root-owner-group", "-Znone", "--build", tree, path], check=True, capture_output=True)
+    return path
+
+
+def bundle(path: Path, key: PrivateKey, version: str, files: dict[str, Path], **changes: object) -> Path:
+    """A bundle of a package and further files."""
+    package = path.parent / f"millhand-{version}.deb"
+    if not package.exists():
+        package = deb(path.parent, version)
+    name = f"debs/01-millhand_{architecture()}.deb"
+    fields = {
+        "version": version,
+        "package": version,
+        "target": "cpu",
+        "architecture": architecture(),
+        "system": system(),
+        "python": "3.11",
+        "epoch_s": EPOCH_S,
+        "system_bytes": 4096,
+        "debs": (Deb(name, "millhand", version),),
+        "files": {SCRIPT: INSTALL, name: package, **files},
+        **changes,
+    }
+    write(path, Content(**fields), key)  # type: ignore[arg-type]
+    return path
+
+
+@dataclass(frozen=True)
+class Root:
+    """A system of its own, without a network."""
+
+    folder: Path
+    """On a file system that an overlay can be written to."""
+
+    @property
+    def upper(self) -> Path:
+        """What differs from this machine."""
+        return self.folder / "upper"
+
+    def words(self, *words: str | Path) -> list[str]:
+        script = (
+            f"mount -t overlay overlay -o lowerdir=/,upperdir={self.folder}/upper,workdir={self.folder}/work"
+            f" {self.folder}/root && mount -t proc proc {self.folder}/root/proc && "
+            f"for each in run var/lib/apt/lists; do mount -t tmpfs tmpfs {self.folder}/root/$each; done && "
+            f'mount --bind /dev {self.folder}/root/dev && exec chroot {self.folder}/root "$@"'
+        )
+        return ["unshare", "--mount", "--net", "sh", "-c", script, "sh", *map(str, words)]
+
+    def run(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.words(*words), capture_output=True, text=True, timeout=60, check=False)
+
+    def killed(self, delay_s: float, *words: str | Path) -> bool:
+        """Run a command and kill it and all its children after so long; whether it was still there."""
+        process = subprocess.Popen(
+            self.words(*words), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            process.wait(delay_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            self._wait_for_release()
+            return True
+        return False
+
+    def files(self) -> dict[str, str]:
+        """Every path that differs from this machine, and what it is; runtime folders' own times left out."""
+        return {str(path.relative_to(self.upper)): _facts(path) for path in sorted(self.upper.rglob("*"))}
+
+    def _wait_for_release(self) -> None:
+        """Until no process holds the overlay any more: two mounts with one upper folder must not meet."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and not self._is_free():
+            time.sleep(0.01)
+
+    def _is_free(self) -> bool:
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if str(self.folder) in (process / "mounts").read_text():
+                    return False
+            except OSError:
+                continue
+        return True
+
+
+def root(folder: Path) -> Root:
+    for name in ("upper", "work", "root"):
+        (folder / name).mkdir(parents=True)
+    return Root(folder)
+
+
+def copied(origin: Root, folder: Path) -> Root:
+    """The same system once more."""
+    made = Root(folder)
+    shutil.copytree(origin.upper, made.upper, symlinks=True)
+    for name in ("work", "root"):
+        (folder / name).mkdir()
+    return made
+
+
+def _facts(path: Path) -> str:
+    status = path.lstat()
+    text = f"{status.st_mode:o} {status.st_uid} {status.st_gid}"
+    if path.is_symlink():
+        return f"{text} {path.readlink()}"
+    return f"{text} {hashlib.sha256(path.read_bytes()).hexdigest()}" if path.is_file() else text
