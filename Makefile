@@ -12,6 +12,8 @@ TEST_JOBS ?= 4
 export ORT_DISABLE_TELEMETRY := 1
 
 .PHONY: venv demo demo-language test test-long test-packages test-images test-arm64 lint format bench clean lock providers deb
+.PHONY: venv demo demo-language test test-long test-packages test-images lint format bench clean lock providers deb
+.PHONY: bundle release release-check venv demo demo-language test test-long test-packages lint format bench clean lock providers deb
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	@echo "Preparing $(VENV) for the demo (once) ..."
@@ -84,6 +86,20 @@ deb: $(VENV)/.dev
 # Installs, upgrades, kills and failures of the package in chroots of Debian, at length; as root, with debootstrap.
 test-packages: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not emulated" tests/images $(TEST_ARGS)
+
+# One signed file that installs a node without a network (docs/offline.md). Needs Debian's apt and dpkg-deb, not root.
+TARGET ?= cpu
+bundle: $(VENV)/.dev
+	$(BIN)/python -m millhand_images bundle --target $(TARGET) --out dist $(if $(SYSTEM),--system '$(SYSTEM)') \
+	  $(if $(KEY),--key '$(KEY)') $(if $(LANGUAGE),--language '$(LANGUAGE)') $(if $(MODELS),--models '$(MODELS)') \
+	  $(if $(DATA),--data '$(DATA)')
+
+# Everything of a release into dist/release, from a clean tree; and the same twice, compared byte by byte.
+release: $(VENV)/.dev
+	$(BIN)/python -m millhand_images release build $(if $(KEY),--key '$(KEY)')
+
+release-check: $(VENV)/.dev
+	$(BIN)/python -m millhand_images release check $(if $(KEY),--key '$(KEY)')
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/all.py

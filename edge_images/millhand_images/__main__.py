@@ -12,9 +12,11 @@ from millhand.errors import MillhandError
 
 # command -> module; each module is imported when its command is called.
 COMMANDS = {
+    "bundle": "millhand_images.bundle",
     "deb": "millhand_images.deb",
     "lock": "millhand_images.lock",
     "sbom": "millhand_images.sbom",
+    "release": "millhand_images.release",
 }
 
 

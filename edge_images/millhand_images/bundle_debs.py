@@ -130,5 +130,3 @@ def _found(folder: Path, name: str, version: str) -> Found:
     if not paths:
         raise BuildError(f"apt did not fetch {name} {version}", hint="build again; the archive may have changed")
     return describe(paths[0])
-
-

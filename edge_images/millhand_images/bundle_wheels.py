@@ -61,10 +61,10 @@ def further(target: Target, extras: Sequence[str], cache: Path) -> list[Path]:
         )
     keys = {tuple(pin.split(" ")[0].split("==")) for pin in pins}
     versions = {(canonical(name), version) for name, version in keys}
-    return sorted(path for path in folder.glob("*.whl") if key(path) in versions)
+    return sorted(path for path in folder.glob("*.whl") if name_and_version(path) in versions)
 
 
-def key(path: Path) -> tuple[str, str]:
+def name_and_version(path: Path) -> tuple[str, str]:
     """The name (PEP 503) and version of a wheel, from its file name."""
     name, version, *_ = path.name.split("-")
     return canonical(name), version

@@ -47,7 +47,7 @@ read_arguments() {
     esac
     shift || break
   done
-  [ -f "$bundle" ] && [ -r "$bundle" ] || refuse "there is no bundle '$bundle'" "sh install.sh FILE --key plant.public.pem"
+  [ -f "$bundle" ] && [ -r "$bundle" ] || refuse "there is no bundle '$bundle'" "name its file"
   [ -z "$key" ] || fingerprint=$(fingerprint_of "$key")
   printf %s "$fingerprint" | grep -Eqx '[0-9A-F]{40}' ||
     refuse "no key of the plant is named" "--key plant.public.pem, or --fingerprint with its 40 hex digits"
@@ -161,8 +161,9 @@ stage() {
 check_packages() {
   [ -s "$work/debs" ] && [ -z "$(dpkg --audit)" ] && command -v apt-get >/dev/null || return 0
   # shellcheck disable=SC2046  # no path of a bundle has a space
-  apt-get -s -q --no-download --no-remove --allow-downgrades -o Debug::NoLocking=1 -o Dir::Cache::pkgcache= \
-    -o Dir::Cache::srcpkgcache= install $(cat "$work/debs") >"$work/apt" 2>&1 && return
+  apt-get -s -q --no-remove --no-install-recommends --allow-downgrades -o Debug::NoLocking=1 -o Dir::Cache::pkgcache= \
+    -o Dir::Cache::srcpkgcache= install $(cat "$work/debs") >"$work/apt" 2>&1 &&
+    [ "$(grep -c '^Inst ' "$work/apt")" -eq "$(wc -l <"$work/debs")" ] && return # it would fetch nothing beside them
   sed 's/^/  /' "$work/apt" >&2
   refuse "the packages do not fit those that are installed" "see above; install or remove what apt names"
 }
