@@ -2,8 +2,8 @@
 
 python benchmarks/bundle.py BUNDLE --key plant.public.pem [--base minbase.tar]
 
-Needs root, and debootstrap where no --base is given. The chroot has a network namespace of its own, without a device that
-is up.
+Needs root, and debootstrap where no --base is given. The chroot has a network namespace of its own, in which
+no device is up.
 """
 
 from __future__ import annotations

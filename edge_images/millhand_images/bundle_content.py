@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from millhand.config import Config
 from millhand.language.adding import Addition, add
-from millhand.language.fitting import Room
+from millhand.language.fitting import node_room
 from millhand.language.library import FOLDER, Library
-from millhand.profiles import MatchRules, Profile
 from millhand.workshop.shelf import BUILT
 from millhand_images.process import BuildError
 

@@ -39,13 +39,12 @@ def further(target: Target, extras: Sequence[str], cache: Path) -> list[Path]:
     here = read(target)
     names = {pin.name for pin in here}
     folder = cache / f"{target.name}-further"
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         constraints, report = Path(scratch) / "constraints.txt", Path(scratch) / "report.json"
         constraints.write_text("".join(f"{pin.name}=={pin.version}\n" for pin in here), encoding="ascii")
-        pip(
-            *("install", "--quiet", "--dry-run", "--ignore-installed", "--target", scratch, "--report", report),
-            *("--constraint", constraints, *target.pip_options(), *wanted),
-        )
+        words: list[str | Path] = ["install", "--quiet", "--dry-run", "--ignore-installed", "--target", scratch]
+        pip(*words, "--report", report, "--constraint", constraints, *target.pip_options(), *wanted)
         found = json.loads(report.read_text(encoding="utf-8"))["install"]
         pins = [
             f"{entry['metadata']['name']}=={entry['metadata']['version']} "
@@ -55,12 +54,13 @@ def further(target: Target, extras: Sequence[str], cache: Path) -> list[Path]:
         ]
         listed = Path(scratch) / "pins.txt"
         listed.write_text("".join(pins), encoding="ascii")
-        pip(
-            *("download", "--quiet", "--no-deps", "--require-hashes", "--requirement", listed),
-            *("--find-links", folder, "--dest", folder, *target.pip_options()),
-        )
-    keys = {tuple(pin.split(" ")[0].split("==")) for pin in pins}
-    versions = {(canonical(name), version) for name, version in keys}
+        words = ["download", "--quiet", "--no-deps", "--require-hashes", "--requirement", listed]
+        pip(*words, "--find-links", folder, "--dest", folder, *target.pip_options())
+    versions = {
+        (canonical(entry["metadata"]["name"]), entry["metadata"]["version"])
+        for entry in found
+        if canonical(entry["metadata"]["name"]) not in names
+    }
     return sorted(path for path in folder.glob("*.whl") if name_and_version(path) in versions)
 
 

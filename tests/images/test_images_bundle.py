@@ -27,7 +27,6 @@ from millhand.cli import main
 from millhand.errors import BundleError
 from millhand.proof.keys import PrivateKey, new_pair, public_path
 
-KILLS = 5
 RECORDED = "var/lib/millhand/millhand.db"
 
 
@@ -410,20 +409,26 @@ def test_a_wrong_key_and_a_root_that_cannot_be_written_are_refused(
     assert node.files() == before
 
 
-def test_killed_at_any_moment_it_can_be_run_again(old: Root, roots: Path, made: dict[str, Path], public: Path) -> None:
+@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=[pytest.mark.long, pytest.mark.timeout(1800)])])
+def test_killed_at_any_moment_it_can_be_run_again(
+    old: Root, roots: Path, made: dict[str, Path], public: Path, kills: int
+) -> None:
     chance = random.Random(7)
     words = ("sh", INSTALL, made["2.0"], "--key", public, "--yes")
-    whole_s = _seconds(copied(old, roots / "timed"), *words)
-    node = copied(old, roots / "killed")
+    whole_s = _seconds(copied(old, roots / f"timed-{kills}"), *words)
     killed = 0
-    for _ in range(KILLS):
+    for number in range(kills):
+        node = copied(old, roots / f"killed-{kills}-{number}")
         killed += node.killed(chance.uniform(0.05, 1.0) * whole_s, *words)
         _assert_is(node, "1.0", "2.0")
+        runs = node.run("millhand", "--version")
+        assert runs.returncode == 0, runs.stderr
+        done = node.run(*words)
+        assert done.returncode == 0, done.stderr
+        _assert_is(node, "2.0")
+        assert not (node.upper / "var/cache/millhand-bundle").exists()
+        shutil.rmtree(node.folder)
     assert killed
-    done = node.run(*words)
-    assert done.returncode == 0, done.stderr
-    _assert_is(node, "2.0")
-    assert not (node.upper / "var/cache/millhand-bundle").exists()
 
 
 def _seconds(node: Root, *words: str | Path) -> float:

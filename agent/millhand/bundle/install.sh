@@ -45,7 +45,7 @@ read_arguments() {
       -*) refuse "option '$1' is not known" "sh install.sh FILE --key plant.public.pem [--yes] [--downgrade]" ;;
       *) bundle=$1 ;;
     esac
-    shift || break
+    [ $# -eq 0 ] || shift
   done
   [ -f "$bundle" ] && [ -r "$bundle" ] || refuse "there is no bundle '$bundle'" "name its file"
   [ -z "$key" ] || fingerprint=$(fingerprint_of "$key")
