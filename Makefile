@@ -14,6 +14,7 @@ export ORT_DISABLE_TELEMETRY := 1
 .PHONY: venv demo demo-language test test-long test-packages test-images test-arm64 lint format bench clean lock providers deb
 .PHONY: venv demo demo-language test test-long test-packages test-images lint format bench clean lock providers deb
 .PHONY: bundle release release-check venv demo demo-language test test-long test-packages lint format bench clean lock providers deb
+.PHONY: bundle release release-check venv demo demo-language test test-long test-packages test-images lint format bench clean lock providers deb
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	@echo "Preparing $(VENV) for the demo (once) ..."

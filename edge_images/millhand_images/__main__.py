@@ -15,8 +15,8 @@ COMMANDS = {
     "bundle": "millhand_images.bundle",
     "deb": "millhand_images.deb",
     "lock": "millhand_images.lock",
-    "sbom": "millhand_images.sbom",
     "release": "millhand_images.release",
+    "sbom": "millhand_images.sbom",
 }
 
 

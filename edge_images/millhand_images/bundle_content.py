@@ -42,12 +42,8 @@ def language_files(source: str, folder: Path) -> dict[str, Path]:
     plain = source.partition(":")[2] if source.startswith("pypi:") else str(Path(source).absolute())
     name = re.sub(r"[^a-z0-9.-]+", "-", Path(plain).name.removesuffix(".gguf").lower()).strip("-.")
     addition = Addition(name=name, source=source if source.startswith("pypi:") else plain, force=True)
-    add(
-        Library([folder]),
-        addition,
-        Room(None, "the node", Profile(description="any", match=MatchRules(), backends=("llamacpp",))),
-        lambda *_: None,
-    )
+    # With `force` this machine's memory does not matter.
+    add(Library([folder]), addition, node_room(Config()), lambda *_: None)
     return _below(folder, FOLDER)
 
 

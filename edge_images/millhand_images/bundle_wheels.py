@@ -44,7 +44,7 @@ def further(target: Target, extras: Sequence[str], cache: Path) -> list[Path]:
         constraints, report = Path(scratch) / "constraints.txt", Path(scratch) / "report.json"
         constraints.write_text("".join(f"{pin.name}=={pin.version}\n" for pin in here), encoding="ascii")
         words: list[str | Path] = ["install", "--quiet", "--dry-run", "--ignore-installed", "--target", scratch]
-        pip(*words, "--report", report, "--constraint", constraints, *target.pip_options(), *wanted)
+        pip([*words, "--report", report, "--constraint", constraints, *target.pip_options(), *wanted])
         found = json.loads(report.read_text(encoding="utf-8"))["install"]
         pins = [
             f"{entry['metadata']['name']}=={entry['metadata']['version']} "
@@ -55,7 +55,7 @@ def further(target: Target, extras: Sequence[str], cache: Path) -> list[Path]:
         listed = Path(scratch) / "pins.txt"
         listed.write_text("".join(pins), encoding="ascii")
         words = ["download", "--quiet", "--no-deps", "--require-hashes", "--requirement", listed]
-        pip(*words, "--find-links", folder, "--dest", folder, *target.pip_options())
+        pip([*words, "--find-links", folder, "--dest", folder, *target.pip_options()])
     versions = {
         (canonical(entry["metadata"]["name"]), entry["metadata"]["version"])
         for entry in found
