@@ -11,10 +11,8 @@ TEST_JOBS ?= 4
 # Nothing that runs here may phone home.
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: venv demo demo-language test test-long test-packages test-images test-arm64 lint format bench clean lock providers deb
-.PHONY: venv demo demo-language test test-long test-packages test-images lint format bench clean lock providers deb
-.PHONY: bundle release release-check venv demo demo-language test test-long test-packages lint format bench clean lock providers deb
-.PHONY: bundle release release-check venv demo demo-language test test-long test-packages test-images lint format bench clean lock providers deb
+.PHONY: venv demo demo-language test test-long test-packages test-images test-arm64 lint format bench clean lock providers \
+  deb bundle release release-check
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	@echo "Preparing $(VENV) for the demo (once) ..."
