@@ -2,9 +2,9 @@
 
     sudo python benchmarks/first_prediction.py [--package dist/millhand_0.1.0_amd64.deb]
 
-Needs root and debootstrap. The chroot is debootstrap's minbase; what apt needs is downloaded before the clock runs, as
-a node's own medium would hold it. Timed: apt-get installs the package with python3.11 from that cache, `millhand setup`,
-the agent starts as its unit starts it, and `millhand predict` answers. Without systemd: no unit is started by it.
+Needs root and debootstrap. The chroot is debootstrap's minbase, with all that apt will ask for already in its cache.
+Timed: apt-get installs the package with python3.11 from there, `millhand setup`, the agent starts as its unit starts it,
+and `millhand predict` answers. Without systemd: no unit is started by it.
 """
 
 from __future__ import annotations
