@@ -365,10 +365,10 @@ async def prefix(options: Options) -> list[Figure]:
 
     return [
         Figure("orders: first token of an order's first question", statistics.median(t[0][0] for t in found), "ms"),
-        Figure("orders: the same order a second time, of the first", share(1, 0), "", "<= 0.1"),
-        Figure("orders: the same order a second time, first text past the guards", share(1, 1), ""),
+        Figure("orders: the first question again at once, of the first", share(1, 0), "", "<= 0.1"),
+        Figure("orders: the first question again at once, first text past the guards", share(1, 1), ""),
         Figure("orders: the second question on the same prefix, of the first", share(2, 0), "", "<= 0.1"),
-        Figure("orders: the third question on the same prefix, of the first", share(3, 0), ""),
+        Figure("orders: the third question on the same prefix, of the first", share(3, 0), "", "<= 0.1"),
     ]
 
 
