@@ -3,7 +3,7 @@
     sudo python benchmarks/first_prediction.py [--package dist/millhand_0.1.0_amd64.deb]
 
 Needs root and debootstrap. The chroot is debootstrap's minbase, with all that apt will ask for already in its cache.
-Timed: apt-get installs the package with python3.11 from there, `millhand setup`, the agent starts as its unit starts it,
+Timed: apt-get installs package and python3.11 from there, `millhand setup`, the agent starts as its unit starts it,
 and `millhand predict` answers. Without systemd: no unit is started by it.
 """
 
