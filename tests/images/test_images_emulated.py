@@ -151,8 +151,8 @@ def test_it_is_set_up_and_checks(dressed: Dressed) -> None:
 
 
 def test_the_demo_does_its_main_job_once(dressed: Dressed) -> None:
-    scale = "0.1" if dressed.board is ORIN else "0.5"
-    facts = dressed.millhand("demo", "--scale", scale, "--output", "/tmp")
+    pace = ["--scale", "0.1"] if dressed.board is ORIN else []  # elsewhere the demo chooses by the machine's load
+    facts = dressed.millhand("demo", *pace, "--output", "/tmp", codes=(0, 1))
     assert facts["good"], facts["shortcomings"]
     assert facts["profile"] == dressed.board.profile
     assert facts["alerts"] and facts["work_orders"]
@@ -182,11 +182,12 @@ def test_it_starts_predicts_in_int8_and_stops(dressed: Dressed, built: Path, tmp
             "label": said["predictions"][0]["label"],
             "certainty": round(said["predictions"][0]["certainty"], 3),
         }
-        node.run("kill", "-TERM", str(state["pid"]))
+        node.run("sh", "-c", f"kill -TERM {state['pid']}")
         assert agent.wait(120) == 0
         dressed.seen["stopped"] = 0
     finally:
         agent.kill()
+        agent.wait()
         print((tmp_path / "agent.log").read_text())
 
 

@@ -95,6 +95,7 @@ def _dress_orin(root: Path, captures: Path) -> dict[str, str]:
     for name in ("possible", "present", "online"):
         _write(root / f"sys/devices/system/cpu/{name}", f"0-{cores - 1}\n")
     memory = {"MemTotal": total, "MemFree": total - used, "MemAvailable": total - used, "Buffers": 0, "Cached": 0}
+    memory |= {"Active": used, "Inactive": 0, "Shmem": 0}
     return {
         "cpuinfo": "".join(ORIN_CORE.format(number=number) for number in range(cores)),
         "meminfo": "".join(f"{name}: {mib * 1024:>15} kB\n" for name, mib in {**memory, "SwapTotal": 0}.items()),

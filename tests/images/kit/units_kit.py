@@ -82,7 +82,7 @@ class Units:
     def _stop(self, unit: str) -> None:
         self.read(unit)
         if self._running is not None and self.running:
-            self._node.run("kill", "-TERM", str(self._state()["pid"]))
+            self._signal("TERM")
             assert self._running.wait(60) == 0, f"{unit} did not end well"
 
     def _restart(self, unit: str) -> None:
@@ -91,11 +91,14 @@ class Units:
 
     def _reload(self, unit: str) -> None:
         assert "HUP" in self.read(unit)["Service"]["ExecReload"]
-        self._node.run("kill", "-HUP", str(self._state()["pid"]))
+        self._signal("HUP")
 
     def _status(self, unit: str) -> str:
         assert self.running, f"{unit} does not run"
         return self.read(unit)["Unit"]["Description"]
+
+    def _signal(self, name: str) -> None:
+        self._node.run("sh", "-c", f"kill -{name} {self._state()['pid']}")
 
     def _state(self) -> dict[str, object]:
         state: dict[str, object] = json.loads(self._node.run("millhand", "--json", codes=(0, 1)).stdout)
