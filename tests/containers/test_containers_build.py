@@ -95,7 +95,7 @@ def test_the_image_says_what_it_is(machine, image):
 
 
 def test_it_serves_read_only_as_its_user_and_ends_on_sigterm(machine, image, container):
-    health = machine.inspect(image)["Config"]["Healthcheck"]["Test"]
+    health = machine.inspect(image)["Healthcheck"]["Test"]
     assert health[0] == "CMD"
     wait_until(lambda: not machine.execute(container, health[1:]).returncode, "a healthy agent", 180, every_s=1)
     who = machine.execute(container, ["sh", "-c", "id -u; cat /proc/1/comm; touch /opt/x /x /etc/x 2>&1; pwd"]).stdout
