@@ -163,9 +163,8 @@ def test_the_demo_does_its_main_job_once(dressed: Dressed) -> None:
 def test_it_starts_predicts_in_int8_and_stops(dressed: Dressed, built: Path, tmp_path: Path) -> None:
     node = dressed.node
     _lay_int8(node.root / "opt/models" / INT8, built)
-    (node.root / "etc/millhand/millhand.toml").open("a").write(
-        f'\n[models]\npaths = ["/opt/models"]\nload = ["rig-fault", "{INT8}"]\n'
-    )
+    with (node.root / "etc/millhand/millhand.toml").open("a") as file:
+        file.write(f'\n[models]\npaths = ["/opt/models"]\nload = ["rig-fault", "{INT8}"]\n')
     node.run("install", "-d", "-o", "millhand", "-g", "millhand", "/run/millhand")
     agent = node.start("millhand", "run", user="millhand", log=tmp_path / "agent.log")
     try:
