@@ -13,8 +13,9 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ class Node:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def run(self, *words: str, check: bool = True, **options: object) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run a command in it, as root, to its end."""
         environment = {
             "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
@@ -52,7 +53,7 @@ class Node:
         }
         done = subprocess.run(
             ["chroot", str(self.root), *words], capture_output=True, text=True, env=environment, check=False, **options
-        )  # type: ignore[call-overload]
+        )
         assert not check or done.returncode == 0, f"{words}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done
 
@@ -92,10 +93,10 @@ class Node:
             assert agent.wait(60) == 0, (self.root / "root/agent.log").read_text()
             log.close()
 
-    def wait(self, condition: object) -> None:
+    def wait(self, condition: Callable[[], bool]) -> None:
         """Wait until `condition` holds; with the agent's log where it never does."""
         end = time.monotonic() + DEADLINE_S
-        while not condition():  # type: ignore[operator]
+        while not condition():
             assert time.monotonic() < end, (self.root / "root/agent.log").read_text()
             time.sleep(0.2)
 
