@@ -117,13 +117,14 @@ def test_a_technicians_edit(tmp_path: Path, agent: Agent) -> None:
     ]
     for words, problem in (
         (("export-pairs", str(pairs)), "exists already"),
-        (("edit", order["id"][:8], "--minutes", "-1"), "the edit does not fit"),
         (("edit", order["id"][:8], "--cause", "x" * 601), "the edit does not fit"),
         (("edit", order["id"][:8], "--step", " "), "blank"),
         (("edit", "zzzz", "--minutes", "1"), "no work orders have an id"),
     ):
         wrong = cli(agent, "order", *words)
         assert (wrong.returncode, problem in wrong.stderr, "Try: " in wrong.stderr) == (1, True, True), wrong.stderr
+    wrong = cli(agent, "order", "edit", order["id"][:8], "--minutes", "-1")
+    assert (wrong.returncode, "-1 is not in the range" in wrong.stderr) == (2, True), wrong.stderr
     assert cli_json(agent, "order", "show", order["id"][:8]) == (0, edited)
 
 
