@@ -149,6 +149,19 @@ def node(base: Path, tmp_path: Path) -> Iterator[Node]:
     shutil.rmtree(root, ignore_errors=True)
 
 
+@pytest.mark.skipif(shutil.which("lintian") is None, reason="lintian is not here")
+def test_lintian_finds_no_error(packages: dict[str, Path]) -> None:
+    judged = subprocess.run(
+        ["lintian", "--quiet", "--fail-on", "error", packages[NEW]], capture_output=True, text=True, check=False
+    )
+    assert judged.returncode == 0, judged.stdout
+
+
+def test_built_twice_it_is_the_same(packages: dict[str, Path], tmp_path: Path) -> None:
+    again = deb.build(Target("amd64", "3.11"), tmp_path, NEW, quick=True)
+    assert again.read_bytes() == packages[NEW].read_bytes()
+
+
 def test_from_install_to_purge(node: Node, packages: dict[str, Path]) -> None:
     """One life of a package: each step begins where the one before ended."""
     said = node.install(packages[OLD])
