@@ -63,6 +63,9 @@ def predict(root: Path) -> None:
     try:
         row = ",".join(map(str, range(1, FEATURES + 1)))
         end = time.monotonic() + DEADLINE_S
+        while run(root, "millhand", "model", "load", MODEL, check=False).returncode:  # until the agent answers
+            if time.monotonic() > end:
+                raise SystemExit(f"{MODEL} was not loaded within {DEADLINE_S:g} s")
         while run(root, "millhand", "predict", MODEL, "--format", "csv", text=f"{row}\n", check=False).returncode:
             if time.monotonic() > end:
                 raise SystemExit(f"{MODEL} did not answer within {DEADLINE_S:g} s")

@@ -206,6 +206,7 @@ def test_a_prediction_needs_no_network(node: Node, packages: dict[str, Path]) ->
         file.write("\n[plugins.rig]\n")
     row = ",".join(map(str, range(1, 45)))
     with node.agent():
+        node.run("millhand", "model", "load", "rig-fault")
         done = node.run("millhand", "predict", "rig-fault", "--format", "csv", input=f"{row}\n")
     assert done.stdout.strip(), done.stderr
 

@@ -150,6 +150,12 @@ def test_the_priority_is_the_drafts(priority: int) -> None:
     assert (order.priority, struck(order)) == (2, [("priority", str(priority))])
 
 
+@pytest.mark.parametrize("cause", ["Wear of seat QX-4711: lack of lubrication.", "Listen with the grease gun."])
+def test_a_cause_with_a_gap_or_of_steps_and_tools_alone_names_none(cause: str) -> None:
+    order = judged(likely_cause=cause)
+    assert (order.likely_cause, struck(order)[0][0]) == (DRAFT.likely_cause, "likely_cause")
+
+
 def test_another_diagnosis_is_not_taken() -> None:
     order = judged(likely_cause="Imbalance of the rotor after a lost balance weight.")
     assert (order.likely_cause, struck(order)[0][0]) == (DRAFT.likely_cause, "likely_cause")

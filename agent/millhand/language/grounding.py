@@ -8,9 +8,9 @@ nowhere in the grounds is struck whole, and so is one that speaks to a model or 
 
 Identity, evidence, state and priority are the draft's whatever the version says: urgency comes from the alert's
 severity, and a text that a sensor or a manual brings must not change it. The draft's steps stay: those that the version
-leaves out are put back. A diagnosis is phrased anew, not replaced: a cause that shares no word with what draft and pack
-say of the fault is struck. Passages and evidence are texts of
-strangers: sentences of theirs that speak to a model ground nothing.
+leaves out are put back. A diagnosis is phrased anew, not replaced: a cause that has a gap, or shares no word with what
+draft and pack say of the cause, is struck. Passages and evidence are texts of strangers: sentences of theirs that speak
+to a model ground nothing.
 """
 
 from __future__ import annotations
@@ -151,7 +151,9 @@ class _Judgement:
         if draft.minutes:
             self._grounds.add_value(draft.minutes, "min")
         self._words = _words([*own, *quoted])
-        self._diagnosis = _words([draft.symptom, draft.likely_cause, *self.known]) - _words([draft.asset])
+        # What the pack says of the fault beside causes, and the draft has in its own fields, names no cause.
+        beside = _words([*draft.action, *draft.tools, *draft.parts, draft.skill])
+        self._diagnosis = (_words(self.known) - beside | _words([draft.likely_cause])) - _words([draft.asset])
         said = "\n".join([*own, draft.asset, *quoted]).casefold()
         self._others = [name for name in self.assets if name != draft.asset and not _stands(name, said)]
 
@@ -175,6 +177,8 @@ class _Judgement:
             return draft.likely_cause
         before = len(self.struck)
         cause = self._prose(name, self.version.likely_cause, draft.likely_cause, form.CAUSE_CHARACTERS)
+        if MARK in cause:
+            return draft.likely_cause  # what was struck is listed; what is left names no cause any more
         if cause != draft.likely_cause and not _words([cause]) & self._diagnosis:
             del self.struck[before:]
             self._strike(name, self.version.likely_cause, "another diagnosis than the draft's")
