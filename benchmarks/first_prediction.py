@@ -81,6 +81,7 @@ def main() -> int:
     if os.geteuid() != 0 or shutil.which("debootstrap") is None or package is None:
         raise SystemExit("needs root, debootstrap (apt-get install debootstrap) and a package (make deb)")
     root = Path(tempfile.mkdtemp(prefix="millhand-node-"))
+    root.chmod(0o755)  # the agent's user must be able to read it
     try:
         progress("a bare Debian 12 ...")
         bare(root, package)
