@@ -18,6 +18,7 @@ from millhand.config import Config, NodeSettings
 from millhand.durable import write_durably
 from millhand.errors import ConfigError
 from millhand.registry import Registry
+from millhand.telemetry.settings import read_password
 from millhand.validation import StrictTable, read_toml, validate
 
 PASSWORD_NAME = "broker.password"  # noqa: S105 - a file's name
@@ -82,7 +83,8 @@ def read_answers(path: Path) -> Answers:
 
 def draft(answers: Answers, config_path: Path, password: str = "") -> Draft:
     """Make the configuration of the answers and check it as the agent would. Raises ConfigError."""
-    password = password or _password(answers)
+    if not password and answers.password_file is not None:
+        password = read_password(answers.password_file)
     machines = _machines(answers.machines)
     lines = ["[node]", f"id = {_quoted(answers.node)}", f"group = {_quoted(answers.group)}"]
     if answers.broker:
@@ -121,22 +123,9 @@ def write(made: Draft, path: Path, replace: bool = False) -> tuple[bool, Path | 
     except OSError as error:
         raise ConfigError(
             f"'{error.filename or path}' cannot be written: {error.strerror}",
-            hint="run it as root, with room on a disk that can be written; nothing was changed",
+            hint="run it as root, with room on a disk that can be written; the configuration is as it was",
         ) from error
     return True, kept
-
-
-def _password(answers: Answers) -> str:
-    """The first line of the password file. Raises ConfigError."""
-    if answers.password_file is None:
-        return ""
-    try:
-        return answers.password_file.read_text(encoding="utf-8").splitlines()[0]
-    except (OSError, IndexError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"key 'password_file' = '{answers.password_file}' cannot be read: {error}",
-            hint="name a file whose first line is the broker's password",
-        ) from error
 
 
 def _machines(source: str) -> str:

@@ -44,8 +44,12 @@ def system_packages(root: Path) -> Iterator[Component]:
         state, name, version, architecture = line.split("\t")
         if state.strip() != INSTALLED:
             continue
-        url = PackageURL("deb", distribution, name, version, {"arch": architecture})
-        yield Component(name=name, version=version, type=ComponentType.LIBRARY, purl=url, bom_ref=url.to_string())
+        yield package(PackageURL("deb", distribution, name, version, {"arch": architecture}))
+
+
+def package(url: PackageURL) -> Component:
+    """One package, by its URL (ECMA-427)."""
+    return Component(name=url.name, version=url.version, type=ComponentType.LIBRARY, purl=url, bom_ref=url.to_string())
 
 
 def write(bom: Bom) -> str:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 
 from millhand.bundle import openpgp
 from millhand.proof.keys import new_pair
+from millhand_images.bundle_debs import Found
+from millhand_images.bundle_parts import bill
+from millhand_images.lock import read
 from millhand_images.process import BuildError
 from millhand_images.release import differences, notes, python_files, require_clean, sign
-from millhand_images.target import ROOT
+from millhand_images.target import ROOT, Target
 
 CHANGELOG = "# Changelog\n\n## Unreleased\n\nmore\n\n## 1.2.0 (2026-01-02)\n\n### Added\n- A thing.\n\n## 1.1.0\n\n"
 
@@ -47,6 +53,18 @@ def test_a_dirty_tree_is_refused(repository: Path) -> None:
     (repository / "more").write_text("b")
     with pytest.raises(BuildError, match="differs from its last commit"):
         require_clean(repository)
+
+
+def test_the_bill_of_a_bundle_names_every_part_once_and_twice_the_same() -> None:
+    deb = Found(Path("libc6.deb"), "libc6", "2.36-9", 1)
+    own = Found(Path("millhand.deb"), "millhand", "1.2.0", 1)
+    library = Path("xllamacpp-1.0-cp311-cp311-manylinux_2_28_x86_64.whl")
+    texts = [bill(Target("amd64", "3.11"), "debian 12", [deb, own], [library]) for _ in range(2)]
+    assert texts[0] == texts[1]
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(texts[0]) is None
+    urls = [part["purl"] for part in json.loads(texts[0])["components"]]
+    assert {"pkg:deb/debian/libc6@2.36-9?arch=amd64", "pkg:pypi/xllamacpp@1.0"} <= set(urls)
+    assert len(urls) == len(set(urls)) == len(read(Target("amd64", "3.11"))) + 2
 
 
 def test_wheel_and_sdist_are_the_same_bytes_twice(tmp_path: Path) -> None:

@@ -151,15 +151,18 @@ class _Build:
     def _ways(self) -> tuple[str, ...]:
         """How what serves now is served best, and what else was tried."""
         site, listener = self.site, self.listener
-        return prove_way(
-            site,
-            self.model,
-            self.target,
-            self.bench,
-            self.text.text,
-            self.fresh,
-            lambda way: listener.progress("way", 0.0, way),
-        )
+        try:
+            return prove_way(
+                site,
+                self.model,
+                self.target,
+                self.bench,
+                self.text.text,
+                self.fresh,
+                lambda way: listener.progress("way", 0.0, way),
+            )
+        except MillhandError as error:
+            return (f"How it is served best was not found out: {error.message}.",)
 
     def _try(self, name: str) -> None:
         """Make and prove one; what goes wrong is its outcome."""

@@ -39,24 +39,10 @@ def prove_way(
     fresh: bool,
     tell: Callable[[str], None],
 ) -> tuple[str, ...]:
-    """Measure how what serves of a model is served best; returns what came of it, in sentences. The proof is kept,
-    and is taken as it is where it still holds.
+    """Measure how what serves of a model is served best; returns what came of it, in sentences.
+
+    The proof is kept, and is taken as it is where it still holds. Raises LanguageError, ModelError.
     """
-    try:
-        return _proved(site, model, target, bench, text, fresh, tell)
-    except MillhandError as error:
-        return (f"How it is served best was not found out: {error.message}.",)
-
-
-def _proved(
-    site: Site,
-    model: LanguageModel,
-    target: Target,
-    bench: Bench,
-    text: str,
-    fresh: bool,
-    tell: Callable[[str], None],
-) -> tuple[str, ...]:
     server, config = bench.server, site.config
     if not isinstance(server, TunableServer):
         return (f"Server {server.name} has one way of serving.",)

@@ -55,14 +55,19 @@ class LinkSettings(StrictTable):
                 )
             return os.environ[self.password_env]
         if self.password_file is not None:
-            try:
-                return self.password_file.read_text(encoding="utf-8").splitlines()[0]
-            except (OSError, IndexError, UnicodeDecodeError) as error:
-                raise ConfigError(
-                    f"password_file = '{self.password_file}' cannot be read: {error}",
-                    hint="create it, readable for the user of the service alone",
-                ) from error
+            return read_password(self.password_file)
         return self.password
+
+
+def read_password(path: Path) -> str:
+    """The first line of a password file. Raises ConfigError."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()[0]
+    except (OSError, IndexError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"password_file = '{path}' cannot be read: {error}",
+            hint="name a file whose first line is the broker's password, readable for whoever reads it alone",
+        ) from error
 
 
 def check_url(url: str) -> str:
