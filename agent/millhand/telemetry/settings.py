@@ -66,7 +66,7 @@ def read_password(path: Path) -> str:
     except (OSError, IndexError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"password_file = '{path}' cannot be read: {error}",
-            hint="name a file whose first line is the broker's password, readable for whoever reads it alone",
+            hint="name a file whose first line is the broker's password, and which nobody else may read",
         ) from error
 
 
