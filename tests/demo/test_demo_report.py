@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,12 +15,14 @@ import pytest
 from page_kit import laid_out_px, needs_chromium
 
 from millhand.cli.demo import summary, text
+from millhand.config import load_config
 from millhand.demo.language import Spoken
 from millhand.demo.pace import Load, suitable_pace
 from millhand.demo.report import write_report
-from millhand.demo.session import Outcome
+from millhand.demo.session import Outcome, write_config
 from millhand.demo.tally import RigLog, RigTime, Tally, count, read_rig_log
 from millhand.pages.charts import Chart, Mark, Span, ticks
+from millhand.serving.settings import ModelSettings
 
 EVIDENCE = {"facts": {"bpfo_hz": 105.0, "shaft_hz": 29.3}}
 
@@ -199,13 +203,36 @@ def test_a_run_that_judged_nothing_is_told(tmp_path: Path) -> None:
         "The machine was busy (load 13.0 on 2 cores). Try it again when it is idle, or give the rig more time: "
         "--scale 0.25." in said.replace("\n", " ")
     )
-    assert "more time" not in "\n".join(text(replace(nothing, scale=0.25), tmp_path / "demo.html"))
-    assert "was busy" not in "\n".join(text(replace(nothing, load=Load(1.0, 2)), tmp_path / "demo.html"))
+    assert "--scale 0.06." in _said(replace(nothing, scale=0.25))
+    assert "more time" not in _said(replace(nothing, scale=0.02)), "there is no slower pace"
+    alone = _said(replace(nothing, load=Load(1.0, 2)))
+    assert "was busy" not in alone
+    assert "The machine is slow for this pace. Give the rig more time: --scale 0.25." in alone
+
+
+def _said(told: Outcome) -> str:
+    return " ".join(text(told, Path("demo.html")))
 
 
 @pytest.mark.parametrize(("processes", "pace"), [(0.0, 1.0), (2.0, 1.0), (3.0, 0.67), (6.9, 0.29), (90.0, 0.25)])
 def test_the_pace_follows_the_load(processes: float, pace: float) -> None:
     assert suitable_pace(Load(processes, 2)) == pace
+
+
+@pytest.mark.parametrize(("scale", "times"), [(2.0, 1), (1.0, 1), (0.25, 4), (0.05, 20)])
+def test_a_slower_rig_is_asked_and_waited_for_at_its_pace(tmp_path: Path, scale: float, times: int) -> None:
+    path = write_config(tmp_path, tmp_path / "run", 1883, 5020, scale, None)
+    config = load_config(path)
+    options = config.assets[0].options
+    shipped = tomllib.loads((files("millhand_plugins.rig") / "modbus_map.toml").read_text())["assets"]["options"]
+    assert options["poll_ms"] == shipped["poll_ms"] * times
+    assert options["timeout_ms"] == 1000 * times
+    asked = [wave["every_ms"] for wave in shipped["waveforms"]]
+    assert [wave["every_ms"] for wave in options["waveforms"]] == [every_ms * times for every_ms in asked]
+    usual = ModelSettings()
+    assert config.models.deadline_ms == usual.deadline_ms * times
+    assert config.models.hang_ms == usual.hang_ms * times
+    assert config.models.load_timeout_s == usual.load_timeout_s * times
 
 
 def test_healthy_page_has_no_alert_and_no_spectrum(tmp_path: Path) -> None:

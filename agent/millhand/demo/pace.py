@@ -6,7 +6,9 @@ import os
 from dataclasses import dataclass
 
 SLOWEST = 0.25
-"""At this pace a life takes two and a half minutes."""
+"""The slowest pace that the demo takes by itself, and that on a busy machine: a life takes two and a half minutes."""
+SLOWEST_ASKED = 0.02
+"""The slowest that it takes when told, for a machine that is slow, such as an emulated one: half an hour a life."""
 
 
 @dataclass(frozen=True)
@@ -33,3 +35,17 @@ def machine_load() -> Load:
 def suitable_pace(load: Load) -> float:
     """Rig seconds a second: 1, and on a busy machine as much less as there is less of it for each process."""
     return max(SLOWEST, round(load.cores / load.processes, 2)) if load.busy else 1.0
+
+
+def slower(scale: float) -> float | None:
+    """A pace to try where `scale` was too fast; None where there is none."""
+    return max(SLOWEST_ASKED, round(scale / 4, 2)) if scale > SLOWEST_ASKED else None
+
+
+def slowed(duration: float, scale: float) -> float:
+    """A period or deadline of a rig that lives at its own pace, for one that lives at `scale`, in the same unit.
+
+    The whole demo goes slower with its rig: how often the agent asks, how long it waits, how long it is waited for. A
+    rig that lives faster shortens nothing.
+    """
+    return duration / min(scale, 1.0)

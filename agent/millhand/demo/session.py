@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import tomllib
 from bisect import bisect_left
@@ -19,7 +20,7 @@ from millhand.control import ControlClient
 from millhand.demo import language
 from millhand.demo.hubside import ASSET, NODE, HubSide
 from millhand.demo.language import Spoken
-from millhand.demo.pace import Load, machine_load
+from millhand.demo.pace import Load, machine_load, slowed
 from millhand.demo.stack import DemoError, Part, Stack, python_module
 from millhand.demo.tally import RigTime, Tally, count, read_rig_log
 from millhand.errors import ControlError
@@ -31,6 +32,11 @@ JUDGED_S = 1.0
 """A judged window speaks for this long before its end: two snapshots, of which the transmitter may lose one."""
 WATCHED_PERCENT_LIMIT = 60.0
 DRAIN_DEADLINE_S = 120.0
+CALL_DEADLINE_S = 30.0
+DEADLINES = {"timeout_ms": 1000, "deadline_ms": 2000, "hang_ms": 10_000, "load_timeout_s": 60}
+"""The agent's own defaults, which hold for a rig that lives at its own pace."""
+PERIOD = re.compile(r"^(poll_ms|every_ms) = (\d+)$", re.MULTILINE)
+"""How often the register map has the rig asked."""
 
 AGENT_TOML = """\
 # Written by `millhand demo`: a node that watches one skid over Modbus TCP.
@@ -50,6 +56,9 @@ port = 0
 [models]
 load = ["*"]
 paths = {paths}
+deadline_ms = {deadline_ms}
+hang_ms = {hang_ms}
+load_timeout_s = {load_timeout_s}
 
 [plugins.rig]
 [plugins.turbofan]
@@ -62,6 +71,7 @@ models = ["{model}"]
 [assets.options]
 host = "127.0.0.1"
 port = {rig_port}
+timeout_ms = {timeout_ms}
 """
 
 
@@ -121,6 +131,11 @@ class Outcome:
         return 100 * watched / len(running) if running else 0.0
 
     @property
+    def watched_enough(self) -> bool:
+        """Whether the machine was watched so much that a life without an alert says something."""
+        return self.watched_percent >= WATCHED_PERCENT_LIMIT
+
+    @property
     def idle(self) -> list[tuple[float, float]]:
         """(start, end) of each stretch in which the machine stood still, as its speed readings say."""
         stretches = []
@@ -143,7 +158,7 @@ class Outcome:
             f"{self.tally.lost} answers lost": self.tally.lost > 0,
             f"{self.tally.duplicates} answers doubled": self.tally.duplicates > 0,
             f"only {self.watched_percent:.0f} % of the running time was watched, "
-            f"at least {WATCHED_PERCENT_LIMIT:.0f} % is needed": self.watched_percent < WATCHED_PERCENT_LIMIT,
+            f"at least {WATCHED_PERCENT_LIMIT:.0f} % is needed": not self.watched_enough,
         }
         spoken = [] if self.spoken is None else self.spoken.shortcomings
         return [*(reason for reason, holds in said.items() if holds), *spoken]
@@ -182,7 +197,7 @@ def run(
     Raises DemoError naming the part that failed; every process is ended either way.
     """
     watch, load = Watch(), machine_load()
-    with Stack(folder) as stack:
+    with Stack(folder, scale) as stack:
         progress("starting broker and hub", 0.0, watch)
         hub = HubSide.start(stack, folder)
         rig_log = folder / "rig.jsonl"
@@ -190,8 +205,8 @@ def run(
         command += ["--scale", str(scale), "--log", str(rig_log), "--wait", "--exit-at-end"]
         progress("starting agent", 0.0, watch)
         rig, ready = stack.start("rig", command, ready_line=True)
-        config = _write_config(folder, run_dir, hub.broker_port, ready["port"], models)
-        agent, client, start_s = _start_agent(stack, config, run_dir)
+        config = write_config(folder, run_dir, hub.broker_port, ready["port"], scale, models)
+        agent, client, start_s = _start_agent(stack, config, run_dir, scale)
         if models is not None:
             progress("starting the language model", 0.0, watch)
             language.wait_ready(stack, client)
@@ -246,8 +261,10 @@ def run(
     )
 
 
-def _write_config(folder: Path, run_dir: Path, broker_port: int, rig_port: int, models: Path | None) -> Path:
-    """The agent's configuration: the rig's register map comes from the rig's plugin."""
+def write_config(
+    folder: Path, run_dir: Path, broker_port: int, rig_port: int, scale: float, models: Path | None
+) -> Path:
+    """The agent's configuration: the rig's register map comes from the rig's plugin, read at the rig's pace."""
     text = AGENT_TOML.format(
         folder=folder,
         run_dir=run_dir,
@@ -257,10 +274,12 @@ def _write_config(folder: Path, run_dir: Path, broker_port: int, rig_port: int, 
         asset=ASSET,
         model=MODEL,
         paths=[] if models is None else [str(models)],
+        **{key: round(slowed(value, scale)) for key, value in DEADLINES.items()},
     )
     lines = (files("millhand_plugins.rig") / "modbus_map.toml").read_text(encoding="utf-8").splitlines()
     own = ("[assets.options]", "host", "port")
-    text += "\n".join(line for line in lines if not line.startswith(own)) + "\n"
+    register_map = "\n".join(line for line in lines if not line.startswith(own)) + "\n"
+    text += PERIOD.sub(lambda found: f"{found[1]} = {round(slowed(int(found[2]), scale))}", register_map)
     if models is not None:
         text += language.TOML.format(model=language.MODEL)
     tomllib.loads(text)
@@ -269,10 +288,10 @@ def _write_config(folder: Path, run_dir: Path, broker_port: int, rig_port: int, 
     return path
 
 
-def _start_agent(stack: Stack, config: Path, run_dir: Path) -> tuple[Part, ControlClient, float]:
+def _start_agent(stack: Stack, config: Path, run_dir: Path, scale: float) -> tuple[Part, ControlClient, float]:
     begin = time.monotonic()
     agent, _ = stack.start("agent", python_module("millhand", "--config", str(config), "run"))
-    client = ControlClient(run_dir / "control.sock")
+    client = ControlClient(run_dir / "control.sock", slowed(CALL_DEADLINE_S, scale))
 
     def ready() -> bool:
         try:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from millhand.demo.pace import slowed
 from millhand.errors import MillhandError
 
-START_DEADLINE_S = 240.0
-"""A busy machine takes its time, an emulated one ten times as long."""
+START_DEADLINE_S = 120.0
 STOP_DEADLINE_S = 15.0
 
 
@@ -40,8 +40,10 @@ class Part:
 class Stack:
     """Holds the processes; leaving it ends every one of them, also after an error or Ctrl-C."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, scale: float = 1.0) -> None:
+        """`scale`: rig seconds a second; every deadline is that much longer for a rig that lives more slowly."""
         self.folder = folder
+        self._scale = scale
         self._parts: list[Part] = []
 
     def __enter__(self) -> Stack:
@@ -80,6 +82,7 @@ class Stack:
 
     def wait(self, condition: Callable[[], Any], what: str, deadline_s: float = START_DEADLINE_S) -> Any:
         """Return the first truthy value of `condition`. Raises DemoError naming `what` after the deadline."""
+        deadline_s = slowed(deadline_s, self._scale)
         end = time.monotonic() + deadline_s
         while True:
             self.check()
@@ -95,7 +98,7 @@ class Stack:
         if part.process.poll() is None:
             part.process.send_signal(signal.SIGTERM)
             try:
-                part.process.wait(STOP_DEADLINE_S)
+                part.process.wait(slowed(STOP_DEADLINE_S, self._scale))
             except subprocess.TimeoutExpired:
                 part.process.kill()
                 part.process.wait()
