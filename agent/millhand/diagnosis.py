@@ -2,51 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from millhand.clock import is_synchronised
 from millhand.errors import ControlError, MillhandError
+from millhand.findings import Finding, Level, mib, of_error
 
 if TYPE_CHECKING:
     from millhand.config import Config
     from millhand.hardware.facts import Hardware
     from millhand.profiles import Match
-    from millhand.serving.packages import Found
-    from millhand.serving.repository import ModelFolder, Repository
     from millhand.serving.settings import GrpcSettings, HttpSettings
 
-Level = Literal["ok", "warning", "error"]
 FREE_BYTES_WARNING = 1 << 30
 CLOCK_FLOOR_S = 1_700_000_000  # any clock before November 2023 was never set
 CONNECT_TIMEOUT_S = 3.0
-WORKER_PACKAGES = ("numpy", "msgspec", "pluggy")
-# Backend -> the package that none of its sessions can do without. Which library an engine needs, only its file tells.
-BACKEND_PACKAGES = {"onnxruntime": "onnxruntime", "tensorrt": "pycuda"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of `check`."""
-
-    name: str
-    level: Level
-    message: str
-    hint: str = ""
-
-    def to_dict(self) -> dict[str, str]:
-        return asdict(self)
 
 
 def diagnose(config_path: Path | None) -> list[Finding]:
@@ -56,7 +33,7 @@ def diagnose(config_path: Path | None) -> list[Finding]:
     try:
         config = load_config(config_path)
     except MillhandError as error:
-        return [_of_error("config", error)]
+        return [of_error("config", error)]
     findings = [Finding("config", "ok", f"valid, {len(config.assets)} assets")]
     checks: list[Callable[[Config], Iterator[Finding]]] = [
         _folders, _clock, _hardware, _plugins, _pack, _keys, _models, _worker, _backends, _language, _gateway, _orders,
@@ -66,7 +43,7 @@ def diagnose(config_path: Path | None) -> list[Finding]:
         try:
             findings += check(config)
         except MillhandError as error:
-            findings.append(_of_error(check.__name__.strip("_"), error))
+            findings.append(of_error(check.__name__.strip("_"), error))
     return _merged(findings)
 
 
@@ -85,10 +62,6 @@ def _both(first: Finding, second: Finding) -> Finding:
         return first if second.level == "ok" else second
     level: Level = "error" if "error" in (first.level, second.level) else "warning"
     return Finding(first.name, level, f"{first.message}; {second.message}", first.hint or second.hint)
-
-
-def _of_error(name: str, error: MillhandError) -> Finding:
-    return Finding(name, "error", error.message, error.hint)
 
 
 def _folders(config: Config) -> Iterator[Finding]:
@@ -141,30 +114,27 @@ def _hardware(config: Config) -> Iterator[Finding]:
 def _memory(config: Config, hardware: Hardware, found: Match) -> Finding:
     """Whether the models fit the first worker's device, which holds them; each takes at least its file's size."""
     from millhand.hardware.visible import find_device
+    from millhand.serving.diagnosis import loaded
 
     device = found.worker.accelerator
     budget = found.profile.budget_bytes(hardware, find_device(hardware, device))
     if budget is None:
         return Finding("memory", "warning", f"the memory of '{device}' is not known", "millhand hw show")
-    wanted = sum(folder.size_bytes(version) for folder, version in _loaded(config))
+    wanted = sum(folder.size_bytes(version) for folder, version in loaded(config))
     text = f"models may take {mib(budget)} of '{device}'; their files take {mib(wanted)}"
     if wanted > budget:
         return Finding("memory", "error", text, "serve fewer or smaller models, or free memory on the node")
     return Finding("memory", "ok", text)
 
 
-def mib(size_bytes: int) -> str:
-    mib = size_bytes / 2**20
-    return f"{mib:.0f} MiB" if mib >= 10 or mib.is_integer() else f"{mib:.2g} MiB"
-
-
 def _plugins(config: Config) -> Iterator[Finding]:
     from millhand.assets import adapter_kinds, asset_options
     from millhand.registry import Registry
+    from millhand.serving.diagnosis import repository_of
 
     registry = Registry()
     registry.load(config.plugin_tables())
-    kinds, models = adapter_kinds(registry), _repository(config).models
+    kinds, models = adapter_kinds(registry), repository_of(config).models
     for plugin in registry.plugins.values():
         if plugin.state in ("failed", "degraded"):
             yield Finding(f"plugin {plugin.name}", "error", plugin.error, plugin.hint)
@@ -182,7 +152,7 @@ def _plugins(config: Config) -> Iterator[Finding]:
                 f"asset {asset.name}", "ok", f"adapter {asset.adapter}, models: {', '.join(asset.models) or 'none'}"
             )
         except MillhandError as error:
-            yield _of_error(f"asset {asset.name}", error)
+            yield of_error(f"asset {asset.name}", error)
 
 
 def _pack(config: Config) -> Iterator[Finding]:
@@ -199,101 +169,27 @@ def _keys(config: Config) -> Iterator[Finding]:
     from millhand.proof.signature import Keyring
 
     keys, faults = Keyring(config.node.data_dir, config.models.trusted_keys).read()
-    yield from (_of_error("keys", fault) for fault in faults)
+    yield from (of_error("keys", fault) for fault in faults)
     if keys and not faults:
         yield Finding("keys", "ok", f"signatures by {', '.join(keys)} count")
 
 
 def _models(config: Config) -> Iterator[Finding]:
-    repository = _repository(config)
-    for bad in repository.bad:
-        yield Finding(f"model {bad.path.name}", "error", bad.message, bad.hint)
-    for name, folder in repository.models.items():
-        if folder.strays:
-            hint = "rename the folder, put the artifact into it, or take it away"
-            text = "; ".join(stray.reason for stray in folder.strays)
-            yield Finding(f"model {name}", "warning", text, hint)
-    of_assets = config.models_needed()
-    for name in repository.names_to_load(config.models, of_assets):
-        if name not in repository.models and name in of_assets:
-            continue  # said where the asset is looked at
-        try:
-            folder = repository.find(name)
-            states = [f"version {number} {repository.check_proof(folder, number)}" for number in folder.chosen()]
-            yield Finding(f"model {name}", "ok", ", ".join(states))
-        except MillhandError as error:
-            yield _of_error(f"model {name}", error)
+    from millhand.serving.diagnosis import model_findings
 
-
-def _repository(config: Config) -> Repository:
-    from millhand.registry import Registry
-    from millhand.serving.repository import Repository
-
-    registry = Registry()
-    registry.load(config.plugin_tables())
-    folders = [Path(folder) for _, folder in registry.collect("millhand_models")]
-    return Repository.from_config(config, folders)
-
-
-def _loaded(config: Config) -> list[tuple[ModelFolder, int]]:
-    """Every (model, version) that the agent loads at its start, but for models whose folders are wrong."""
-    repository = _repository(config)
-    found: dict[tuple[str, int], tuple[ModelFolder, int]] = {}
-    for name in repository.names_to_load(config.models, config.models_needed()):
-        with suppress(MillhandError):  # said where the models are looked at
-            found |= {(folder.name, version): (folder, version) for folder, version in repository.needed([name])}
-    return list(found.values())
+    yield from model_findings(config)
 
 
 def _worker(config: Config) -> Iterator[Finding]:
-    """The workers' interpreter and its packages; nothing is imported, so a broken package costs no crash here."""
-    from millhand.profiles import match_node
+    from millhand.serving.diagnosis import worker_findings
 
-    interpreter = str(config.models.interpreter or match_node(config)[1].worker.interpreter or sys.executable)
-    try:
-        found = _packages(config, interpreter)
-    except (OSError, subprocess.SubprocessError) as error:
-        yield Finding("worker", "error", f"'{interpreter}' does not run: {error}", "mend [models] interpreter")
-        return
-    for name in found["missing"]:
-        hint = f"'{interpreter}' -m pip install {name}, or name another [models] interpreter"
-        yield Finding("worker", "error", f"'{interpreter}' has no package '{name}'", hint)
-    if len(found["twins"]) > 1:
-        names = " and ".join(f"{name} {version}" for name, version in found["twins"].items())
-        hint = "they share one import name: uninstall both, then install the one that suits this node"
-        yield Finding("worker", "error", f"'{interpreter}' has {names}", hint)
-    elif not found["missing"]:
-        yield Finding("worker", "ok", f"'{interpreter}' has what its models need")
-
-
-def _packages(config: Config, interpreter: str) -> Found:
-    """What an interpreter has of what its models need. Raises OSError or subprocess.SubprocessError."""
-    from millhand.serving.packages import look_into
-
-    backends = {backend for folder, _ in _loaded(config) for backend in folder.manifest.backends}
-    packages = sorted(BACKEND_PACKAGES[name] for name in backends & BACKEND_PACKAGES.keys())
-    return look_into(interpreter, [*WORKER_PACKAGES, *packages])
+    yield from worker_findings(config)
 
 
 def _backends(config: Config) -> Iterator[Finding]:
-    """Each part of the backends that the models need, tried in a worker process: none is believed."""
-    from millhand.profiles import match_node
-    from millhand.registry import Registry
-    from millhand.serving.selftest import SelfTest
+    from millhand.serving.diagnosis import backend_findings
 
-    match = match_node(config)[1]
-    try:
-        found = _packages(config, str(config.models.interpreter or match.worker.interpreter or sys.executable))
-    except (OSError, subprocess.SubprocessError):
-        return  # said where the workers are looked at, as are missing packages
-    if found["missing"] or len(found["twins"]) > 1:
-        return
-    registry, repository = Registry(), _repository(config)
-    registry.load(config.plugin_tables())
-    test = SelfTest(registry, config.models, match.workers, repository, config.models_needed())
-    for tried in asyncio.run(test.run()):
-        level: Level = "ok" if tried.works else "error" if tried.needed else "warning"
-        yield Finding(f"{tried.backend} {tried.part}", level, tried.message, tried.hint)
+    yield from backend_findings(config)
 
 
 def _language(config: Config) -> Iterator[Finding]:
@@ -311,7 +207,7 @@ def _gateway(config: Config) -> Iterator[Finding]:
 def _orders(config: Config) -> Iterator[Finding]:
     from millhand.order_rules import order_problems
 
-    yield from (_of_error("orders", error) for error in order_problems(config))
+    yield from (of_error("orders", error) for error in order_problems(config))
 
 
 def _tokens(config: Config) -> Iterator[Finding]:
@@ -325,7 +221,7 @@ def _tokens(config: Config) -> Iterator[Finding]:
                 AdminToken(settings.admin_token_file, name).read()
                 yield Finding(key, "ok", f"'{settings.admin_token_file}' holds a token")
             except MillhandError as error:
-                yield _of_error(key, error)
+                yield of_error(key, error)
 
 
 def _tracing(config: Config) -> Iterator[Finding]:

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from millhand.clock import is_synchronised
-from millhand.diagnosis import Finding, diagnose
+from millhand.diagnosis import diagnose
+from millhand.findings import Finding
 from millhand.language.diagnosis import server_finding
 from millhand.proof.keys import node_key
 from millhand.serving.packages import look, look_into

@@ -12,7 +12,7 @@ from millhand.cli.output import Output, json_option, silence_registry, wrapped
 from millhand.errors import InputError
 
 if TYPE_CHECKING:
-    from millhand.diagnosis import Finding
+    from millhand.findings import Finding
     from millhand.setup import Answers
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from millhand.diagnosis import Finding, Level, mib
 from millhand.errors import MillhandError
+from millhand.findings import Finding, Level, mib
 
 if TYPE_CHECKING:
     from millhand.config import Config
