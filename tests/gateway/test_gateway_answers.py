@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import httpx
 import pytest
 from gateway_kit import MODEL, asked, events_of, said, until
+
+from millhand.serving.openai.routes import LanguageRoutes, Route
 
 
 def test_a_whole_answer(site):
@@ -104,6 +107,14 @@ def test_the_least_busy_server_is_asked(site):
         new = [len(server.bodies) - before for server, before in zip(site.servers, counts, strict=True)]
         assert (new[busy], new[1 - busy]) == (1, 3)
     until(lambda: not any(server.open for server in site.servers))
+
+
+def test_of_equals_any_is_asked():
+    """Several processes that know their own requests alone do not all begin with the first server."""
+    routes, route = LanguageRoutes(Path("none")), Route(name="m", urls=("http://a", "http://b"))
+    assert {routes.least_busy(route) for _ in range(200)} == set(route.urls)
+    routes.begin("http://a")
+    assert {routes.least_busy(route) for _ in range(200)} == {"http://b"}
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,12 @@ class LanguageRoutes:
         return route
 
     def least_busy(self, route: Route, without: frozenset[str] = frozenset()) -> str:
-        """The server of a model with the fewest requests of this process; empty where all are in `without`."""
+        """The server of a model with the fewest requests of this process; empty where all are in `without`.
+
+        Of equals any: each process knows its own requests alone, and the first server would get all that is left over.
+        """
         urls = [url for url in route.urls if url not in without]
-        return min(urls, key=self._busy.__getitem__, default="")
+        return min(urls, key=lambda url: (self._busy[url], random.random()), default="")  # noqa: S311 - no secret
 
     def begin(self, url: str) -> None:
         self._busy[url] += 1
