@@ -46,6 +46,35 @@ class Card:
         return None if self._device is None else float(self._nvml.nvmlDeviceGetUtilizationRates(self._device).gpu)
 
 
+class Cards:
+    """All GPUs, through NVML."""
+
+    def __init__(self, present: bool) -> None:
+        self.uuids: list[str] = []
+        self._handles: dict[str, Any] = {}
+        if present:
+            import pynvml
+
+            pynvml.nvmlInit()
+            self._nvml = pynvml
+            handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+            self._handles = {pynvml.nvmlDeviceGetUUID(handle): handle for handle in handles}
+            self.uuids = list(self._handles)
+
+    def keep(self, count: int) -> None:
+        """Leave out all but the first."""
+        self.uuids = self.uuids[:count]
+        self._handles = {uuid: self._handles[uuid] for uuid in self.uuids}
+
+    def pids(self) -> dict[str, set[int]] | None:
+        """UUID -> processes that compute on it; None where NVML lists none at all."""
+        found = {
+            uuid: {one.pid for one in self._nvml.nvmlDeviceGetComputeRunningProcesses(handle)}
+            for uuid, handle in self._handles.items()
+        }
+        return found if any(found.values()) else None
+
+
 class Watch:
     """Samples how busy the card is, as long as the `with` block lasts."""
 

@@ -1,11 +1,14 @@
 """vLLM alone and behind millhand's gateway, on one GPU: the same server, the same load, in turns.
 
     python benchmarks/gpu/language.py --tokenizer FOLDER [--shape 1.5B] [--rounds 3] [--seconds 6]
+    python benchmarks/gpu/language.py --tokenizer FOLDER --gguf SmolLM2.gguf     (a real model that writes real text)
     python benchmarks/gpu/language.py --url http://127.0.0.1:9000 --model NAME   (against a server that runs)
 
-The model has the shape of Qwen2 1.5B and random weights: speed depends on the shape alone, the text is noise. vLLM is
-started by the plugin's own command, with `--load-format dummy`; the gateway is the real process, with the plugin
-`guard` as it is shipped. Prompts differ, so that no prefix is known. Prints JSON as its last line.
+The gateway is the real process, with the plugin `guard` as it is shipped; vLLM is started by the plugin's own command.
+Without `--gguf` the model has the shape of Qwen2 1.5B and random weights (`--load-format dummy`): speed depends on the
+shape alone, and the text is made-up words (shapes.py). Prompts differ, so that no prefix is known. With `--gguf` the
+file is turned into a checkpoint in float16 (from_gguf.py), and asked what a technician would, at temperature 0.7.
+Prints JSON lines as it goes (`--out`), and JSON as its last line.
 """
 
 from __future__ import annotations
@@ -14,14 +17,12 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -29,69 +30,63 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from card import Card
+from chat import ABILITIES, gateway, load
 from figures import Figure, parser, progress, report
+from journal import Journal
 from node import environment
+from shapes import SHAPES, checkpoint
 
-from millhand.control import ControlServer
 from millhand.language.launch import Launch
-from millhand.serving.front import gateway_front
-from millhand.serving.openai.settings import GatewaySettings
 
-STREAMS = Path(__file__).with_name("streams.py")
+HERE = Path(__file__).parent
 NAME = "bench"
 CLIENTS = 4
 """Processes of the load at many streams: one alone would be the limit."""
-READY_S = 300.0
+READY_S = 240.0
 WARM_S = 2.0
-SHAPES = {
-    "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
-             "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "tie_word_embeddings": True},
-}  # fmt: skip
+CONVERSION_S = 150.0
+STOP_S = 30.0
+ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
 
 
-def checkpoint(folder: Path, shape: str, tokenizer: Path) -> Path:
-    """A folder that vLLM takes for a checkpoint without weights."""
-    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
-    config = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "vocab_size": 151936,
-        "max_position_embeddings": 32768,
-        "rope_theta": 1000000.0,
-        "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-        "torch_dtype": "float16",
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-        **SHAPES[shape],
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def start_server(folder: Path, shape: str, tokenizer: Path, uuid: str, port: int) -> subprocess.Popen[bytes]:
-    """vLLM as the plugin starts it."""
+def start_server(
+    folder: Path, model: Path, uuid: str, port: int, arguments: tuple[str, ...] = (), **settings: Any
+) -> subprocess.Popen[bytes]:
+    """vLLM as the plugin starts it; its log is vllm.log in `folder`."""
     from millhand_plugins.vllm.server import VllmServer
     from millhand_plugins.vllm.settings import VllmSettings
 
-    launch = Launch(
-        name=NAME,
-        model=checkpoint(folder / "model", shape, tokenizer),
-        port=port,
-        context_tokens=4096,
-        slots=256,
-        accelerators=(uuid,),
-    )
-    settings = VllmSettings(interpreter=Path(sys.executable), dtype="float16", arguments=("--load-format", "dummy"))
-    command = VllmServer(settings).command(launch)
-    more = {"VLLM_USE_FLASHINFER_SAMPLER": "0", **command.environment}
+    launch = Launch(name=NAME, model=model, port=port, context_tokens=4096, slots=256, accelerators=(uuid,))
+    told = {"interpreter": Path(sys.executable), "dtype": "float16", "arguments": arguments, **settings}
+    command = VllmServer(VllmSettings(**told)).command(launch)
     progress(" ".join(command.argv))
     with (folder / "vllm.log").open("wb") as log:
         return subprocess.Popen(
-            command.argv, env={**os.environ, **more}, stdout=log, stderr=log, start_new_session=True
+            command.argv,
+            env={**os.environ, **ENVIRONMENT, **command.environment},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
+
+
+def stop_server(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, then SIGKILL to all of its session."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, 9)
+    process.wait()
+
+
+def real_checkpoint(gguf: Path, tokenizer: Path, folder: Path) -> str:
+    """Turn a GGUF file into a checkpoint; returns what it answers to a question."""
+    command = [sys.executable, str(HERE / "from_gguf.py"), str(gguf), str(tokenizer), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=CONVERSION_S, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{gguf} could not be converted:\n{done.stderr[-3000:]}")
+    return str(json.loads(done.stdout.splitlines()[-1])["answer"])
 
 
 def wait_ready(url: str, process: subprocess.Popen[bytes] | None, log: Path) -> float:
@@ -107,148 +102,129 @@ def wait_ready(url: str, process: subprocess.Popen[bytes] | None, log: Path) -> 
     raise SystemExit(f"the server at {url} did not come up:\n{tail}")
 
 
-class Daemon:
-    """What a gateway asks of a daemon: where the model is."""
-
-    def __init__(self, path: Path, url: str, model: str) -> None:
-        abilities = ["chat", "completions", "usage", "stop", "seed", "logprobs", "json_schema"]
-        self._models = [{"name": model, "urls": [url], "abilities": abilities, "context_tokens": 4096}]
-        handlers: dict[str, Any] = {"language.routes": self.routes, "metrics.report": self.report}
-        self.control = ControlServer(path, handlers)
-
-    async def routes(self) -> AsyncIterator[dict[str, Any]]:
-        yield {"models": self._models}
-        await asyncio.Event().wait()
-
-    async def report(self, front: dict[str, Any]) -> None:
-        """Metrics are not looked at here."""
-
-
-async def load(url: str, model: str, streams: int, seconds: float, seed: int, temperature: float) -> dict[str, Any]:
-    """Run the load from one process or several, and put together what they saw."""
-    clients = CLIENTS if streams >= 2 * CLIENTS else 1
-    processes = [
-        await asyncio.create_subprocess_exec(
-            sys.executable, str(STREAMS), url, model, str(streams // clients), str(seconds), str(seed * 100 + client),
-            "--temperature", str(temperature),
-            stdout=asyncio.subprocess.PIPE,
-        )
-        for client in range(clients)
-    ]  # fmt: skip
-    seen = [json.loads((await process.communicate())[0]) for process in processes]
-    if errors := [error for one in seen for error in one["errors"]]:
-        progress(f"{len(errors)} errors, such as {errors[0]}")
-    wall_s = max(one["ended_s"] for one in seen) - min(one["began_s"] for one in seen)
-    return {
-        "tokens_per_s": sum(one["tokens"] for one in seen) / wall_s,
-        "first_ms": statistics.median(value for one in seen for value in one["first_ms"]),
-        "token_ms": statistics.median(value for one in seen for value in one["token_ms"]),
-        "answers": sum(one["answers"] for one in seen),
-        "errors": len(errors),
-    }
-
-
-async def rounds(places: dict[str, str], streams: int, arguments: Any) -> dict[str, Any]:
+async def rounds(places: dict[str, str], streams: int, arguments: Any, journal: Journal) -> dict[str, Any]:
     """Each place in turn, several times; the first round of each is thrown away."""
     seen: dict[str, list[dict[str, Any]]] = {name: [] for name in places}
+    words = ("--questions",) if arguments.gguf else ()
     for number in range(arguments.rounds + 1):
-        for name, url in places.items():
-            seconds = arguments.seconds if number else WARM_S
-            found = await load(url, arguments.model, streams, seconds, number, arguments.temperature)
+        seconds = arguments.seconds if number else WARM_S
+        if number > 1 and journal.left_s < 2 * seconds + STOP_S:
+            break
+        for name in places if number % 2 else reversed(places):
+            found = await load(
+                places[name], arguments.model, streams, seconds, number, temperature=arguments.temperature,
+                clients=CLIENTS if streams >= 2 * CLIENTS else 1, words=words,
+            )  # fmt: skip
+            journal.write(f"{streams} streams, {name}", turn=number, **found)
             if number:
-                progress(f"{streams:4d} streams, {name:8s} {found}")
                 seen[name].append(found)
     keys = ("tokens_per_s", "first_ms", "token_ms")
-    middle = {name: {key: statistics.median(one[key] for one in runs) for key in keys} for name, runs in seen.items()}
+    middle = {name: {key: _median(one[key] for one in runs) for key in keys} for name, runs in seen.items()}
     return {**middle, "errors": sum(one["errors"] for runs in seen.values() for one in runs)}
 
 
+def _median(values: Any) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
 def figures(found: dict[int, dict[str, Any]]) -> list[Figure]:
-    one, many = found[1], found.get(128)
-    if not all(place["token_ms"] for place in (one["alone"], one["gateway"])):
-        raise SystemExit("an answer came in one piece: it was held to its end, and no figure says anything")
-    shown = [
-        Figure("one stream: ms a token, to the server alone", one["gateway"]["token_ms"] / one["alone"]["token_ms"],
-               "x", "<= 1.05", f"{one['alone']['token_ms']:.3f} ms"),
-        Figure("one stream: added a token", one["gateway"]["token_ms"] - one["alone"]["token_ms"], "ms", "<= 0.3"),
-        Figure("one stream: added to the first token", one["gateway"]["first_ms"] - one["alone"]["first_ms"], "ms",
-               "<= 5", f"{one['alone']['first_ms']:.1f} ms"),
-    ]  # fmt: skip
-    if many is not None:
-        share = many["gateway"]["tokens_per_s"] / many["alone"]["tokens_per_s"]
-        peer = f"{many['alone']['tokens_per_s']:.0f} tok/s"
-        shown.append(Figure("128 streams: throughput, to the server alone", share, "x", ">= 0.95", peer))
+    shown = []
+    for streams, places in found.items():
+        alone, through = places["alone"], places["gateway"]
+        if not (alone["token_ms"] and through["token_ms"]):
+            raise SystemExit("an answer came in one piece: it was held to its end, and no figure says anything")
+        if streams == 1:
+            shown += [
+                Figure("1 stream: ms a token, to the server alone", through["token_ms"] / alone["token_ms"], "x",
+                       "<= 1.05", f"{alone['token_ms']:.3f} ms"),
+                Figure("1 stream: added a token", through["token_ms"] - alone["token_ms"], "ms", "<= 0.3"),
+                Figure("1 stream: added to the first token", through["first_ms"] - alone["first_ms"], "ms", "<= 5",
+                       f"{alone['first_ms']:.1f} ms"),
+            ]  # fmt: skip
+        shown.append(Figure(f"{streams} streams: throughput, to the server alone",
+                            through["tokens_per_s"] / alone["tokens_per_s"], "x", ">= 0.95",
+                            f"{alone['tokens_per_s']:.0f} tok/s"))  # fmt: skip
     shown.append(Figure("errors", sum(one["errors"] for one in found.values()), "", "== 0"))
     return shown
 
 
-async def measure(url: str, folder: Path, arguments: Any) -> dict[int, dict[str, Any]]:
-    settings = GatewaySettings(port=0, processes=arguments.processes, streams_cap=256, queue=256)
-    control = folder / "control.sock"
-    daemon = Daemon(control, url, arguments.model)
-    await daemon.control.start()
-    gateway = gateway_front(settings, control, folder, plugins={"guard": {}} if arguments.guards else {})
-    await gateway.start()
-    place = f"http://127.0.0.1:{gateway.port}"
-    try:
-        await asyncio.to_thread(wait_ready, place, None, folder / "none")
-        places = {"alone": url, "gateway": place}
-        return {streams: await rounds(places, streams, arguments) for streams in arguments.streams}
-    finally:
-        await gateway.stop()
-        await daemon.control.stop()
+async def measure(url: str, arguments: Any, journal: Journal) -> dict[int, dict[str, Any]]:
+    route = {"name": arguments.model, "urls": [url], "abilities": ABILITIES, "context_tokens": 4096}
+    found = {}
+    async with gateway(route, arguments.processes, arguments.guards) as place:
+        for streams in arguments.streams:
+            with journal.part(f"{streams} streams"):
+                found[streams] = await rounds({"alone": url, "gateway": place}, streams, arguments, journal)
+    return found
 
 
 def main() -> int:
     options = parser(__doc__)
     options.add_argument("--tokenizer", type=Path)
     options.add_argument("--shape", choices=sorted(SHAPES), default="1.5B")
+    options.add_argument("--gguf", type=Path, help="a real model: its weights, and its text")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--seconds", type=float, default=6.0)
-    options.add_argument("--streams", type=int, nargs="*", default=[1, 128])
+    options.add_argument("--streams", type=int, nargs="*", default=[1, 8, 128])
     options.add_argument("--processes", type=int, default=4, help="of the gateway")
     options.add_argument("--no-guards", dest="guards", action="store_false")
-    options.add_argument("--temperature", type=float, default=1.0, help="at 0 random weights write line feeds alone")
+    options.add_argument("--temperature", type=float, help="1 for random weights, 0.7 for real ones")
     options.add_argument("--url", help="a server that runs")
     options.add_argument("--model", default=NAME)
+    options.add_argument("--out", type=Path, help="a file for the JSON lines")
+    options.add_argument("--deadline", type=float, default=560.0, help="seconds for everything")
     arguments = options.parse_args()
+    if arguments.temperature is None:
+        arguments.temperature = 0.7 if arguments.gguf else 1.0
     folder = Path(tempfile.mkdtemp(prefix="mh-"))
     os.environ.update(environment(folder / "points"))
+    journal, answer = Journal(arguments.out, arguments.deadline), ""
     process, card, start_s = None, Card(arguments.url is None), 0.0
     try:
         if arguments.url is None:
             import pynvml
 
+            if arguments.gguf:
+                answer = real_checkpoint(arguments.gguf, arguments.tokenizer, folder / "model")
+                journal.write("converted", answer=answer)
+            else:
+                checkpoint(folder / "model", arguments.shape, arguments.tokenizer)
             uuid = pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(0))
-            process = start_server(folder, arguments.shape, arguments.tokenizer, uuid, 9000)
+            dummy = () if arguments.gguf else ("--load-format", "dummy")
+            process = start_server(folder, folder / "model", uuid, 9000, dummy)
         url = arguments.url or "http://127.0.0.1:9000"
         if process is not None:
             start_s = wait_ready(url, process, folder / "vllm.log")
-        progress(f"the server answers after {start_s:.0f} s, {card.used_mib()} MiB are taken")
-        found = asyncio.run(measure(url, folder, arguments))
+        journal.write("ready", seconds=start_s, used_mib=card.used_mib())
+        found = asyncio.run(measure(url, arguments, journal))
     finally:
         if process is not None:
-            process.terminate()
-            process.wait(60)
+            stop_server(process)
     said = {
         "card": card.facts,
-        "shape": arguments.shape,
-        "weights": "random",
+        "shape": arguments.gguf.name if arguments.gguf else arguments.shape,
+        "weights": "real, float16" if arguments.gguf else "random",
+        "answer": answer,
         "temperature": arguments.temperature,
         "gateway_processes": arguments.processes,
         "guards": ["guard"] if arguments.guards else [],
         "server_start_s": start_s,
-        "peers": _peers(),
+        "failures": journal.failures,
+        "peers": peers(),
     }
     return report("gpu_language", figures(found), found=found, **said)
 
 
-def _peers() -> dict[str, str]:
+def peers() -> dict[str, str]:
+    """Versions of what is measured beside millhand, where it is installed."""
     from importlib.metadata import PackageNotFoundError, version
 
-    with contextlib.suppress(PackageNotFoundError):
-        return {"vllm": version("vllm"), "torch": version("torch")}
-    return {}
+    found = {}
+    for package in ("vllm", "torch", "transformers", "bitsandbytes"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 from agent import BenchAgent
-from card import Card
+from card import Card, Cards
 from clients import Clients, Run, Tallies
 from figures import Figure, parser, progress, report, versions
 from node import config, environment
@@ -57,30 +57,6 @@ RECORDED = """<?xml version="1.0" ?>
 RECORDED_CARD = """<gpu id="00000000:0{index}:00.0"><product_name>NVIDIA A30</product_name>
 <uuid>GPU-{index}{index}</uuid><mig_mode><current_mig>Disabled</current_mig></mig_mode>
 <fb_memory_usage><total>24576 MiB</total></fb_memory_usage></gpu>"""
-
-
-class Cards:
-    """All GPUs, through NVML."""
-
-    def __init__(self, present: bool) -> None:
-        self.uuids: list[str] = []
-        self._handles: dict[str, Any] = {}
-        if present:
-            import pynvml
-
-            pynvml.nvmlInit()
-            self._nvml = pynvml
-            handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-            self._handles = {pynvml.nvmlDeviceGetUUID(handle): handle for handle in handles}
-            self.uuids = list(self._handles)
-
-    def pids(self) -> dict[str, set[int]] | None:
-        """UUID -> processes that compute on it; None where NVML lists none at all."""
-        found = {
-            uuid: {one.pid for one in self._nvml.nvmlDeviceGetComputeRunningProcesses(handle)}
-            for uuid, handle in self._handles.items()
-        }
-        return found if any(found.values()) else None
 
 
 class Bench:

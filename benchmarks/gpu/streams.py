@@ -1,9 +1,10 @@
 """One process of the load: streams of chat against one server; prints one JSON line.
 
-    python benchmarks/gpu/streams.py URL MODEL STREAMS SECONDS SEED [--temperature 0]
+    python benchmarks/gpu/streams.py URL MODEL STREAMS SECONDS SEED [--temperature 0] [--questions]
 
 Each stream asks again and again, with another prompt each time so that no prefix is known, until the time is over; what
-was begun before is finished. Tokens are the server's own count (`usage`).
+was begun before is finished. Tokens are the server's own count (`usage`). The variable STREAMS_KEY is what the server
+wants to be shown.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import time
 from dataclasses import dataclass, field
@@ -19,6 +21,12 @@ from typing import Any
 import aiohttp
 
 WORDS = ("pump", "bearing", "seal", "gland", "motor", "belt", "valve", "oil", "leak", "noise", "heat", "shaft")
+
+MACHINES = ("feed pump", "gearbox", "conveyor", "hydraulic press", "cooling fan", "air compressor", "spindle", "mixer")
+SIGNS = ("runs hot", "vibrates", "leaks oil", "makes a grinding noise", "stops after a minute",
+         "draws too much current", "smells of burnt rubber", "loses pressure")  # fmt: skip
+WISHES = ("What should I check first?", "What are the likely causes?", "How do I find out why, step by step?",
+          "Which parts wear out and do this?", "How do I tell a bad bearing from a bad seal here?")  # fmt: skip
 
 
 @dataclass
@@ -36,9 +44,16 @@ class Seen:
     ended_s: float = 0.0
 
 
+def question(dice: random.Random) -> str:
+    """What a technician would ask; the numbers keep two from being the same."""
+    machine, sign, wish = dice.choice(MACHINES), dice.choice(SIGNS), dice.choice(WISHES)
+    hours, line = dice.randrange(100, 20000), dice.randrange(1, 60)
+    return f"The {machine} of line {line} {sign} since this morning. It has run {hours} hours since its service. {wish}"
+
+
 async def ask(session: aiohttp.ClientSession, arguments: argparse.Namespace, dice: random.Random, seen: Seen) -> None:
     """One request, streamed."""
-    text = " ".join(dice.choice(WORDS) for _ in range(arguments.prompt_words))
+    text = question(dice) if arguments.questions else " ".join(dice.choices(WORDS, k=arguments.prompt_words))
     body: dict[str, Any] = {
         "model": arguments.model,
         "messages": [{"role": "user", "content": text}],
@@ -84,16 +99,23 @@ async def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompt-words", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--questions", action="store_true", help="ask what a technician would")
     arguments = parser.parse_args()
     seen = Seen()
+    key = os.environ.get("STREAMS_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=120)) as session:
+    timeout = aiohttp.ClientTimeout(total=120)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
         end = time.monotonic() + arguments.seconds
 
         async def stream(number: int) -> None:
             dice = random.Random(arguments.seed * 1000 + number)
             while time.monotonic() < end and len(seen.errors) < 10:
-                await ask(session, arguments, dice, seen)
+                try:
+                    await ask(session, arguments, dice, seen)
+                except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+                    seen.errors.append(f"{type(error).__name__}: {error}"[:200])
 
         seen.began_s = time.time()
         await asyncio.gather(*(stream(number) for number in range(arguments.streams)))
