@@ -22,7 +22,12 @@ TURN_ENDS = "<|im_end|>"
 
 
 def convert(gguf: Path, tokenizer: Path, folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float16)
+    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float16)
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # its weights are not quantised any more
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    model.load_state_dict(read.state_dict())
     end = AutoTokenizer.from_pretrained(tokenizer).convert_tokens_to_ids(TURN_ENDS)
     model.config.eos_token_id = model.generation_config.eos_token_id = end
     model.save_pretrained(folder)
