@@ -12,7 +12,7 @@ TEST_JOBS ?= 4
 export ORT_DISABLE_TELEMETRY := 1
 
 .PHONY: venv demo demo-language test test-long test-packages test-images test-arm64 lint format bench clean lock providers \
-  deb bundle release release-check
+  foreign-python deb bundle release release-check
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	@echo "Preparing $(VENV) for the demo (once) ..."
@@ -75,6 +75,14 @@ providers: $(VENV)/.dev
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/providers onnxruntime-ggml==0.2.0 \
 	  onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0
 	$(if $(GPU),$(BIN)/python -m pip install -q --no-deps --upgrade --target build/providers/gpu onnxruntime-gpu==1.31.1)
+
+# A Python that workers can run with beside the agent's own: 3.10, the one of JetPack 6's TensorRT. The tests that FOREIGN_PYTHON
+# leads to it start workers and builds with it: make foreign-python && FOREIGN_PYTHON=$PWD/build/foreign-python/bin/python make test
+FOREIGN ?= python3.10
+foreign-python:
+	$(FOREIGN) -m venv build/foreign-python
+	build/foreign-python/bin/python -m pip install -q --disable-pip-version-check numpy==2.2.6 msgspec==0.22.0 pluggy==1.7.0 \
+	  onnxruntime==1.23.2 onnx==1.23.2
 
 # The Debian package, for either architecture on either: make deb ARCH=arm64
 ARCH ?= amd64

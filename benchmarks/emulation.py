@@ -26,10 +26,11 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "TEST_RECORD": folder}
-        command = [sys.executable, "-m", "pytest", "-s", "-m", "emulated", "tests/images/test_images_emulated.py"]
+        # The interpreter that runs this has what the tests need: nothing is installed.
+        command = ["make", "--old-file=.venv/.dev", f"BIN={Path(sys.executable).parent}", "test-arm64"]
         code = subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, check=False).returncode
         found = {name: _read(Path(folder) / f"{name}.json") for name in BOARDS}
-    figures = [Figure("tests of it that failed", code, "pytest's exit code", "== 0")]
+    figures = [Figure("tests of it that failed", code, "make's exit code", "== 0")]
     for name, seen in found.items():
         figures += [
             Figure(f"{name}: packets that left the node", seen.get("packets_sent_out"), "packets", "== 0"),

@@ -3,8 +3,8 @@
 A block that starts with ```console holds commands, each after a prompt: `$ ` runs as anybody, `# ` as root. What
 follows a command is what it prints: each line must come, in this order; `...` stands for anything, alone on a line for
 lines. A backslash at a line's end goes on. Every block runs on a node that the page sets up, from its top to its
-end; `console here` runs on the machine of the test as well. A comment `<!-- file: PATH -->` above a block says that its
-text lies in that file then.
+end; `console here` runs on the machine of the test as well, `console jetson` only on a node dressed as one. A comment
+`<!-- file: PATH -->` above a block says that its text lies in that file then.
 """
 
 from __future__ import annotations
