@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import threading
+import time
 from types import TracebackType
 from typing import Any
 
@@ -65,6 +66,19 @@ class Cards:
         """Leave out all but the first."""
         self.uuids = self.uuids[:count]
         self._handles = {uuid: self._handles[uuid] for uuid in self.uuids}
+
+    def used_mib(self) -> list[float]:
+        """Memory that is taken on each, by anyone."""
+        return [self._nvml.nvmlDeviceGetMemoryInfo(handle).used / MIB for handle in self._handles.values()]
+
+    def await_free(self, used_mib: float, within_s: float) -> bool:
+        """Wait until no card has more taken than that: memory comes back a while after a process has ended."""
+        until = time.monotonic() + within_s
+        while any(used > used_mib for used in self.used_mib()):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.2)
+        return True
 
     def pids(self) -> dict[str, set[int]] | None:
         """UUID -> processes that compute on it; None where NVML lists none at all."""

@@ -26,8 +26,10 @@ def convert(gguf: Path, tokenizer: Path, folder: Path) -> None:
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # its weights are not quantised any more
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
-    model.load_state_dict(read.state_dict())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    model.load_state_dict(read.state_dict(), assign=True)
+    model.tie_weights()
     end = AutoTokenizer.from_pretrained(tokenizer).convert_tokens_to_ids(TURN_ENDS)
     model.config.eos_token_id = model.generation_config.eos_token_id = end
     model.save_pretrained(folder)
@@ -38,7 +40,8 @@ def answer(folder: Path) -> str:
     """What the checkpoint that was written says."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).to(device)
+    dtype = torch.float16 if device == "cuda" else torch.float32  # a CPU is slow in float16
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
     asked = [{"role": "user", "content": QUESTION}]
     given = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     given = given.to(device)

@@ -40,10 +40,10 @@ from millhand.language.launch import Launch
 
 HERE = Path(__file__).parent
 NAME = "bench"
-CLIENTS = 4
-"""Processes of the load at many streams: one alone would be the limit."""
 READY_S = 240.0
 WARM_S = 2.0
+MANY_STREAMS = 8
+"""From here on the load takes several processes: one alone would be the limit."""
 CONVERSION_S = 150.0
 STOP_S = 30.0
 ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
@@ -113,7 +113,7 @@ async def rounds(places: dict[str, str], streams: int, arguments: Any, journal: 
         for name in places if number % 2 else reversed(places):
             found = await load(
                 places[name], arguments.model, streams, seconds, number, temperature=arguments.temperature,
-                clients=CLIENTS if streams >= 2 * CLIENTS else 1, words=words,
+                clients=arguments.clients if streams >= MANY_STREAMS else 1, words=words,
             )  # fmt: skip
             journal.write(f"{streams} streams, {name}", turn=number, **found)
             if number:
@@ -168,6 +168,7 @@ def main() -> int:
     options.add_argument("--seconds", type=float, default=6.0)
     options.add_argument("--streams", type=int, nargs="*", default=[1, 8, 128])
     options.add_argument("--processes", type=int, default=4, help="of the gateway")
+    options.add_argument("--clients", type=int, default=4, help="processes of the load at many streams")
     options.add_argument("--no-guards", dest="guards", action="store_false")
     options.add_argument("--temperature", type=float, help="1 for random weights, 0.7 for real ones")
     options.add_argument("--url", help="a server that runs")

@@ -56,6 +56,8 @@ PHASE_S = {"replicas": 190.0, "spread": 130.0}
 """A phase is not begun with less time left: a start, and one round."""
 STOP_S = 15.0
 STREAMS_A_CLIENT = 32
+FREE_MIB, FREE_S = 2048, 20.0
+"""Before a phase: vLLM does not start where the one before has not given the memory back."""
 WARM_S = 2.0
 CONFIG = """\
 [http]
@@ -145,6 +147,8 @@ class Bench:
         )
         model = agent.folder / "data" / "language" / NAME
         checkpoint(model, given.shape, given.tokenizer)
+        if not self.cards.await_free(FREE_MIB, FREE_S):
+            self.journal.write("memory", taken_mib=self.cards.used_mib())
         (model / "language.toml").write_text('format = "huggingface"\nfile = "."\ncontext_tokens = 32768\n')
         try:
             with agent:
@@ -203,17 +207,16 @@ class Bench:
         if turn:
             self.runs.setdefault(name, []).append({"turn": turn, **found})
 
-    async def one_stream(self, served: Served, cards: int) -> None:
-        """Alone and through the daemon's gateway (before several servers: one before the first alone), in turns."""
-        async with self._before(served, 1) as url:
-            direct, key = served.straight()
-            for turn in range(self.arguments.rounds + 1):
-                seconds = self.arguments.one_seconds if turn else WARM_S
-                if turn and self.journal.left_s < 2 * seconds + STOP_S:
-                    return
-                pair = [(f"one stream, {cards} cards, alone", direct, key), (f"one stream, {cards} cards", url, "")]
-                for name, place, shown in pair if turn % 2 else pair[::-1]:
-                    await self.run(name, place, 1, seconds, turn, shown)
+    async def one_stream(self, served: Served, cards: int, url: str) -> None:
+        """Alone and through the gateway at `url`, in turns."""
+        direct, key = served.straight()
+        for turn in range(self.arguments.rounds + 1):
+            seconds = self.arguments.one_seconds if turn else WARM_S
+            if turn and self.journal.left_s < 2 * seconds + STOP_S:
+                return
+            pair = [(f"one stream, {cards} cards, alone", direct, key), (f"one stream, {cards} cards", url, "")]
+            for name, place, shown in pair if turn % 2 else pair[::-1]:
+                await self.run(name, place, 1, seconds, turn, shown)
 
     @contextlib.asynccontextmanager
     async def _before(self, served: Served, count: int) -> AsyncIterator[str]:
@@ -247,13 +250,14 @@ class Bench:
                     for run in (*runs[shift:], *runs[:shift]):
                         if self.journal.left_s > seconds + STOP_S:
                             await run(seconds=seconds, turn=turn)
-            with self.journal.part("one stream"):
-                await self.one_stream(served, 1)
+                with self.journal.part("one stream"):
+                    await self.one_stream(served, 1, places[1])
 
     async def spread(self, cards: int) -> None:
         with self.serving(cards, 1) as served:
             self.on_their_cards(served)
-            await self.one_stream(served, cards)
+            await await_up(served.url)
+            await self.one_stream(served, cards, served.url)
 
     # ---- figures ----------------------------------------------------------------------------------------------------
 
@@ -341,7 +345,7 @@ def main() -> int:
     options.add_argument("--seconds", type=float, default=5.0, help="of one run of many streams")
     options.add_argument("--one-seconds", type=float, default=4.0, help="of one run of one stream")
     options.add_argument("--processes", type=int, default=16, help="of a gateway")
-    options.add_argument("--deadline", type=float, default=520.0, help="seconds for everything")
+    options.add_argument("--deadline", type=float, default=560.0, help="seconds for everything")
     options.add_argument("--rehearse", action="store_true", help="without a GPU")
     given = options.parse_args()
     gpu, card = not given.rehearse, Card(not given.rehearse)

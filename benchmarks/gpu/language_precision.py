@@ -34,7 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from card import Card
+from card import Card, Cards
 from chat import ABILITIES, gateway
 from figures import Figure, parser, report
 from journal import Journal
@@ -50,6 +50,8 @@ SERVED: dict[str, dict[str, Any]] = {"fp16": {}, "int4": {}, "fp8": {"quantizati
 """Part -> what [plugins.vllm] says beside the interpreter."""
 FILES = {"fp16": "fp16", "int4": "int4", "fp8": "fp16"}
 WEIGHTS_S = 150.0
+FREE_MIB, FREE_S = 2048, 20.0
+"""After a server: what comes next does not start where the memory is not given back."""
 PEER_S = 150.0
 PART_S = {"fp16": 150.0, "int4": 150.0, "fp8": 150.0, "batch": 45.0, "bnb": 45.0}
 """A part is not begun with less time left."""
@@ -57,12 +59,14 @@ TAKEN = re.compile(r"Model loading took ([\d.]+) GiB")
 KERNEL = re.compile(r"Using (\w+) for \w*GPTQ\w*")
 REHEARSED_MS = {"fp16": 12.0, "int4": 6.0, "fp8": 8.0}
 FLOAT32 = 4
+CLIENTS = 4
+"""Processes of the load at many streams."""
 
 
 class Bench:
-    def __init__(self, given: argparse.Namespace, card: Card, journal: Journal, folder: Path) -> None:
+    def __init__(self, given: argparse.Namespace, card: Card, cards: Cards, journal: Journal, folder: Path) -> None:
         self.given = given
-        self.card = card
+        self.card, self.cards = card, cards
         self.journal = journal
         self.served: dict[str, dict[str, Any]] = {}
         """Part -> streams -> `alone` and `gateway`, and what was seen of its memory."""
@@ -140,11 +144,18 @@ class Bench:
             yield url
         finally:
             stop_server(process)
+            if not self.cards.await_free(FREE_MIB, FREE_S):
+                self.journal.write("memory", taken_mib=self.cards.used_mib())
 
     async def _measure(self, name: str, url: str) -> None:
         route = {"name": NAME, "urls": [url], "abilities": ABILITIES, "context_tokens": 4096}
         told = argparse.Namespace(
-            gguf=None, model=NAME, temperature=1.0, rounds=self.given.rounds, seconds=self.given.seconds
+            gguf=None,
+            model=NAME,
+            temperature=1.0,
+            rounds=self.given.rounds,
+            seconds=self.given.seconds,
+            clients=CLIENTS,
         )
         async with gateway(route, self.given.processes) as place:
             for streams in (1, self.given.streams):
@@ -243,10 +254,11 @@ def main() -> int:
     given = options.parse_args()
     if given.rehearse:
         given.shape = "tiny"
-    journal, card = Journal(given.out, given.deadline), Card(not given.rehearse)
+    gpu = not given.rehearse
+    journal, card, cards = Journal(given.out, given.deadline), Card(gpu), Cards(gpu)
     with tempfile.TemporaryDirectory(prefix="mhp-") as name:
         os.environ.update(environment(Path(name) / "points"))
-        bench = Bench(given, card, journal, Path(name))
+        bench = Bench(given, card, cards, journal, Path(name))
         journal.write("begun", device=card.facts)
         with journal.part("weights"):
             bench.write_weights()

@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 PROMPT_TOKENS = 128
+WARM_TOKENS = 8
 FIRST_WORD = 1000
 """Tokens below are special ones, letters and short words."""
 
@@ -43,9 +44,9 @@ def endless(tokens: int) -> GenerationConfig:
 
 def batch(folder: Path, requests: int, tokens: int) -> None:
     model = load(folder)
-    for count, length in ((1, min(tokens, 64)), (requests, tokens)):
+    for count, longest in ((1, min(tokens, 64)), (requests, tokens)):
         for turn in range(2):
-            asked = prompts(count, model.config.vocab_size)
+            asked, length = prompts(count, model.config.vocab_size), longest if turn else WARM_TOKENS
             # It computes in a thread of its own, which inference mode here would get in the way of.
             found = list(model.generate_batch(inputs=asked, generation_config=endless(length)).values())
             written = sum(len(one.generated_tokens) for one in found)
@@ -70,7 +71,7 @@ def generate(folder: Path, tokens: int) -> None:
             asked = torch.tensor(prompts(count, model.config.vocab_size), device=model.device)
             mask = torch.ones_like(asked)
             with torch.inference_mode():
-                model.generate(asked, attention_mask=mask, generation_config=endless(8))
+                model.generate(asked, attention_mask=mask, generation_config=endless(WARM_TOKENS))
                 began = time.perf_counter()
                 found = model.generate(asked, attention_mask=mask, generation_config=endless(tokens))
                 written = found[:, PROMPT_TOKENS:].numel()  # it comes once all is computed
