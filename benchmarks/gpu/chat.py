@@ -118,15 +118,24 @@ def together(seen: list[dict[str, Any]]) -> dict[str, Any]:
     if not any(one["answers"] for one in seen):
         raise ValueError(f"no answer came; errors: {errors[:3]}")
     token_ms = [value for one in seen for value in one["token_ms"]]
-    wall_s = max(one["ended_s"] for one in seen) - min(one["began_s"] for one in seen)
     return {
-        "tokens_per_s": sum(one["tokens"] for one in seen) / wall_s,
+        "tokens_per_s": _rate(seen),
         "first_ms": statistics.median(value for one in seen for value in one["first_ms"]),
         "token_ms": statistics.median(token_ms) if token_ms else None,
         "answers": sum(one["answers"] for one in seen),
         "errors": len(errors),
         "error": errors[0] if errors else "",
     }
+
+
+def _rate(seen: list[dict[str, Any]]) -> float:
+    """Tokens a second while all processes asked: what comes before and after says nothing of so many streams."""
+    begin, end = max(one["began_s"] for one in seen), min(one["until_s"] for one in seen)
+    tokens = 0.0
+    for first, last, count in (span for one in seen for span in one["spans"]):
+        inside = max(0.0, min(last, end) - max(first, begin))
+        tokens += count * inside / (last - first) if last > first else count * (begin <= first <= end)
+    return tokens / (end - begin)
 
 
 def _shares(streams: int, clients: int) -> list[int]:

@@ -37,11 +37,13 @@ class Seen:
     """From the request to the first token."""
     token_ms: list[float] = field(default_factory=list)
     """Of each answer the mean time from token to token."""
-    tokens: int = 0
+    spans: list[tuple[float, float, int]] = field(default_factory=list)
+    """Of each answer when its first and its last token came, and how many there were."""
     answers: int = 0
     errors: list[str] = field(default_factory=list)
     began_s: float = 0.0
-    ended_s: float = 0.0
+    until_s: float = 0.0
+    """The time that was asked for, by the system's monotonic clock, which all processes share."""
 
 
 def question(dice: random.Random) -> str:
@@ -62,7 +64,7 @@ async def ask(session: aiohttp.ClientSession, arguments: argparse.Namespace, dic
         "max_tokens": arguments.tokens,
         "temperature": arguments.temperature,
     }
-    began, first, last, tokens = time.perf_counter(), 0.0, 0.0, 0
+    began, first, last, tokens, why = time.monotonic(), 0.0, 0.0, 0, ""
     async with session.post(f"{arguments.url}/v1/chat/completions", json=body) as answer:
         if answer.status != 200:
             seen.errors.append(f"{answer.status}: {(await answer.text())[:200]}")
@@ -75,14 +77,16 @@ async def ask(session: aiohttp.ClientSession, arguments: argparse.Namespace, dic
                 seen.errors.append(str(chunk["error"])[:200])
                 return
             if any((choice.get("delta") or {}).get("content") for choice in chunk.get("choices", ())):
-                last = time.perf_counter()
+                last = time.monotonic()
                 first = first or last
+            for choice in chunk.get("choices", ()):
+                why = choice.get("finish_reason") or why
             if usage := chunk.get("usage"):
                 tokens = int(usage["completion_tokens"])
     if not tokens or not first:
-        seen.errors.append("an answer without text or usage")
+        seen.errors.append(f"an answer without text or usage: {tokens} tokens, ended for '{why}'")
         return
-    seen.tokens += tokens
+    seen.spans.append((first, last, tokens))
     seen.answers += 1
     seen.first_ms.append(1e3 * (first - began))
     if tokens > 1:
@@ -107,19 +111,18 @@ async def main() -> None:
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=120)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
-        end = time.monotonic() + arguments.seconds
+        seen.began_s = time.monotonic()
+        seen.until_s = seen.began_s + arguments.seconds
 
         async def stream(number: int) -> None:
             dice = random.Random(arguments.seed * 1000 + number)
-            while time.monotonic() < end and len(seen.errors) < 10:
+            while time.monotonic() < seen.until_s and len(seen.errors) < 10:
                 try:
                     await ask(session, arguments, dice, seen)
                 except (aiohttp.ClientError, TimeoutError, ValueError) as error:
                     seen.errors.append(f"{type(error).__name__}: {error}"[:200])
 
-        seen.began_s = time.time()
         await asyncio.gather(*(stream(number) for number in range(arguments.streams)))
-        seen.ended_s = time.time()
     print(json.dumps(seen.__dict__))
 
 
