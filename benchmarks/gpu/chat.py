@@ -129,8 +129,13 @@ def together(seen: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _rate(seen: list[dict[str, Any]]) -> float:
-    """Tokens a second while all processes asked: what comes before and after says nothing of so many streams."""
+    """Tokens a second while all processes asked: what comes before and after says nothing of so many streams.
+
+    Raises ValueError where they never did.
+    """
     begin, end = max(one["began_s"] for one in seen), min(one["until_s"] for one in seen)
+    if begin >= end:
+        raise ValueError(f"the last process of the load began {begin - end:.1f} s after the first had ended")
     tokens = 0.0
     for first, last, count in (span for one in seen for span in one["spans"]):
         inside = max(0.0, min(last, end) - max(first, begin))
