@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 FREE_BYTES_WARNING = 1 << 30
 CLOCK_FLOOR_S = 1_700_000_000  # any clock before November 2023 was never set
+CLOCK_CAP_S = 1 << 31  # nor is one after January 2038 right, in this version's life
+NAMES_OF_ANY_HOST = ("localhost", "node")  # the second is taken where a host has no name
 CONNECT_TIMEOUT_S = 3.0
 
 
@@ -36,8 +38,8 @@ def diagnose(config_path: Path | None) -> list[Finding]:
         return [of_error("config", error)]
     findings = [Finding("config", "ok", f"valid, {len(config.assets)} assets")]
     checks: list[Callable[[Config], Iterator[Finding]]] = [
-        _folders, _clock, _hardware, _plugins, _pack, _keys, _models, _worker, _backends, _language, _gateway, _orders,
-        _tokens, _tracing, _listeners, _broker, _daemon,
+        _identity, _folders, _clock, _hardware, _plugins, _pack, _keys, _models, _worker, _backends, _language,
+        _gateway, _orders, _tokens, _tracing, _listeners, _broker, _daemon,
     ]  # fmt: skip
     for check in checks:
         try:
@@ -64,6 +66,14 @@ def _both(first: Finding, second: Finding) -> Finding:
     return Finding(first.name, level, f"{first.message}; {second.message}", first.hint or second.hint)
 
 
+def _identity(config: Config) -> Iterator[Finding]:
+    """Two nodes of one name are one at the hub."""
+    name = config.node.id
+    if name in NAMES_OF_ANY_HOST and config.telemetry.enabled:
+        hint = "name it: [node] id (millhand setup asks for it), or name the host (hostnamectl set-hostname NAME)"
+        yield Finding("id", "warning", f"this node is called '{name}' at the hub; other hosts have that name too", hint)
+
+
 def _folders(config: Config) -> Iterator[Finding]:
     for key in ("data_dir", "run_dir"):
         folder: Path = getattr(config.node, key)
@@ -87,7 +97,7 @@ def _nearest(folder: Path) -> Path:
 
 
 def _clock(config: Config) -> Iterator[Finding]:
-    if time.time() < CLOCK_FLOOR_S:
+    if not CLOCK_FLOOR_S <= time.time() < CLOCK_CAP_S:
         hint = "set the time (timedatectl set-ntp true); predictions go on meanwhile, on the monotonic clock"
         yield Finding("clock", "warning", f"the wall clock says {time.strftime('%Y-%m-%d', time.gmtime())}", hint)
         return
@@ -257,16 +267,17 @@ def _listeners(config: Config) -> Iterator[Finding]:
 
 
 def _listener(name: str, host: str, port: int) -> Finding:
+    from millhand.serving.front import bind_hint
+
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # As the daemon binds: connections of an earlier run that wind down are no obstacle.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # As the daemon binds: connections of an earlier run that wind down are no obstacle.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
             return Finding(name, "ok", f"{host}:{port} is free")
-        except OSError as error:
-            hint = f"find its owner (ss -ltnp 'sport = :{port}') or choose another [{name}] port"
-            return Finding(name, "error", f"{host}:{port}: {error.strerror or error}", hint)
+    except OSError as error:
+        return Finding(name, "error", f"{host}:{port}: {error.strerror or error}", bind_hint(name, error))
 
 
 def _broker(config: Config) -> Iterator[Finding]:

@@ -119,6 +119,16 @@ def test_a_run_dir_without_room_for_sockets(node: Node) -> None:
     assert "at most 82 bytes, such as /run/millhand" in finding.message
 
 
+@pytest.mark.parametrize(("name", "hub", "said"), [("localhost", True, 1), ("press-7", True, 0), ("node", False, 0)])
+def test_a_name_that_other_nodes_have_too(name: str, hub: bool, said: int, node: Node) -> None:
+    node.set("node", id=name)
+    if hub:
+        node.set("telemetry", enabled=True, brokers=["mqtt://127.0.0.1:1"])
+    found = [finding for finding in node.check() if finding.name == "id"]
+    assert [finding.level for finding in found] == ["warning"] * said
+    assert all(name in finding.message and "[node] id" in finding.hint for finding in found)
+
+
 # ---- clock ----------------------------------------------------------------------------------------------------------
 
 

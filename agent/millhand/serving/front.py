@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import importlib.util
 import logging
 import os
@@ -245,15 +246,24 @@ def observation_options(
 
 
 def _bind(name: str, address: Address) -> socket.socket:
-    bound = socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_STREAM)
+    bound = None
     try:
+        bound = socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_STREAM)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((address.host, address.port))
         bound.listen(BACKLOG)
     except OSError as error:
-        bound.close()
+        if bound is not None:
+            bound.close()
         raise ConfigError(
             f"[{name}] host = '{address.host}', port = {address.port} cannot be bound: {error.strerror or error}",
-            hint=f"choose another [{name}] port, or stop what listens there",
+            hint=bind_hint(name, error),
         ) from error
     return bound
+
+
+def bind_hint(name: str, error: OSError) -> str:
+    """What to do where the address of the table `name` cannot be bound."""
+    if error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+        return f"name an address that this node has as [{name}] host (ip address shows them), such as 127.0.0.1"
+    return f"stop what listens there (ss -ltnp shows it), or choose another [{name}] port"
