@@ -39,9 +39,11 @@ def language_files(source: str, folder: Path) -> dict[str, Path]:
     """A language model as `millhand model add` writes it, under a name made of its source's. Raises MillhandError."""
     if not source:
         return {}
-    plain = source.partition(":")[2] if source.startswith("pypi:") else str(Path(source).absolute())
-    name = re.sub(r"[^a-z0-9.-]+", "-", Path(plain).name.removesuffix(".gguf").lower()).strip("-.")
-    addition = Addition(name=name, source=source if source.startswith("pypi:") else plain, force=True)
+    is_file = not source.startswith("pypi:")
+    plain = Path(source).name if is_file else source.partition(":")[2]
+    name = re.sub(r"[^a-z0-9.-]+", "-", plain.removesuffix(".gguf").lower()).strip("-.")
+    where = str(Path(source).absolute()) if is_file else source
+    addition = Addition(name=name, source=where, told_source=plain if is_file else "", force=True)
     # With `force` this machine's memory does not matter.
     add(Library([folder]), addition, node_room(Config()), lambda *_: None)
     return _below(folder, FOLDER)

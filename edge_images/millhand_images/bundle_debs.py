@@ -24,6 +24,11 @@ class System:
     ports: str = ""
     """Where other architectures than amd64 are, in place of the first lines' server."""
 
+    @property
+    def suite(self) -> str:
+        """The release itself, without what came after it."""
+        return self.sources[0].split()[1]
+
 
 SYSTEMS = {
     "debian 12": System(
@@ -65,6 +70,7 @@ class Archive:
     def __init__(self, system: System, architecture: str, folder: Path) -> None:
         """folder: where apt keeps lists and files; what is there is used again."""
         self._folder = folder
+        self._suite = system.suite
         self._options = [
             *("-o", f"Dir={folder}", "-o", f"Dir::State::status={folder}/status"),
             *("-o", f"APT::Architecture={architecture}", "-o", f"APT::Architectures={architecture}"),
@@ -94,16 +100,22 @@ class Archive:
 
     def lacking(self, packages: list[str], out: Path) -> list[Found]:
         """Fetch these packages with all that they need into `out`, but what every bare node has. Raises BuildError."""
-        base = {name for name, _ in self._closure([*BASE, *self._required()])}
+        base = self._base()
         wanted = [(name, version) for name, version in self._closure(packages) if name not in base]
         out.mkdir(parents=True, exist_ok=True)
         if wanted:
             call(["apt-get", *self._options, "download", *(f"{name}={version}" for name, version in wanted)], cwd=out)
         return [_found(out, name, version) for name, version in wanted]
 
-    def _closure(self, packages: list[str]) -> list[tuple[str, str]]:
+    def _base(self) -> set[str]:
+        """What a node has from the day of the release on: an update of a base package may need one that others lack."""
+        packages = [*BASE, *self._required()]
+        first, now = self._closure(packages, "-o", f"APT::Default-Release={self._suite}"), self._closure(packages)
+        return {name for name, _ in first} & {name for name, _ in now}
+
+    def _closure(self, packages: list[str], *options: str) -> list[tuple[str, str]]:
         """(package, version), in the order in which apt would install them."""
-        said = call(["apt-get", *self._options, "-s", "install", *packages])
+        said = call(["apt-get", *self._options, *options, "-s", "install", *packages])
         return re.findall(r"^Inst (\S+) \((\S+) ", said, re.MULTILINE)
 
     def _required(self) -> list[str]:

@@ -13,7 +13,8 @@ from typing import BinaryIO
 
 from millhand.bundle import openpgp
 from millhand.bundle.archive import READ_BYTES, trailer
-from millhand.bundle.manifest import KEY, NAME, SIGNATURE, Deb, File, Manifest, decode
+from millhand.bundle.manifest import KEY, NAME, SIGNATURE, Deb, File, Manifest, decode, may_hold
+from millhand.errors import BundleError
 from millhand.proof.keys import PrivateKey
 
 
@@ -70,6 +71,12 @@ def write(path: Path, content: Content, key: PrivateKey) -> Manifest:
 
 
 def _manifest(content: Content) -> Manifest:
+    for path in content.files:
+        if not may_hold(path):
+            raise BundleError(
+                f"no bundle holds a file of the name '{path}'",
+                hint="rename it: letters, digits and '_.+~@=-', of which '.+~@=-' not first; no spaces",
+            )
     files = tuple(File(_sha256(source), source.stat().st_size, path) for path, source in sorted(content.files.items()))
     manifest = Manifest(
         version=content.version,

@@ -2,118 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import random
 import shutil
 import subprocess
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bundle_kit import INSTALL, Root, bundle, copied, root
+from bundle_kit import INSTALL, Root, assert_is, bundle, copied, install, resealed
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from millhand.bundle import openpgp
-from millhand.bundle.archive import TRAILER_BYTES, trailer, verify
+from millhand.bundle.archive import TRAILER_BYTES, verify
 from millhand.bundle.laying import lay_data, lay_libraries
 from millhand.bundle.libraries import unpack
 from millhand.bundle.manifest import decode
 from millhand.cli import main
 from millhand.errors import BundleError
 from millhand.proof.keys import PrivateKey, new_pair, public_path
-
-RECORDED = "var/lib/millhand/millhand.db"
-
-
-@pytest.fixture(scope="module")
-def key(tmp_path_factory: pytest.TempPathFactory) -> PrivateKey:
-    return new_pair(tmp_path_factory.mktemp("keys"), "plant")
-
-
-@pytest.fixture(scope="module")
-def public(key: PrivateKey) -> Path:
-    return public_path(key.path.parent, "plant")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, key: PrivateKey) -> dict[str, Path]:
-    """Bundles of two versions, each with a library, a model, a candidate and a language model of its own."""
-    folder = tmp_path_factory.mktemp("bundles")
-    found = {}
-    for version in ("1.0", "2.0"):
-        wheel = folder / f"lib-{version}-py3-none-any.whl"
-        with zipfile.ZipFile(wheel, "w") as archive:
-            archive.writestr("shelved/__init__.py", f"version = {version!r}\n")
-            archive.writestr(f"lib-{version}.data/purelib/more.py", "")
-            archive.writestr(f"lib-{version}.data/scripts/tool", "")
-        files = {f"wheels/{wheel.name}": wheel}
-        for place in (
-            "models/press/1/model.onnx",
-            "models/press/1/labels.txt",
-            "models/press/model.toml",
-            "built/press/1/sm80/engine/model.engine",
-            "built/press/1/sm80/engine/proof.json",
-            "language/small/language.toml",
-            "language/small/small.gguf",
-        ):
-            path = folder / version / place
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{place} of {version}\n" * 200)
-            files[f"data/{place}"] = path
-        found[version] = bundle(folder / f"{version}.bundle", key, version, files)
-    return found
-
-
-@pytest.fixture(scope="module")
-def roots() -> Iterator[Path]:
-    """Where roots can be made; skips where this machine lets no one mount."""
-    where = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    with tempfile.TemporaryDirectory(prefix="millhand-roots-", dir=where) as folder:
-        if os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("dpkg") is None:
-            pytest.skip("installs need root, unshare and dpkg")
-        tried = root(Path(folder) / "tried").run("sh", "-c", f"test -f {INSTALL} && dpkg-query -W dpkg")
-        if tried.returncode:
-            pytest.skip(f"no overlay on / can be mounted here: {tried.stderr.strip()}")
-        yield Path(folder)
-
-
-@pytest.fixture
-def node(roots: Path) -> Iterator[Root]:
-    """A node with one recorded file, and nothing of millhand."""
-    with tempfile.TemporaryDirectory(dir=roots) as folder:
-        yield _with_record(root(Path(folder) / "node"))
-
-
-@pytest.fixture(scope="module")
-def old(roots: Path, made: dict[str, Path], public: Path) -> Root:
-    """A node that has version 1.0."""
-    made_root = _with_record(root(roots / "old"))
-    done = _install(made_root, made["1.0"], public)
-    assert done.returncode == 0, done.stderr
-    return made_root
-
-
-def _with_record(made_root: Root) -> Root:
-    path = made_root.upper / RECORDED
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"what was recorded")
-    return made_root
-
-
-def _install(node: Root, path: Path, public: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return node.run("sh", INSTALL, path, "--key", public, "--yes", *options)
-
-
-def _resealed(data: bytes) -> bytes:
-    """The same with a last line that fits: what someone without the plant's key can make."""
-    body = data[:-TRAILER_BYTES]
-    return body + trailer(hashlib.sha256(body).hexdigest())
-
 
 # --- The form -------------------------------------------------------------------------------------------------------
 
@@ -159,7 +68,7 @@ def test_whoever_changes_a_byte_and_the_sum_is_refused_or_changed_nothing_that_c
     data = bytearray(made["1.0"].read_bytes())
     data[int(place * (len(data) - TRAILER_BYTES))] = value
     with tempfile.NamedTemporaryFile() as file:
-        Path(file.name).write_bytes(_resealed(bytes(data)))
+        Path(file.name).write_bytes(resealed(bytes(data)))
         try:
             found = verify(Path(file.name), [key.public]).manifest
         except BundleError:
@@ -171,7 +80,7 @@ def test_whoever_changes_a_byte_and_the_sum_is_refused_or_changed_nothing_that_c
 @settings(max_examples=60)
 def test_what_is_no_bundle_is_refused(key: PrivateKey, data: bytes) -> None:
     with tempfile.NamedTemporaryFile() as file:
-        for content in (data, _resealed(data + bytes(TRAILER_BYTES))):
+        for content in (data, resealed(data + bytes(TRAILER_BYTES))):
             Path(file.name).write_bytes(content)
             with pytest.raises(BundleError):
                 verify(Path(file.name), [key.public])
@@ -305,7 +214,7 @@ def test_an_install_brings_everything_and_the_same_again_changes_nothing(
     assert (old.upper / "var/lib/millhand/models/press/model.toml").exists()
     assert (old.upper / "usr/local/lib/millhand/site-packages/shelved/__init__.py").exists()
     before = old.files()
-    again = _install(old, made["1.0"], public)
+    again = install(old, made["1.0"], public)
     assert again.returncode == 0 and "Nothing had to be changed" in again.stdout, again.stderr
     assert old.files() == before
 
@@ -316,19 +225,19 @@ def test_a_node_that_has_millhand_installs_with_its_command(
     newer = copied(old, roots / "by-command")
     done = newer.run("millhand", "bundle", "install", made["2.0"], "--key", public, "--yes")
     assert done.returncode == 0, done.stderr
-    _assert_is(newer, "2.0")
+    assert_is(newer, "2.0")
 
 
 def test_an_older_bundle_needs_to_be_meant(old: Root, roots: Path, made: dict[str, Path], public: Path) -> None:
     node = copied(old, roots / "newer")
-    assert _install(node, made["2.0"], public).returncode == 0
+    assert install(node, made["2.0"], public).returncode == 0
     before = node.files()
-    refused = _install(node, made["1.0"], public)
+    refused = install(node, made["1.0"], public)
     assert refused.returncode == 1 and "--downgrade" in refused.stderr
     assert node.files() == before
-    done = _install(node, made["1.0"], public, "--downgrade")
+    done = install(node, made["1.0"], public, "--downgrade")
     assert done.returncode == 0, done.stderr
-    _assert_is(node, "1.0")
+    assert_is(node, "1.0")
 
 
 def _damaged(path: Path, kind: str) -> bytes:
@@ -343,11 +252,11 @@ def _damaged(path: Path, kind: str) -> bytes:
     if kind == "longer":
         return data + b"\n"
     if kind == "resealed manifest":
-        return _resealed(data.replace(b"Target: cpu", b"Target: gpu"))
+        return resealed(data.replace(b"Target: cpu", b"Target: gpu"))
     if kind == "resealed file":
-        return _resealed(data.replace(b"labels.txt of 1.0", b"labels.txt of 9.9"))
+        return resealed(data.replace(b"labels.txt of 1.0", b"labels.txt of 9.9"))
     if kind == "resealed more":
-        return _resealed(data.replace(b"models/press/1/labels.txt", b"models/press/1/../../../x"))
+        return resealed(data.replace(b"models/press/1/labels.txt", b"models/press/1/../../../x"))
     return b""
 
 
@@ -370,7 +279,7 @@ def test_what_is_not_as_it_was_signed_is_refused_with_nothing_changed(
     path = tmp_path / "damaged.bundle"
     path.write_bytes(_damaged(made["1.0"], kind))
     before = node.files()
-    done = _install(node, path, public)
+    done = install(node, path, public)
     assert done.returncode == 1 and done.stderr.startswith("Error: "), done.stdout
     assert node.files() == before
 
@@ -389,7 +298,7 @@ def test_a_bundle_for_another_node_is_refused_with_nothing_changed(
 ) -> None:
     path = bundle(tmp_path / "other.bundle", key, "1.0", {}, **changes)
     before = node.files()
-    done = _install(node, path, public)
+    done = install(node, path, public)
     assert done.returncode == 1 and message in done.stderr
     assert node.files() == before
 
@@ -399,9 +308,9 @@ def test_a_wrong_key_and_a_root_that_cannot_be_written_are_refused(
 ) -> None:
     new_pair(tmp_path, "other")
     before = node.files()
-    done = _install(node, made["1.0"], public_path(tmp_path, "other"))
+    done = install(node, made["1.0"], public_path(tmp_path, "other"))
     assert done.returncode == 1 and "is not signed by the key" in done.stderr
-    done = _install(node, made["1.0"], tmp_path / "none.pem")
+    done = install(node, made["1.0"], tmp_path / "none.pem")
     assert done.returncode == 1 and "no key of the plant" in done.stderr
     script = f"mount -o remount,ro / && exec sh {INSTALL} {made['1.0']} --key {public} --yes"
     done = node.run("sh", "-c", script)
@@ -420,12 +329,12 @@ def test_killed_at_any_moment_it_can_be_run_again(
     for number in range(kills):
         node = copied(old, roots / f"killed-{kills}-{number}")
         killed += node.killed(chance.uniform(0.05, 1.0) * whole_s, *words)
-        _assert_is(node, "1.0", "2.0")
+        assert_is(node, "1.0", "2.0")
         runs = node.run("millhand", "--version")
         assert runs.returncode == 0, runs.stderr
         done = node.run(*words)
         assert done.returncode == 0, done.stderr
-        _assert_is(node, "2.0")
+        assert_is(node, "2.0")
         assert not (node.upper / "var/cache/millhand-bundle").exists()
         shutil.rmtree(node.folder)
     assert killed
@@ -435,14 +344,3 @@ def _seconds(node: Root, *words: str | Path) -> float:
     began_s = time.monotonic()
     assert node.run(*words).returncode == 0
     return time.monotonic() - began_s
-
-
-def _assert_is(node: Root, *versions: str) -> None:
-    """Every part is of one of these versions, whole, and what was recorded is there."""
-    assert (node.upper / RECORDED).read_bytes() == b"what was recorded"
-    data = node.upper / "var/lib/millhand"
-    for place in ("models/press/1", "models/press", "built/press/1/sm80/engine", "language/small"):
-        texts = {path.read_text().splitlines()[0].split()[-1] for path in (data / place).iterdir() if path.is_file()}
-        assert len(texts) == 1 and texts <= set(versions), place
-    library = (node.upper / "usr/local/lib/millhand/site-packages/shelved/__init__.py").read_text()
-    assert library in {f"version = {version!r}\n" for version in versions}

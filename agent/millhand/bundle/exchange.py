@@ -14,7 +14,8 @@ from millhand.durable import sync_folder
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 """renameat2(2), Linux 3.15."""
-_NOT_KNOWN = (errno.EINVAL, errno.ENOSYS)
+_NOT_KNOWN = (errno.EINVAL, errno.ENOSYS, errno.EXDEV)
+"""The last from an overlay, of a folder in its lower layer: it can be taken away there, never moved."""
 
 
 def put(new: Path, place: Path) -> None:
@@ -26,11 +27,21 @@ def put(new: Path, place: Path) -> None:
     elif not _exchanged(new, place):
         # A file system without it: between these two nothing is there, and the next run ends it.
         old = new.with_name(f"{new.name}.old")
-        place.replace(old)
+        put_aside(place, old)
         new.replace(place)
         remove(old)
     sync_folder(place.parent)
     remove(new)
+
+
+def put_aside(place: Path, aside: Path) -> None:
+    """Move a folder away, at once where the file system can; then `aside` holds it. Raises OSError."""
+    try:
+        place.replace(aside)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        remove(place)
 
 
 def remove(path: Path) -> None:

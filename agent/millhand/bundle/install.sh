@@ -101,8 +101,8 @@ check_node() {
   for folder in /usr /usr/local /var/lib /var/cache; do
     [ -w "$folder" ] || refuse "'$folder' cannot be written" "run as root, on a file system that is mounted writable"
   done
-  [ ! -d "$LIBRARIES" ] || [ -f "$LIBRARIES/.bundle" ] ||
-    refuse "'$LIBRARIES' was not laid by a bundle" "move it away"
+  [ ! -d "$LIBRARIES" ] || [ -f "$LIBRARIES/.bundle" ] || ! grep -q ' wheels/' "$work/signed" ||
+    refuse "'$LIBRARIES' was not laid by a bundle" "move it away; bundles exchange it as a whole"
   check_room
 }
 

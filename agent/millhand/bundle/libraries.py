@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from millhand.bundle.exchange import put, remove
+from millhand.bundle.exchange import put, put_aside, remove
 from millhand.bundle.manifest import File
 from millhand.errors import BundleError
 
@@ -30,14 +30,16 @@ class Libraries:
     def lay(self, staged: Path, wheels: Sequence[File]) -> bool:
         """Unpack the wheels in place of those that an earlier bundle brought; none takes those away.
 
-        Whether anything changed. Raises BundleError where the folder is the owner's own, or a wheel is none; OSError.
+        Whether anything changed. A folder of the owner's own stays where there is nothing to lay. Raises BundleError
+        where there is, or a wheel is none; OSError.
         """
         remove(self._staging)
         remove(self._staging.with_name(f"{STAGING}.old"))
         if self._place.exists() and not (self._place / MARK).exists():
+            if not wheels:
+                return False
             raise BundleError(
-                f"'{self._place}' was not laid by a bundle",
-                hint="move it away; libraries of your own belong beside it, in a .pth file",
+                f"'{self._place}' was not laid by a bundle", hint="move it away; bundles exchange it as a whole"
             )
         mark = _digest(wheels)
         if not wheels:
@@ -54,7 +56,7 @@ class Libraries:
     def _clear(self) -> bool:
         if not self._place.exists():
             return False
-        self._place.replace(self._staging)
+        put_aside(self._place, self._staging)
         remove(self._staging)
         return True
 

@@ -121,9 +121,14 @@ def decode(data: bytes) -> Manifest:
     return manifest
 
 
+def may_hold(path: str) -> bool:
+    """Whether a bundle may have a file of this name."""
+    return re.fullmatch(_PATH, path) is not None and (path in FILES or path.partition("/")[0] in FOLDERS)
+
+
 def _file(line: str) -> File:
-    sha256, size, path = _split(line, rf" ([0-9a-f]{{64}}) (\d+) ({_PATH})")
-    if path not in FILES and path.partition("/")[0] not in FOLDERS:
+    sha256, size, path = _split(line, r" ([0-9a-f]{64}) (\d+) (.+)")
+    if not may_hold(path):
         raise _unknown()
     return File(sha256, int(size), path)
 

@@ -48,6 +48,8 @@ class Addition:
     replace: bool = False
     force: bool = False
     """Add what does not fit this node's memory, too."""
+    told_source: str = ""
+    """What the manifest says it came from, where that is not `source`: a path counts on one machine alone."""
 
 
 def add(library: Library, addition: Addition, room: Room, told: Told) -> tuple[LanguageModel, Facts]:
@@ -191,7 +193,7 @@ def _write_manifest(folder: Path, addition: Addition, facts: Facts) -> None:
         reasoning=facts.reasoning,
         embeddings=facts.embeddings,
         licence=facts.licence,
-        source=addition.source,
+        source=addition.told_source or addition.source,
         sha256={name: file_sha256(path) for name, path in files.items() if not name.startswith(".")},
     )
     (folder / MANIFEST).write_text(f"# Written by millhand model add.\n{manifest.toml()}\n", encoding="utf-8")

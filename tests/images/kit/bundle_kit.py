@@ -1,21 +1,22 @@
-"""Bundles with a small package in place of the real one, and roots to install them in: this system, written elsewhere.
+"""Bundles with a small package in place of the real one, and roots to install them in: a system, written elsewhere.
 
-A root is an overlay on `/` in a mount and network namespace of its own: what an install changes lies in `upper`, and
-nothing else. It knows none of this machine's package lists, as a node without a network.
+A root is an overlay on `/`, or on the folder of another system, in a mount and network namespace of its own: what an
+install changes lies in `upper`, and nothing else. It knows no package lists, as a node without a network.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from millhand.bundle.archive import TRAILER_BYTES, trailer
 from millhand.bundle.manifest import SCRIPT, Deb
 from millhand.proof.keys import PrivateKey
 from millhand_images.bundle_file import Content, write
@@ -24,6 +25,7 @@ PROJECT = Path(__file__).parents[3]
 INSTALL = PROJECT / "agent/millhand/bundle" / SCRIPT
 CODE = ("agent", "plugins", "profiles", "hub")
 EPOCH_S = 1_700_000_000
+RECORDED = "var/lib/millhand/millhand.db"
 STUB = """#!/bin/sh
 PYTHONPATH={path} exec {python} -m millhand "$@"
 """
@@ -84,6 +86,8 @@ class Root:
 
     folder: Path
     """On a file system that an overlay can be written to."""
+    lower: tuple[Path, ...] = (Path("/"),)
+    """What it was before, the uppermost first."""
 
     @property
     def upper(self) -> Path:
@@ -92,15 +96,15 @@ class Root:
 
     def words(self, *words: str | Path) -> list[str]:
         script = (
-            f"mount -t overlay overlay -o lowerdir=/,upperdir={self.folder}/upper,workdir={self.folder}/work"
-            f" {self.folder}/root && mount -t proc proc {self.folder}/root/proc && "
+            f"mount -t overlay overlay -o lowerdir={':'.join(map(str, self.lower))},upperdir={self.folder}/upper,"
+            f"workdir={self.folder}/work {self.folder}/root && mount -t proc proc {self.folder}/root/proc && "
             f"for each in run var/lib/apt/lists; do mount -t tmpfs tmpfs {self.folder}/root/$each; done && "
             f'mount --bind /dev {self.folder}/root/dev && exec chroot {self.folder}/root "$@"'
         )
         return ["unshare", "--mount", "--net", "sh", "-c", script, "sh", *map(str, words)]
 
-    def run(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.words(*words), capture_output=True, text=True, timeout=60, check=False)
+    def run(self, *words: str | Path, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.words(*words), capture_output=True, text=True, timeout=timeout_s, check=False)
 
     def killed(self, delay_s: float, *words: str | Path) -> bool:
         """Run a command and kill it and all its children after so long; whether it was still there."""
@@ -136,18 +140,22 @@ class Root:
         return True
 
 
-def root(folder: Path) -> Root:
+def root(folder: Path, *lower: Path) -> Root:
+    """A system that begins as `lower`, the uppermost first; none: this machine's."""
     for name in ("upper", "work", "root"):
         (folder / name).mkdir(parents=True)
-    return Root(folder)
+    return Root(folder, lower or (Path("/"),))
+
+
+def above(origin: Root, folder: Path) -> Root:
+    """The same system once more, written above the origin, which must not change any more."""
+    return root(folder, origin.upper, *origin.lower)
 
 
 def copied(origin: Root, folder: Path) -> Root:
-    """The same system once more."""
-    made = Root(folder)
-    shutil.copytree(origin.upper, made.upper, symlinks=True)
-    for name in ("work", "root"):
-        (folder / name).mkdir()
+    """The same system once more, with what it has changed as its own."""
+    made = root(folder, *origin.lower)
+    subprocess.run(["cp", "--archive", f"{origin.upper}/.", made.upper], check=True)
     return made
 
 
@@ -157,3 +165,51 @@ def _facts(path: Path) -> str:
     if path.is_symlink():
         return f"{text} {path.readlink()}"
     return f"{text} {hashlib.sha256(path.read_bytes()).hexdigest()}" if path.is_file() else text
+
+
+def two_versions(folder: Path, key: PrivateKey) -> dict[str, Path]:
+    """Bundles of two versions, each with a library, a model, a candidate and a language model of its own."""
+    found = {}
+    for version in ("1.0", "2.0"):
+        wheel = folder / f"lib-{version}-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr("shelved/__init__.py", f"version = {version!r}\n")
+            archive.writestr(f"lib-{version}.data/purelib/more.py", "")
+            archive.writestr(f"lib-{version}.data/scripts/tool", "")
+        files = {f"wheels/{wheel.name}": wheel}
+        for place in (
+            "models/press/1/model.onnx",
+            "models/press/1/labels.txt",
+            "models/press/model.toml",
+            "built/press/1/sm80/engine/model.engine",
+            "built/press/1/sm80/engine/proof.json",
+            "language/small/language.toml",
+            "language/small/small.gguf",
+        ):
+            path = folder / version / place
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{place} of {version}\n" * 200)
+            files[f"data/{place}"] = path
+        found[version] = bundle(folder / f"{version}.bundle", key, version, files)
+    return found
+
+
+def install(node: Root, path: Path, public: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return node.run("sh", INSTALL, path, "--key", public, "--yes", *options)
+
+
+def resealed(data: bytes) -> bytes:
+    """The same with a last line that fits: what someone without the plant's key can make."""
+    body = data[:-TRAILER_BYTES]
+    return body + trailer(hashlib.sha256(body).hexdigest())
+
+
+def assert_is(node: Root, *versions: str) -> None:
+    """Every part is of one of these versions, whole, and what was recorded is there."""
+    assert (node.upper / RECORDED).read_bytes() == b"what was recorded"
+    data = node.upper / "var/lib/millhand"
+    for place in ("models/press/1", "models/press", "built/press/1/sm80/engine", "language/small"):
+        texts = {path.read_text().splitlines()[0].split()[-1] for path in (data / place).iterdir() if path.is_file()}
+        assert len(texts) == 1 and texts <= set(versions), place
+    library = (node.upper / "usr/local/lib/millhand/site-packages/shelved/__init__.py").read_text()
+    assert library in {f"version = {version!r}\n" for version in versions}

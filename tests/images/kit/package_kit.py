@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
@@ -57,23 +58,24 @@ def package(architecture: str, folder: Path) -> Path:
     return made
 
 
-def bare_root(architecture: str, root: Path) -> None:
-    """Unpack Debian 12 with its Python into `root`; made once, kept below TEST_CHROOTS or build/chroots."""
+def bare_root(architecture: str, root: Path, include: Sequence[str] = ("python3", "ca-certificates")) -> None:
+    """Unpack Debian 12 with some packages into `root`; made once, kept below TEST_CHROOTS or build/chroots."""
     cache = Path(os.environ.get("TEST_CHROOTS", ROOT / "build/chroots"))
     cache.mkdir(parents=True, exist_ok=True)
-    base = cache / f"bookworm-{architecture}-minbase-python.tar"
+    base = cache / f"bookworm-{architecture}-minbase{'-python' if include else ''}.tar"
     with (cache / f"{base.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not base.exists():
-            _make_base(architecture, base)
+            _make_base(architecture, base, include)
     root.mkdir(parents=True)
     subprocess.run(["tar", "-C", root, "-xf", base], check=True)
 
 
-def _make_base(architecture: str, base: Path) -> None:
+def _make_base(architecture: str, base: Path, include: Sequence[str]) -> None:
     folder, part = base.with_suffix(".root"), base.with_suffix(".part")
     shutil.rmtree(folder, ignore_errors=True)
-    options = [f"--arch={architecture}", "--variant=minbase", "--include=python3,ca-certificates"]
+    options = [f"--arch={architecture}", "--variant=minbase"]
+    options += [f"--include={','.join(include)}"] if include else []
     subprocess.run(["debootstrap", *options, "bookworm", folder], check=True, timeout=BASE_DEADLINE_S)
     subprocess.run(["tar", "-C", folder, "-cf", part, "."], check=True)
     part.rename(base)
