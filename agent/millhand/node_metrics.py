@@ -38,7 +38,7 @@ RESTARTS = Counter(DAEMON, "millhand_adapter_restarts_total", "Times that readin
 WINDOWS_LEFT_OUT = Counter(
     DAEMON,
     "millhand_window_readings_left_out_total",
-    "Readings left out of a model's windows, and windows begun anew (gaps, clock_resets).",
+    "Readings and snapshots left out of a model's windows, and windows begun anew (gaps, clock_resets).",
     ["asset", "model", "reason"],
 )
 PIPELINE = {

@@ -35,7 +35,8 @@ pytestmark = [
     pytest.mark.timeout(3000),
     pytest.mark.skipif(not DATA, reason="MILLHAND_DATA does not name the folder of public data sets: no recordings"),
 ]
-READY_DEADLINE_S = 300.0
+READY_DEADLINE_S = 1500.0
+"""On a busy machine an emulated command takes more than a minute."""
 EMULATED_PACE = 0.025
 """Rig seconds a second: a snapshot of the rig every twenty seconds, a life in twenty-five minutes. At twice this pace,
 with eighteen processes that wanted two cores, the fault was foreseen, but the rig watched less than the demo asks."""
@@ -139,7 +140,6 @@ def test_it_installs_without_a_network(dressed: Dressed) -> None:
 
 def test_its_hardware_is_found(dressed: Dressed) -> None:
     board = dressed.board
-    dressed.node.run("millhand", "hw", "show")
     hardware = dressed.millhand("hw", "show")
     assert hardware["source"] == "live"
     assert [gpu["name"] for gpu in hardware["accelerators"]] == list(board.accelerators)
@@ -151,7 +151,6 @@ def test_its_hardware_is_found(dressed: Dressed) -> None:
 
 
 def test_its_profile_matches(dressed: Dressed) -> None:
-    dressed.node.run("millhand", "profile", "match")
     match = dressed.millhand("profile", "match")
     assert match["profile"] == dressed.board.profile
     dressed.seen["profile"] = match["profile"]
@@ -175,7 +174,6 @@ def test_it_is_set_up_and_checks(dressed: Dressed) -> None:
     (root / "machines.toml").write_text(MACHINES)
     (root / "answers.toml").write_text(f'node = "{dressed.board.name}-1"\nmachines = "machines.toml"\n')
     dressed.node.run("millhand", "setup", "--answers", "/root/answers.toml", timeout_s=900)
-    dressed.node.run("millhand", "check", codes=(0, 3), timeout_s=900)
     found = dressed.millhand("check", codes=(0, 3))
     assert found["errors"] == 0
     assert {one["name"] for one in found["findings"] if one["level"] == "warning"} <= STARTS_WITH
@@ -213,7 +211,7 @@ def test_it_starts_predicts_in_int8_and_stops(dressed: Dressed, built: Path, tmp
         dressed.does("first-node.md", FIRST)
         dressed.does("operate.md", OPERATED)
         node.run("sh", "-c", f"kill -TERM {state['pid']}")
-        assert agent.wait(120) == 0
+        assert agent.wait(600) == 0
         dressed.seen["stopped"] = 0
     finally:
         agent.kill()

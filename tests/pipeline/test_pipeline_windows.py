@@ -295,6 +295,39 @@ def test_a_batch_with_many_snapshots_gives_a_window_for_each(kit) -> None:
     assert all(window.complete and window.start_ns == window.end_ns for window in found)
 
 
+def test_channels_that_fell_out_of_step_meet_again(kit) -> None:
+    """A slow reader missed w's snapshot of second 2; from then on it reads w's before v's of the same second."""
+    builder = WindowBuilder("pump", kit.spec(signals=(), waveforms=("v", "w")))
+    read = [
+        (1, "v"),
+        (1, "w"),
+        (2, "v"),
+        (3, "w"),
+        (3, "v"),
+        (4, "w"),
+        (4, "v"),
+        (5, "w"),
+        (5, "v"),
+        (6, "w"),
+        (6, "v"),
+    ]
+    found = kit.windows_of(builder, [kit.batch(waveforms=(kit.snapshot(second, name),)) for second, name in read])
+    ends_s = [{name: wave.clock.source_ns for name, wave in window.waveforms.items()} for window in found]
+    whole = [{name: kit.at(second) for name in "vw"} for second in (1, 4, 5, 6)]
+    assert ends_s == [whole[0], {"v": kit.at(2), "w": kit.at(3)}, *whole[1:]]
+    assert builder.counters.unpaired == 1, "v's of second 3, whose partner had gone with v's of second 2"
+
+
+@pytest.mark.parametrize(("offset_s", "synced"), [(0.4, True), (0.5, True), (0.6, True), (0.7, False)])
+def test_channels_that_are_never_taken_together_are_judged_as_often_as_they_come(kit, offset_s, synced) -> None:
+    builder = WindowBuilder("pump", kit.spec(signals=(), waveforms=("v", "w")))
+    times = [(second + offset, name) for second in range(1, 9) for offset, name in ((0, "v"), (offset_s, "w"))]
+    batches = [
+        kit.batch(waveforms=(kit.snapshot(0, name, clock=kit.clock(time_s, synced=synced)),)) for time_s, name in times
+    ]
+    assert len(kit.windows_of(builder, batches)) >= 7
+
+
 def test_snapshots_alone_survive_a_clock_set_back_and_a_new_boot(kit) -> None:
     builder = WindowBuilder("pump", kit.spec(signals=(), waveforms=("v", "w")))
 

@@ -14,8 +14,9 @@ Rules, which docs/pipeline.md states for people:
   reading the wall clock is never used.
 - BAD and STALE values, text, non-finite numbers and those outside the asset's limits are NaN.
 - With waveforms, a window is due once for each complete fresh set of GOOD snapshots and ends with the newest of them.
-  A snapshot that is not newer than the last one used is old. Those of a set that is not complete yet are part of the
-  state.
+  A snapshot that is not newer than the last one used is old. On the asset's own clock, one that lies nearer to the set
+  before the newest than to the newest is unpaired: its partner was never read. Those of a set that is not complete yet
+  are part of the state.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from millhand.pipeline.past import Past
 from millhand.records import AssetState, Batch, Clock, Quality, Reading, Waveform
 from millhand.serving.manifest import WindowSpec
 
 CLOCK_RESET_S = 5.0
-FIRST_CAPACITY = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class WindowCounters(msgspec.Struct):
     implausible: int = 0
     gaps: int = 0
     clock_resets: int = 0
+    unpaired: int = 0
 
 
 class Snapshot(msgspec.Struct, array_like=True):
@@ -107,7 +109,7 @@ class WindowBuilder:
         self._lateness_ns = round(spec.lateness_s * 1e9)
         self._reset_ns = self._lateness_ns + round(CLOCK_RESET_S * 1e9)
         self._max_gap_ns = min(spec.max_gap_s, spec.length if spec.by == "time" else math.inf) * 1e9
-        self._past = _Past(len(spec.signals))
+        self._past = Past(len(spec.signals))
         self._begin_ns: int | None = None
         """When the history that the window may look at began; `length` later it is whole."""
         self._open: dict[int, list[float | None]] = {}
@@ -271,7 +273,7 @@ class WindowBuilder:
 
     def _judge_snapshots(self) -> None:
         """A window for a complete set of snapshots, if the past suffices."""
-        if self._fresh.keys() != self._wanted_waveforms:
+        if self._fresh.keys() != self._wanted_waveforms or self._drop_unpaired():
             return
         times_ns = {name: time_ns for name, (time_ns, _) in self._fresh.items()}
         end_ns = max(times_ns.values())
@@ -281,6 +283,21 @@ class WindowBuilder:
         self._ready.append(self._window(end_ns, {name: waveform for name, (_, waveform) in self._fresh.items()}))
         self._used_ns = times_ns
         self._fresh.clear()
+
+    def _drop_unpaired(self) -> bool:
+        """Drop the snapshots of an earlier set than the newest one's, and say whether there were any.
+
+        A channel whose snapshot was missed would else be paired with the other's next one, and each time again.
+        """
+        newest = max(self._fresh, key=lambda name: self._fresh[name][0])
+        newest_ns, before_ns = self._fresh[newest][0], self._used_ns.get(newest)
+        if before_ns is None or self._timeline != "source":
+            return False
+        earlier = [name for name, (time_ns, _) in self._fresh.items() if newest_ns - time_ns > time_ns - before_ns]
+        for name in earlier:
+            del self._fresh[name]
+        self.counters.unpaired += len(earlier)
+        return bool(earlier)
 
     def _window(self, end_ns: int, waveforms: Mapping[str, Waveform] | None = None) -> Window:
         self._steps_since, self._last_end_ns = 0, end_ns
@@ -337,58 +354,3 @@ class WindowBuilder:
         self._fresh = snapshot.fresh
         self._used_ns = snapshot.used_ns
         self.counters = snapshot.counters
-
-
-class _Past:
-    """Closed steps in two arrays that slide: appending is cheap, and a window is one copy."""
-
-    def __init__(self, signals: int) -> None:
-        self._times_ns = np.empty(FIRST_CAPACITY, np.int64)
-        self._values = np.empty((signals, FIRST_CAPACITY), np.float64)
-        self._start = self._end = 0
-
-    def __len__(self) -> int:
-        return self._end - self._start
-
-    @property
-    def last_ns(self) -> int | None:
-        return int(self._times_ns[self._end - 1]) if len(self) else None
-
-    def knows(self, time_ns: int, row: int) -> bool:
-        """Whether the step of that time holds a usable value in `row`."""
-        held = self._times_ns[self._start : self._end]
-        place = int(np.searchsorted(held, time_ns))
-        found = place < len(held) and held[place] == time_ns
-        return bool(found and not np.isnan(self._values[row, self._start + place]))
-
-    def append(self, time_ns: int, values: list[float]) -> None:
-        if self._end == len(self._times_ns):
-            self._make_room()
-        self._times_ns[self._end] = time_ns
-        self._values[:, self._end] = values
-        self._end += 1
-
-    def keep_last(self, steps: int) -> None:
-        self._start = max(self._start, self._end - steps)
-
-    def keep_since(self, time_ns: int) -> None:
-        held = self._times_ns[self._start : self._end]
-        self._start += int(np.searchsorted(held, time_ns))
-
-    def clear(self) -> None:
-        self._start = self._end = 0
-
-    def copy(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        return self._times_ns[self._start : self._end].copy(), self._values[:, self._start : self._end].copy()
-
-    def fill(self, times_ns: NDArray[np.int64], values: NDArray[np.float64]) -> None:
-        capacity = max(FIRST_CAPACITY, 2 * len(times_ns))
-        self._times_ns = np.empty(capacity, np.int64)
-        self._values = np.empty((len(values), capacity), np.float64)
-        self._start, self._end = 0, len(times_ns)
-        self._times_ns[: self._end], self._values[:, : self._end] = times_ns, values
-
-    def _make_room(self) -> None:
-        """Slide to the front; grow only where more than half of the room is in use."""
-        times_ns, values = self.copy()
-        self.fill(times_ns, values)

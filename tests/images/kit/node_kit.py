@@ -118,10 +118,11 @@ class Node:
         return done
 
     def start(self, *words: str, user: str = "root", log: Path) -> subprocess.Popen[bytes]:
-        """Start a command that stays; what it says goes to `log`."""
+        """Start a command that stays; what it says goes to `log`. It ends with the process that is returned."""
         print(f"\n{self.name} {'#' if user == 'root' else '$'} {' '.join(words)} &", flush=True)
         with log.open("wb") as file:
-            return subprocess.Popen(self.command(*words, user=user), stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+            command = self.command("setpriv", "--pdeathsig", "KILL", *words, user=user)
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
 
     def packets_sent_out(self) -> int:
         """Packets that left for the outside since the machine started, questions for the gateway's address included."""
