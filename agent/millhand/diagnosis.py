@@ -116,6 +116,8 @@ def _hardware(config: Config) -> Iterator[Finding]:
     for problem in hardware.problems:
         yield Finding("hardware", "warning", f"{problem.source}: {problem.message}", problem.hint)
     yield Finding("profile", "ok", found.reasons[0])
+    if not hardware.accelerators:
+        yield Finding("gpu", "ok", "no GPU is seen: models run on the CPU")
     for problem in found.profile.limits.problems(hardware):
         yield Finding("temperature", "warning", f"{problem.field} is at {problem.message}", problem.hint)
     yield _memory(config, hardware, found)

@@ -97,6 +97,15 @@ def test_a_healthy_node_has_no_error(node: Node) -> None:
     assert {"config", "data_dir", "clock", "profile", "memory", "worker", "daemon"} <= {f.name for f in findings}
 
 
+@pytest.mark.parametrize(("cards", "says"), [(True, []), (False, ["no GPU is seen: models run on the CPU"])])
+def test_a_node_without_a_gpu_says_so(node: Node, cards: bool, says: list[str]) -> None:
+    bare = node.folder / "bare"
+    bare.mkdir()
+    (bare / "nvidia-smi-q.xml").write_text(XML.format(cards=""))
+    node = node.recorded() if cards else node.set("node", hardware_root=str(bare))
+    assert [finding.message for finding in node.check() if finding.name == "gpu"] == says
+
+
 def test_a_broken_configuration_is_the_only_finding(node: Node) -> None:
     findings = node.set("node", idd="press").check()
     assert [(finding.name, finding.level) for finding in findings] == [("config", "error")]
