@@ -69,12 +69,11 @@ class Engine:
             shutil.rmtree(tree)
         return f"{BASE}@{self.inspect(f'{BASE}:{SUITE}')['Digest']}"
 
-    def build(self, dockerfile: Path, arguments: Mapping[str, str], tag: str, target: str = "") -> str:
+    def build(self, dockerfile: Path, arguments: Mapping[str, str], tag: str) -> str:
         """Build an image of the project's folder, layers cached; return what was printed. Raises EngineError."""
         given = [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
-        stage = ["--target", target] if target else []
         options = ["--layers", "--isolation", "chroot", "--format", "docker", "--network", "host"]
-        command = ["buildah", *self._store, "bud", *options, *given, *stage, "--tag", tag, "--file", str(dockerfile)]
+        command = ["buildah", *self._store, "bud", *options, *given, "--tag", tag, "--file", str(dockerfile)]
         return _call([*command, str(ROOT)])
 
     def inspect(self, image: str) -> dict[str, Any]:
@@ -108,7 +107,7 @@ class Engine:
     def execute(self, container: str, command: Sequence[str], stdin: str = "") -> subprocess.CompletedProcess[str]:
         """Run a program inside, as the container's user."""
         words = self._command("exec", "--interactive", container, *command)
-        return subprocess.run(words, capture_output=True, text=True, input=stdin, timeout=120, check=False)
+        return subprocess.run(words, capture_output=True, text=True, input=stdin, timeout=600, check=False)
 
     def state(self, container: str) -> dict[str, Any]:
         """What the engine knows of a container's state."""

@@ -1,4 +1,4 @@
-"""The stack's test takes the queries from the compose files' test."""
+"""The stack's test takes the queries from the compose files' test; a container's GPU is dressed as a node's is."""
 
 from __future__ import annotations
 
@@ -6,4 +6,5 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, os.fspath(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path[:0] = [os.fspath(HERE), os.fspath(HERE.parent / "images/kit")]
