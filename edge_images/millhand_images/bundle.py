@@ -43,6 +43,8 @@ KINDS = {
     "orin": Kind("arm64", "ubuntu 24.04"),
 }
 LANGUAGE_EXTRA = "language"
+LANGUAGE_PACKAGES = ("libgomp1",)
+"""What xllamacpp's wheel links to and does not bring."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,7 @@ def _lacking(order: Order, package: Path, folder: Path) -> list[Found]:
     name = order.distribution.name.replace(" ", "-")
     archive = Archive(order.distribution, order.kind.architecture, BUILD / "apt" / f"{name}-{order.kind.architecture}")
     archive.update()
-    return archive.lacking(depends(package), folder)
+    return archive.lacking([*depends(package), *(LANGUAGE_PACKAGES if order.language else ())], folder)
 
 
 def _named(debs: Sequence[Found]) -> tuple[list[Deb], dict[str, Path]]:

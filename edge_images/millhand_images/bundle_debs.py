@@ -19,15 +19,10 @@ class System:
     name: str
     python: str
     sources: tuple[str, ...]
-    """Lines of a sources.list; `{arch}` and `{keyring}` are filled in."""
+    """Lines of a sources.list; the first is the release itself, without what came after it."""
     keyring: str
     ports: str = ""
     """Where other architectures than amd64 are, in place of the first lines' server."""
-
-    @property
-    def suite(self) -> str:
-        """The release itself, without what came after it."""
-        return self.sources[0].split()[1]
 
 
 SYSTEMS = {
@@ -69,8 +64,6 @@ class Archive:
 
     def __init__(self, system: System, architecture: str, folder: Path) -> None:
         """folder: where apt keeps lists and files; what is there is used again."""
-        self._folder = folder
-        self._suite = system.suite
         self._options = [
             *("-o", f"Dir={folder}", "-o", f"Dir::State::status={folder}/status"),
             *("-o", f"APT::Architecture={architecture}", "-o", f"APT::Architectures={architecture}"),
@@ -89,8 +82,9 @@ class Archive:
         lines = system.sources
         if architecture != "amd64" and system.ports:
             lines = tuple(re.sub(r"^\S+", system.ports, line) for line in lines)
-        text = "".join(f"deb [signed-by={system.keyring}] {line}\n" for line in lines)
-        (folder / "etc/apt/sources.list").write_text(text, encoding="ascii")
+        texts = [f"deb [signed-by={system.keyring}] {line}\n" for line in lines]
+        (folder / "etc/apt/sources.list").write_text("".join(texts), encoding="ascii")
+        (folder / "etc/apt/first.list").write_text(texts[0], encoding="ascii")
 
     def update(self) -> None:
         """Fetch the lists. Raises BuildError."""
@@ -109,17 +103,19 @@ class Archive:
 
     def _base(self) -> set[str]:
         """What a node has from the day of the release on: an update of a base package may need one that others lack."""
-        packages = [*BASE, *self._required()]
-        first, now = self._closure(packages, "-o", f"APT::Default-Release={self._suite}"), self._closure(packages)
-        return {name for name, _ in first} & {name for name, _ in now}
+        found = []
+        for options in ((), ("-o", "Dir::Etc::sourcelist=first.list")):
+            packages = [*BASE, *self._required(*options)]
+            found.append({name for name, _ in self._closure(packages, *options)})
+        return found[0] & found[1]
 
     def _closure(self, packages: list[str], *options: str) -> list[tuple[str, str]]:
         """(package, version), in the order in which apt would install them."""
         said = call(["apt-get", *self._options, *options, "-s", "install", *packages])
         return re.findall(r"^Inst (\S+) \((\S+) ", said, re.MULTILINE)
 
-    def _required(self) -> list[str]:
-        text = call(["apt-cache", *self._options, "dumpavail"])
+    def _required(self, *options: str) -> list[str]:
+        text = call(["apt-cache", *self._options, *options, "dumpavail"])
         return re.findall(r"^Package: (\S+)\n(?:\S.*\n| .*\n)*?Priority: required\n", text, re.MULTILINE)
 
 

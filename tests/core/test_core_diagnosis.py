@@ -282,6 +282,19 @@ def test_onnxruntime_and_its_gpu_build_together(node: Node) -> None:
     assert "uninstall both" in finding.hint
 
 
+def test_one_of_both_in_a_folder_that_stands_first_is_the_one_that_counts(node: Node) -> None:
+    """As a bundle lays onnxruntime-gpu before the package's own onnxruntime."""
+    first, later = node.folder / "first", node.folder / "later"
+    for site, name, version in ((first, "onnxruntime-gpu", "1.21.0"), (later, "onnxruntime", "1.22.0")):
+        site.mkdir()
+        installed(site, name, version)
+    path = node.folder / "python"
+    path.write_text(f'#!/bin/sh\nPYTHONPATH={first}:{later} exec {sys.executable} "$@"\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    assert look_into(str(path), [])["twins"] == {"onnxruntime-gpu": "1.21.0"}
+    assert node.set("models", interpreter=str(path)).only("worker").level == "ok"
+
+
 def test_looking_imports_nothing() -> None:
     probe = (
         "import sys; from millhand.serving.packages import look; look(['numpy', 'onnxruntime']); print(*sys.modules)"

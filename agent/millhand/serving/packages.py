@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypedDict
@@ -22,14 +22,14 @@ class Found(TypedDict):
     missing: list[str]
     """Packages that cannot be imported."""
     twins: dict[str, str]
-    """Of TWINS those that are installed, with their versions."""
+    """Of TWINS those that are imported from, with their versions."""
 
 
 def look(names: list[str]) -> Found:
     """Look into the interpreter that runs this."""
     return {
         "missing": [name for name in names if find_spec(name) is None],
-        "twins": {name: found for name in TWINS for found in [_version(name)] if found is not None},
+        "twins": _twins(),
     }
 
 
@@ -48,11 +48,13 @@ def look_into(interpreter: str, names: list[str]) -> Found:
     return found
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
+def _twins() -> dict[str, str]:
+    """Those of the first folder on the path that has one: what lies in a later folder is never imported."""
+    for folder in sys.path:
+        found = {name: twin.version for name in TWINS for twin in distributions(name=name, path=[folder])}
+        if found:
+            return found
+    return {}
 
 
 if __name__ == "__main__":

@@ -99,7 +99,8 @@ class Root:
             f"mount -t overlay overlay -o lowerdir={':'.join(map(str, self.lower))},upperdir={self.folder}/upper,"
             f"workdir={self.folder}/work {self.folder}/root && mount -t proc proc {self.folder}/root/proc && "
             f"for each in run var/lib/apt/lists; do mount -t tmpfs tmpfs {self.folder}/root/$each; done && "
-            f'mount --bind /dev {self.folder}/root/dev && exec chroot {self.folder}/root "$@"'
+            f"mount --bind /dev {self.folder}/root/dev && {{ ip link set lo up || true; }} 2>/dev/null && "
+            f'exec chroot {self.folder}/root "$@"'
         )
         return ["unshare", "--mount", "--net", "sh", "-c", script, "sh", *map(str, words)]
 
