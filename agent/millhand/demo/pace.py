@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-SLOWEST = 0.25
-"""The slowest pace that the demo takes by itself, and that on a busy machine: a life takes two and a half minutes."""
+SLOWEST = 0.1
+"""The slowest pace that the demo takes by itself, where ten processes want each core: a life takes six minutes."""
 SLOWEST_ASKED = 0.02
 """The slowest that it takes when told, for a machine that is slow, such as an emulated one: half an hour a life."""
 
