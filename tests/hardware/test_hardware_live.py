@@ -170,6 +170,35 @@ def test_each_refused_call_costs_one_fact(call: str, monkeypatch: pytest.MonkeyP
     assert quiet.problems == (), "what a card does not support is no problem"
 
 
+class Newer(StandIn):
+    """A card, an architecture and a driver of years to come."""
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "1203.07.01-beta"
+
+    def nvmlSystemGetCudaDriverVersion_v2(self) -> int:
+        return 21030
+
+    def nvmlDeviceGetName(self, handle: Any) -> str:
+        return "NVIDIA Z900 2TB HBM9"
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: Any) -> tuple[int, int]:
+        return 19, 1
+
+    def nvmlDeviceGetArchitecture(self, handle: Any) -> int:
+        return 77
+
+
+def test_a_driver_newer_than_known_is_read_without_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    node = read(monkeypatch, Newer(), tmp_path)
+    (gpu,) = node.accelerators
+    assert (node.driver, node.cuda, gpu.name, gpu.compute_capability) == (
+        "1203.07.01-beta", "21.3", "NVIDIA Z900 2TB HBM9", "19.1",
+    )  # fmt: skip
+    assert gpu.ready
+    assert node.problems == ()
+
+
 def test_a_driver_that_does_not_start_shows_the_bus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     device = tmp_path / "sys/bus/pci/devices/0000:0b:00.0"
     device.mkdir(parents=True)

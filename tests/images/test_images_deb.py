@@ -5,10 +5,13 @@ Built and installed for real, so that each takes minutes: all but the way from t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +26,7 @@ CACHE = ROOT / "build" / "chroots"
 BASE = CACHE / "bookworm-amd64-python3.11.tar"
 INCLUDE = "python3.11,ca-certificates"
 OLD, NEW = "0.1.0.dev1", "0.1.0.dev2"
-KILLS, SEED = 30, 7
+KILLS, REMOVALS, SEED = 30, 6, 7
 
 pytestmark = [
     pytest.mark.timeout(1800),
@@ -197,6 +200,71 @@ def test_killed_anywhere_an_install_or_upgrade_can_be_taken_up_again(node: Chroo
         print(f"kill {number:2}, {'install' if fresh else 'upgrade'} to {wanted}: {kill}; command: {found or 'none'}")
         print(f"    ends with {ended}, which runs and predicts as before; {len(rows)} rows, none lost", flush=True)
     assert alive >= KILLS * 0.9, "nearly all must hit the install, not what comes after it"
+
+
+@pytest.mark.long
+def test_an_installation_that_lost_files_says_so_and_is_mended_by_the_same_package(
+    node: Chroot, packages: Packages
+) -> None:
+    node.install(packages[NEW])
+    site = node.root / "usr/lib/millhand/lib/python3.11/site-packages"
+    for lost in ("click", "millhand/config.py"):
+        _lose(site / lost)
+        said = node.run("millhand", "check", check=False)
+        assert said.returncode == 1
+        assert "Error: this installation is damaged: No module named" in said.stderr
+        assert "install the same package again" in said.stderr
+        assert "Traceback" not in said.stderr
+        assert lost in node.run("dpkg", "--verify", "millhand", check=False).stdout
+        _mend(node, packages[NEW])
+    (node.root / "usr/lib/millhand/bin/python3.11").unlink()
+    assert node.version() == "", "the kernel finds no interpreter, and the shell says so"
+    _mend(node, packages[NEW])
+
+
+def _lose(path: Path) -> None:
+    """Delete a folder, or a module with what was compiled of it."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+        (path.parent / "__pycache__" / f"{path.stem}.cpython-311.pyc").unlink()
+
+
+def _mend(node: Chroot, package: Path) -> None:
+    node.install(package)
+    assert node.run("dpkg", "--verify", "millhand").stdout == ""
+    assert node.version() == NEW
+
+
+@pytest.mark.long
+def test_a_removal_that_is_killed_is_taken_up_again_or_undone(node: Chroot, packages: Packages) -> None:
+    node.install(packages[NEW])
+    node.set_up()
+    with node.agent():
+        node.wait(lambda: len(node.rows()) > 1)
+    before = _kept(node)
+    begin = time.monotonic()
+    node.run("dpkg", "--remove", "millhand")
+    whole_s = time.monotonic() - begin
+    chance = random.Random(SEED)
+    for number in range(REMOVALS):
+        node.install(packages[NEW])
+        removal = subprocess.Popen(node.command("dpkg", "--remove", "millhand"), stdout=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            removal.wait(chance.uniform(0, whole_s))
+        node.kill()
+        removal.wait()
+        print(f"removal {number + 1}: killed, {node.state() or 'not known'}, command: {node.version() or 'none'}")
+        assert _kept(node) == before
+        if number % 2:
+            node.install(packages[NEW])
+            assert node.version() == NEW
+            assert node.run("dpkg", "--verify", "millhand").stdout == ""
+        else:
+            node.run("dpkg", "--remove", "millhand")
+            assert not (node.root / "usr/lib/millhand").exists()
+        assert _kept(node) == before
 
 
 def _more(node: Chroot, rows: list[str]) -> list[str]:
