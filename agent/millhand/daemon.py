@@ -32,6 +32,7 @@ from millhand.hardware.visible import VARIABLE, visible_devices
 from millhand.language.node import NodeLanguage
 from millhand.logs import configure_logs
 from millhand.node_metrics import NodeMetrics
+from millhand.owner import other_owner, start_command
 from millhand.pipeline.recorder import Recorder
 from millhand.profiles import Match, load_profiles, match, profile_named
 from millhand.records import Alert, Batch, Severity
@@ -288,6 +289,11 @@ class Daemon:
 
     def _make_folders(self) -> None:
         node = self.config.node
+        if user := other_owner(node.data_dir):
+            raise ConfigError(
+                f"[node] data_dir = '{node.data_dir}' belongs to '{user}', who could not write what root writes there",
+                hint=f"{start_command(node.data_dir)}, or with systemd: systemctl start millhand",
+            )
         for key, folder in (("data_dir", node.models_dir), ("run_dir", node.run_dir)):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -298,7 +304,8 @@ class Daemon:
                 ) from error
             if not os.access(folder, os.W_OK):
                 raise ConfigError(
-                    f"[node] {key} = '{folder}' cannot be written", hint="give it to this user, or choose another"
+                    f"[node] {key} = '{folder}' cannot be written",
+                    hint=f"give it to this user (chown -R {os.geteuid()}:{os.getegid()} '{folder}'), or choose another",
                 )
 
     def _make_fronts(self) -> None:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from millhand.clock import is_synchronised
 from millhand.errors import ControlError, MillhandError
 from millhand.findings import Finding, Level, mib, of_error
+from millhand.owner import strays
 
 if TYPE_CHECKING:
     from millhand.config import Config
@@ -26,6 +27,7 @@ CLOCK_FLOOR_S = 1_700_000_000  # any clock before November 2023 was never set
 CLOCK_CAP_S = 1 << 31  # nor is one after January 2038 right, in this version's life
 NAMES_OF_ANY_HOST = ("localhost", "node")  # the second is taken where a host has no name
 CONNECT_TIMEOUT_S = 3.0
+STRAYS_SHOWN = 3
 
 
 def diagnose(config_path: Path | None) -> list[Finding]:
@@ -80,6 +82,12 @@ def _folders(config: Config) -> Iterator[Finding]:
         place = _nearest(folder)
         if not os.access(place, os.W_OK):
             yield Finding(key, "error", f"'{folder}' cannot be written", f"set [node] {key}, or give '{place}' to us")
+            continue
+        if found := strays(folder):
+            owner = folder.stat()
+            text = f"'{folder}' holds what another user owns: {', '.join(found[:STRAYS_SHOWN])}"
+            hint = f"stop the agent, then: chown -R {owner.st_uid}:{owner.st_gid} '{folder}'"
+            yield Finding(key, "warning", text, hint)
             continue
         free = shutil.disk_usage(place).free
         if free < FREE_BYTES_WARNING:

@@ -15,6 +15,7 @@ export LC_ALL PATH DEBIAN_FRONTEND PYTHONDONTWRITEBYTECODE
 umask 022
 
 STAGED=/var/cache/millhand-bundle
+USAGE="sh install.sh FILE --key plant.public.pem [--yes] [--downgrade]"
 LIBRARIES=/usr/local/lib/millhand/site-packages
 work=
 staging=
@@ -42,13 +43,17 @@ read_arguments() {
       --fingerprint) fingerprint=$(printf %s "${2-}" | tr -d ' ' | tr a-f A-F) && shift ;;
       --yes) yes=1 ;;
       --downgrade) downgrade=1 ;;
-      -*) refuse "option '$1' is not known" "sh install.sh FILE --key plant.public.pem [--yes] [--downgrade]" ;;
+      -h | --help) say "$USAGE" && exit 0 ;;
+      -*) refuse "option '$1' is not known" "$USAGE" ;;
       *) bundle=$1 ;;
     esac
     [ $# -eq 0 ] || shift
   done
   [ -f "$bundle" ] && [ -r "$bundle" ] || refuse "there is no bundle '$bundle'" "name its file"
-  [ -z "$key" ] || fingerprint=$(fingerprint_of "$key")
+  if [ -n "$key" ]; then
+    fingerprint=$(fingerprint_of "$key")
+    [ -n "$fingerprint" ] || refuse "'$key' is no public key of a plant" "the file NAME.public.pem of millhand key new"
+  fi
   printf %s "$fingerprint" | grep -Eqx '[0-9A-F]{40}' ||
     refuse "no key of the plant is named" "--key plant.public.pem, or --fingerprint with its 40 hex digits"
 }
@@ -171,6 +176,7 @@ check_packages() {
 act() {
   if [ -s "$work/debs" ]; then
     broken=$(dpkg --audit)
+    say "Installing $(wc -l <"$work/debs") packages; on a slow disk this takes minutes."
     # shellcheck disable=SC2046
     dpkg --install --force-confold $(cat "$work/debs") >"$work/dpkg" 2>&1 || {
       cat "$work/dpkg" >&2

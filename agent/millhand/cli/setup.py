@@ -10,6 +10,7 @@ import click
 
 from millhand.cli.output import Output, json_option, silence_registry, wrapped
 from millhand.errors import InputError
+from millhand.owner import start_command
 
 if TYPE_CHECKING:
     from millhand.findings import Finding
@@ -31,7 +32,7 @@ def command(ctx: click.Context, answers_path: Path | None, replace: bool, no_che
     made of before, nothing changes. Exits 0 where the node is set up, 4 where the check finds errors.
     """
     from millhand.cli import EXIT_CODES
-    from millhand.config import DEFAULT_PATH
+    from millhand.config import DEFAULT_PATH, load_config
     from millhand.diagnosis import diagnose
     from millhand.setup import draft, read_answers, write
 
@@ -46,7 +47,8 @@ def command(ctx: click.Context, answers_path: Path | None, replace: bool, no_che
     changed, kept = write(draft(answers, path, password), path, replace)
     findings = [] if no_check else [finding for finding in diagnose(path) if finding.level != "ok"]
     errors = any(finding.level == "error" for finding in findings)
-    steps = _next_steps(output.config_path, errors, running=not any(finding.name == "daemon" for finding in findings))
+    running = not any(finding.name == "daemon" for finding in findings)
+    steps = _next_steps(output.config_path, load_config(path).node.data_dir, errors, running)
     data = {
         "config": str(path),
         "changed": changed,
@@ -101,10 +103,11 @@ def _found(findings: list[Finding]) -> list[str]:
     return lines
 
 
-def _next_steps(config_path: Path | None, errors: bool, running: bool) -> list[str]:
+def _next_steps(config_path: Path | None, data_dir: Path, errors: bool, running: bool) -> list[str]:
     """Commands, the first of them next."""
     option = f" -c {config_path}" if config_path else ""
     managed = config_path is None and Path("/run/systemd/system").exists()
-    start = f"sudo systemctl {'restart' if running else 'start'} millhand" if managed else f"millhand{option} run"
+    by_systemd = f"sudo systemctl {'restart' if running else 'start'} millhand"
+    start = by_systemd if managed else start_command(data_dir, option)
     mend = [f"mend what is marked FAIL, then `millhand{option} check`"] if errors else []
     return [*mend, f"`{start}`", f"`millhand{option}` shows the state"]

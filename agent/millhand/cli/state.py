@@ -8,6 +8,7 @@ from typing import Any
 
 from millhand.cli.output import LINE_CHARACTERS, Output, plural, shorten, wrapped
 from millhand.errors import ControlError
+from millhand.owner import start_command
 
 FAULTS_SHOWN = 3
 SILENCE_SHOWN_S = 3.0
@@ -27,7 +28,8 @@ def show_state(output: Output) -> None:
             f"Agent      not running ({error.message})",
             f"Assets     {assets} configured",
         ]
-        step = "millhand run" if assets or config.models.paths or config.models.load else "millhand demo"
+        served = assets or config.models.paths or config.models.load
+        step = start_command(config.node.data_dir) if served else "millhand demo"
         output.emit(data, [*lines, f"Next step  {step}"])
         return
     output.emit(state, state_lines(state))
