@@ -132,18 +132,18 @@ def test_more_than_the_queue_holds_is_refused_at_once(narrow):
 
 
 def test_a_client_that_leaves_the_queue_leaves_no_trace(narrow):
-    with httpx.stream(
-        "POST",
-        f"{narrow.url}/v1/chat/completions",
-        json=asked({"tokens": 20, "every_s": 0.2}, stream=True),
-        trust_env=False,
-    ) as first:
+    url = f"{narrow.url}/v1/chat/completions"
+    long = asked({"tokens": 20, "every_s": 0.2}, stream=True)
+    with (
+        httpx.Client(trust_env=False, timeout=0.5) as waits,  # less than the second that the queue lets it wait
+        concurrent.futures.ThreadPoolExecutor() as pool,
+        httpx.stream("POST", url, json=long, trust_env=False) as first,
+    ):
         until(lambda: narrow.server.open == 1)
-        with httpx.Client(trust_env=False) as waits, concurrent.futures.ThreadPoolExecutor() as pool:
-            asking = pool.submit(waits.post, f"{narrow.url}/v1/chat/completions", json=asked("x"), timeout=1)
-            until(lambda: narrow.sample("millhand_language_requests_waiting", model_name=MODEL) == 1)
-            with pytest.raises(httpx.ReadTimeout):
-                asking.result(30)
+        asking = pool.submit(waits.post, url, json=asked("x"))
+        until(lambda: narrow.sample("millhand_language_requests_waiting", model_name=MODEL) == 1)
+        with pytest.raises(httpx.ReadTimeout):
+            asking.result(30)
         first.read()
     assert narrow.chat().status_code == 200
     assert narrow.sample("millhand_language_requests_waiting", model_name=MODEL) == 0

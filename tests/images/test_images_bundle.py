@@ -311,7 +311,7 @@ def test_a_wrong_key_and_a_root_that_cannot_be_written_are_refused(
     done = install(node, made["1.0"], public_path(tmp_path, "other"))
     assert done.returncode == 1 and "is not signed by the key" in done.stderr
     done = install(node, made["1.0"], tmp_path / "none.pem")
-    assert done.returncode == 1 and "no key of the plant" in done.stderr
+    assert done.returncode == 1 and "none.pem' is no public key of a plant" in done.stderr
     script = f"mount -o remount,ro / && exec sh {INSTALL} {made['1.0']} --key {public} --yes"
     done = node.run("sh", "-c", script)
     assert done.returncode == 1 and "cannot be written" in done.stderr, done.stderr + done.stdout

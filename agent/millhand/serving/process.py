@@ -142,9 +142,8 @@ class WorkerProcess:
         A caller that is cancelled meanwhile still waits for the end, which is near: nobody else collects the process.
         """
         self.client.close() if hasattr(self, "client") else None
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
         if self._ended is None:
+            self._signal_kill()
             self._ended = asyncio.create_task(self._collect())
         cancelled = False
         while not self._ended.done():
@@ -155,6 +154,12 @@ class WorkerProcess:
         if cancelled:
             raise asyncio.CancelledError
         return self._ended.result()
+
+    def _signal_kill(self) -> None:
+        """SIGKILL. `Process.kill` polls first, and takes a dead process's status from asyncio, which then says 255."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
 
     async def _collect(self) -> int:
         status = await self._process.wait()
