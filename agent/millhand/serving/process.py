@@ -38,6 +38,30 @@ STDERR_LINES = 20
 STDERR_LINE_CHARACTERS = 400
 
 
+async def _whole(*command: str, **options: Any) -> asyncio.subprocess.Process:
+    """Start a process; a caller that is cancelled meanwhile, even twice, leaves none that nobody collects."""
+    starting = asyncio.create_task(asyncio.create_subprocess_exec(*command, **options))
+    cancelled = await _outlasts_cancelling(starting)
+    process = starting.result()
+    if cancelled:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await _outlasts_cancelling(asyncio.create_task(process.communicate()))
+        raise asyncio.CancelledError
+    return process
+
+
+async def _outlasts_cancelling(task: asyncio.Task[Any]) -> bool:
+    """Wait until a task is done, whoever cancels the caller; whether somebody did."""
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            cancelled = True
+    return cancelled
+
+
 class WorkerProcess:
     """A living worker. Make one with `start`."""
 
@@ -69,7 +93,7 @@ class WorkerProcess:
                 "runners": settings.runners or host.runners or _runners(host),
             }
             interpreter = settings.interpreter or host.interpreter
-            process = await asyncio.create_subprocess_exec(
+            process = await _whole(
                 *python_command(interpreter, WORKER, msgspec.json.encode(argument).decode()),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
@@ -145,13 +169,7 @@ class WorkerProcess:
         if self._ended is None:
             self._signal_kill()
             self._ended = asyncio.create_task(self._collect())
-        cancelled = False
-        while not self._ended.done():
-            try:
-                await asyncio.shield(self._ended)
-            except asyncio.CancelledError:
-                cancelled = True
-        if cancelled:
+        if await _outlasts_cancelling(self._ended):
             raise asyncio.CancelledError
         return self._ended.result()
 
