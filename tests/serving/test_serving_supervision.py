@@ -68,6 +68,18 @@ async def test_an_end_that_is_cancelled_still_collects_the_process(tmp_path, tur
     assert await process.stop() == [] and await process.kill() in (0, -signal.SIGKILL)
 
 
+@pytest.mark.parametrize("turns", [0, 1, 3])
+async def test_a_stop_that_is_cancelled_still_ends_the_process(tmp_path, turns):
+    process = await WorkerProcess.start("worker", tmp_path / "w.sock", ModelSettings(), WorkerDefaults())
+    stopping = asyncio.create_task(process.stop())
+    for _ in range(turns + 1):
+        await asyncio.sleep(0)
+    stopping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stopping
+    assert not psutil.pid_exists(process.pid) and not process.path.exists()
+
+
 @pytest.mark.parametrize("times", [1, 2, 3])
 @pytest.mark.parametrize("turns", [1, 2, 3, 5, 20])
 async def test_a_start_that_is_cancelled_leaves_nothing(tmp_path, turns, times):

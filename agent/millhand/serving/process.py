@@ -134,18 +134,22 @@ class WorkerProcess:
     async def stop(self, grace_s: float = 5.0) -> list[dict[str, Any]]:
         """Let waiting requests run, then end the process: at once where it hangs, after `grace_s` in any case.
 
-        Returns the stats of every loaded version after its last request; none where the worker did not answer.
+        Returns the stats of every loaded version after its last request; none where the worker did not answer. It ends
+        at once where the caller is cancelled, who has let go of it already.
         """
         stats: list[dict[str, Any]] = []
         if self._ended is not None:
             await self.kill()
             return stats
         shutdown = asyncio.create_task(self.client.call("shutdown", timeout_s=grace_s))
-        await self._wait_while_it_works(shutdown)
-        shutdown.cancel()
-        with contextlib.suppress(WorkerError, asyncio.CancelledError):
-            stats = (await shutdown)["stats"]
-        await self.kill()
+        try:
+            await self._wait_while_it_works(shutdown)
+            shutdown.cancel()
+            with contextlib.suppress(WorkerError, asyncio.CancelledError):
+                stats = (await shutdown)["stats"]
+        finally:
+            shutdown.cancel()
+            await self.kill()
         return stats
 
     async def _wait_while_it_works(self, task: asyncio.Task[Any]) -> None:
