@@ -7,12 +7,17 @@ import tempfile
 from pathlib import Path
 
 
-def write_durably(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a whole file or nothing: temporary file, fsync, rename, fsync of the folder. Raises OSError."""
+def write_durably(path: Path, data: bytes, mode: int = 0o644, group: int | None = None) -> None:
+    """Write a whole file or nothing: temporary file, fsync, rename, fsync of the folder. Raises OSError.
+
+    group: whose the file is; None for the process's own.
+    """
     number, name = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path))
     try:
         with os.fdopen(number, "wb") as file:
             file.write(data)
+            if group is not None:
+                os.fchown(file.fileno(), -1, group)
             os.fchmod(file.fileno(), mode)
             file.flush()
             os.fsync(file.fileno())

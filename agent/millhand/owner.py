@@ -1,9 +1,12 @@
-"""Whose the data folder is: what root writes into the agent's own, the agent can no longer write."""
+"""Whose the agent's files are: what root makes among them must not be out of the agent's reach."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 OF_A_DISK = {"lost+found"}
@@ -35,3 +38,33 @@ def strays(folder: Path) -> list[str]:
     except OSError:
         return []
     return sorted(found - OF_A_DISK)
+
+
+@contextlib.contextmanager
+def handed_over(*folders: Path) -> Iterator[None]:
+    """What root makes in these folders meanwhile belongs to the folder's owner afterwards, however it ends."""
+    try:
+        yield
+    finally:
+        for folder in folders:
+            if os.geteuid() == 0 and folder.exists():
+                _hand_over(folder)
+
+
+def reading_group(path: Path) -> int | None:
+    """Who may read a file that root writes: its folder's group, as the package gives /etc/millhand to the agent's."""
+    group = path.parent.stat().st_gid
+    return group if os.geteuid() == 0 and group else None
+
+
+def _hand_over(folder: Path) -> None:
+    """Give what is root's below a folder to its owner. Never a file with a second name: that may lie elsewhere."""
+    owner = folder.stat()
+    if owner.st_uid == 0:
+        return
+    for _, folders, files, number in os.fwalk(folder, follow_symlinks=False):
+        for name in (*folders, *files):
+            with contextlib.suppress(FileNotFoundError):  # a running agent tidies up too
+                found = os.stat(name, dir_fd=number, follow_symlinks=False)
+                if found.st_uid == 0 and (stat.S_ISDIR(found.st_mode) or found.st_nlink == 1):
+                    os.chown(name, owner.st_uid, owner.st_gid, dir_fd=number, follow_symlinks=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import tomllib
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from millhand.assets import faulty_assets
 from millhand.config import Config, NodeSettings
 from millhand.durable import write_durably
 from millhand.errors import ConfigError
+from millhand.owner import reading_group
 from millhand.registry import Registry
 from millhand.telemetry.settings import read_password
 from millhand.validation import StrictTable, read_toml, validate
@@ -174,8 +174,5 @@ def _keep(path: Path, data: bytes) -> Path:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Durably, readable for the folder's group: the package gives /etc/millhand to root and the agent's group."""
-    write_durably(path, data, MODE)
-    group = path.parent.stat().st_gid
-    if os.geteuid() == 0 and path.stat().st_gid != group:
-        os.chown(path, -1, group)
+    """Durably, readable for the agent."""
+    write_durably(path, data, MODE, reading_group(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from millhand.diagnosis import diagnose
-from millhand.owner import other_owner, start_command, strays
+from millhand.owner import handed_over, other_owner, start_command, strays
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
 USER = pwd.getpwnam("nobody")
@@ -64,3 +65,39 @@ def test_what_root_left_behind_is_told_with_the_command_that_mends_it(config: Pa
     (finding,) = [finding for finding in diagnose(config) if finding.name == "data_dir"]
     assert finding.level == "warning" and "models" in finding.message
     assert f"chown -R {USER.pw_uid}:{USER.pw_gid} '{data}'" in finding.hint
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_root_makes_is_handed_over(data: Path, tmp_path: Path, fails: bool) -> None:
+    (data / "theirs").write_text("")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("")
+    with contextlib.suppress(ValueError), handed_over(data, tmp_path / "none"):
+        (data / "model/1").mkdir(parents=True)
+        (data / "model/1/weights").write_text("")
+        (data / "link").symlink_to(elsewhere)
+        os.link(elsewhere, data / "second-name")
+        if fails:
+            raise ValueError
+    made = [data / "theirs", data / "model", data / "model/1", data / "model/1/weights", data / "link"]
+    assert {path: path.lstat().st_uid for path in made} == dict.fromkeys(made, USER.pw_uid)
+    assert elsewhere.stat().st_uid == 0, "neither through a link nor by a second name"
+
+
+def test_a_command_of_roots_that_writes_leaves_nothing_of_roots(config: Path, data: Path) -> None:
+    config.write_text(config.read_text() + "[plugins.rig]\n")
+    command = [sys.executable, "-m", "millhand", "-c", os.fspath(config), "model", "prove", "rig-fault"]
+    subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    left = {path.relative_to(data): path.lstat().st_uid for path in data.rglob("*")}
+    assert len(left) > 2 and set(left.values()) == {USER.pw_uid}
+
+
+def test_a_token_that_root_makes_can_be_read_by_the_agents_group(config: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "settings"
+    settings.mkdir(mode=0o750)
+    os.chown(settings, 0, USER.pw_gid)
+    config.write_text(config.read_text() + f'[gateway]\ntokens_file = "{settings / "tokens"}"\n')
+    command = [sys.executable, "-m", "millhand", "-c", os.fspath(config), "gateway", "token", "panel-3"]
+    subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    found = (settings / "tokens").stat()
+    assert (found.st_uid, found.st_gid, oct(found.st_mode & 0o777)) == (0, USER.pw_gid, "0o640")

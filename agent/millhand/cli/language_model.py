@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from millhand.cli.output import LINE_CHARACTERS, Output, json_option, labelled, shorten, table_with_reasons, wrapped
+from millhand.cli.output import (
+    LINE_CHARACTERS,
+    Output,
+    json_option,
+    labelled,
+    shorten,
+    table_with_reasons,
+    wrapped,
+    writes_data,
+)
 from millhand.errors import ModelError
 
 if TYPE_CHECKING:
@@ -33,6 +42,7 @@ NOTHING = "-"
 @click.option("--force", is_flag=True, help="Add it though it does not fit this node's memory.")
 @json_option
 @click.pass_context
+@writes_data
 def add(ctx: click.Context, name: str, source: str | None, precision: str, replace: bool, force: bool) -> None:
     """Add a language model under NAME.
 
@@ -93,6 +103,7 @@ def catalog(ctx: click.Context, everything: bool) -> None:
 @click.argument("name")
 @json_option
 @click.pass_context
+@writes_data
 def remove(ctx: click.Context, name: str) -> None:
     """Remove language model NAME and what was made of it. Models of your own folders are left to you."""
     import shutil

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from millhand.control import ControlClient
     from millhand.serving.repository import Repository
 
+P = ParamSpec("P")
+R = TypeVar("R")
 LINE_CHARACTERS = 80
 LABEL_CHARACTERS = 10
 
@@ -71,6 +74,21 @@ def json_option(function: Any) -> Any:
     return click.option(
         "--json", is_flag=True, expose_value=False, is_eager=False, callback=callback, help="Print JSON for programs."
     )(function)
+
+
+def writes_data(function: Callable[P, R]) -> Callable[P, R]:
+    """Of a command that writes the node's own folders: run by root, it leaves nothing that the agent cannot write."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **options: P.kwargs) -> R:
+        from millhand.owner import handed_over
+
+        output: Output = click.get_current_context().obj
+        config = output.config()
+        with handed_over(config.node.data_dir, *filter(None, [config.models.built_dir])):
+            return function(*args, **options)
+
+    return run
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[Any]], characters: int | None = None) -> list[str]:

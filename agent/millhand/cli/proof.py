@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from millhand.cli.language_build import chosen_of, subject_of, verified
-from millhand.cli.output import Output, json_option, plural, table_with_reasons, wrapped
+from millhand.cli.output import Output, json_option, plural, table_with_reasons, wrapped, writes_data
 from millhand.errors import InputError, ModelError
 from millhand.proof.document import ORIGINAL
 
@@ -120,6 +120,7 @@ def verify(ctx: click.Context, name: str | None, everything: bool) -> None:
 @target_option
 @json_option
 @click.pass_context
+@writes_data
 def sign(
     ctx: click.Context, name: str, key_path: Path, version: int | None, candidate: str | None, target: str | None
 ) -> None:

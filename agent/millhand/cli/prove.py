@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from millhand.cli.build import listener_of, typical_batch
-from millhand.cli.output import Output, json_option, wrapped
+from millhand.cli.output import Output, json_option, wrapped, writes_data
 
 
 @click.command("prove", short_help="Measure a model as it is, and sign the proof.")
@@ -17,6 +17,7 @@ from millhand.cli.output import Output, json_option, wrapped
 @click.option("--data", type=click.Path(path_type=Path), help="Rows or a text to measure it by.")
 @json_option
 @click.pass_context
+@writes_data
 def command(ctx: click.Context, name: str, target: str | None, version: int | None, data: Path | None) -> None:
     """Prove model NAME as it is: run its own artifact on this node, measure it, and sign.
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from millhand.durable import write_durably
 from millhand.errors import ConfigError, InputError
+from millhand.owner import reading_group
 
 TOKEN_PREFIX = "mh-"  # noqa: S105 - helps people and scanners to know one when they see it
 AGENT_ROLE = "agent"
@@ -84,10 +85,11 @@ def add_token(path: Path, name: str, role: str) -> str:
 
 
 def write_tokens(path: Path, tokens: Sequence[Token]) -> None:
-    """Write the whole file, for its owner's eyes. Raises ConfigError."""
+    """Write the whole file, for its owner's eyes, and where root writes for the agent's. Raises ConfigError."""
     text = "".join(f"{' '.join(token)}\n" for token in tokens)
     try:
-        write_durably(path, text.encode(), mode=0o600)
+        group = reading_group(path)
+        write_durably(path, text.encode(), 0o600 if group is None else 0o640, group)
     except OSError as error:
         raise ConfigError(
             f"[gateway] tokens_file = '{path}' cannot be written: {error.strerror}", hint="name another file"
