@@ -11,11 +11,11 @@ from pathlib import Path
 import click
 
 from millhand.bundle import openpgp
-from millhand.bundle.manifest import SCRIPT, Deb
+from millhand.bundle.manifest import INDEX, SCRIPT, Deb
 from millhand.proof.keys import PrivateKey, new_pair, private_path, public_path, read_private
 from millhand_images import deb, wheels
 from millhand_images.bundle_content import data_files, language_files, model_files
-from millhand_images.bundle_debs import SYSTEMS, Archive, Found, System, depends, describe
+from millhand_images.bundle_debs import SYSTEMS, Archive, Found, System, depends, describe, index
 from millhand_images.bundle_file import Content, write
 from millhand_images.bundle_parts import bill
 from millhand_images.bundle_wheels import further
@@ -88,6 +88,8 @@ def build(order: Order, out: Path) -> Path:
         extras = order.kind.extras + ((LANGUAGE_EXTRA,) if order.language else ())
         libraries = further(target, extras, BUILD / "wheels")
         listed, files = _named(debs)
+        (folder / "Packages").write_text(index(files), encoding="utf-8")
+        files[INDEX] = folder / "Packages"
         files |= {f"wheels/{path.name}": path for path in libraries}
         files |= documents() | {SCRIPT: INSTALL}
         files |= (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +126,17 @@ def describe(path: Path) -> Found:
     said = call(["dpkg-deb", "--field", path, "Package", "Version", "Installed-Size"])
     fields = dict(line.split(": ", 1) for line in said.splitlines())
     return Found(path, fields["Package"], fields["Version"], int(fields.get("Installed-Size", "0")))
+
+
+def index(debs: Mapping[str, Path]) -> str:
+    """What apt reads of packages without their files, by their paths (deb822, an archive's `Packages`). BuildError."""
+    stanzas = []
+    for place, path in debs.items():
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        control = call(["dpkg-deb", "--field", path]).strip()
+        stanzas.append(f"{control}\nFilename: {place}\nSize: {path.stat().st_size}\nSHA256: {sha256}\n")
+    return "\n".join(stanzas)
 
 
 def depends(path: Path) -> list[str]:

@@ -92,6 +92,9 @@ verify() {
   tar -xf "$bundle" -C "$work" --to-command='echo "$(sha256sum | cut -c 1-64) $TAR_SIZE $TAR_FILENAME"' 2>/dev/null |
     tail -n +4 | cmp -s - "$work/signed" ||
     refuse "a file of bundle '$bundle' is not what the plant has signed" "carry another bundle"
+  tar -xf "$bundle" --occurrence=1 --no-same-owner -C "$work" debs/Packages 2>/dev/null &&
+    grep -Fqx "$(sha256sum "$work/debs/Packages" | cut -c 1-64) $(wc -c <"$work/debs/Packages") debs/Packages" "$work/signed" ||
+    refuse "bundle '$bundle' has no index of its packages" "carry another bundle"
 }
 
 check_node() {
@@ -128,19 +131,48 @@ installed() { # the version of a package that is installed whole, else nothing
   dpkg-query -W -f '${db:Status-Abbrev}${Version}\n' "$1" 2>/dev/null | sed -n 's/^[ihr]i //p' | head -n 1
 }
 
+# The packages of the bundle that this node needs, with their versions. apt decides: what is here and does stays as it is, so that
+# what hangs on it goes on to fit. It changes nothing (-s), and sees no archive but the bundle's, whose files it does not need.
+choose() {
+  : >"$work/chosen"
+  wanted=
+  while read -r _ package new; do
+    have=$(installed "$package")
+    case $package in
+      millhand) [ "$have" = "$new" ] || wanted="$wanted millhand=$new" ;;
+      *) [ -n "$have" ] || wanted="$wanted $package" ;;
+    esac
+  done <"$work/packages"
+  [ -n "$wanted" ] || return 0
+  mkdir "$work/none"
+  # shellcheck disable=SC2086  # they are words
+  if apt-get -s -q -f --no-remove --no-install-recommends --allow-downgrades --with-source "$work/debs/Packages" \
+    -o Debug::NoLocking=1 -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache= -o Dir::State::lists="$work/none" \
+    -o Dir::Etc::sourcelist=/dev/null -o Dir::Etc::sourceparts="$work/none" -o Dir::Log="$work" install $wanted >"$work/apt" 2>&1; then
+    sed -n 's/^\(Inst\|Conf\) \([^ :]*\)[^(]*(\([^ )]*\).*/\2 \3/p' "$work/apt" >"$work/chosen"
+  elif [ -n "$(dpkg --audit)" ] || ! command -v apt-get >/dev/null; then
+    # Packages that are half installed: all that are older here go along, which fits in itself.
+    while read -r _ package new; do
+      have=$(installed "$package")
+      [ -n "$have" ] && dpkg --compare-versions "$have" ge "$new" || say "$package $new"
+    done <"$work/packages" >"$work/chosen"
+    [ "$(installed millhand)" = "$version" ] || say "millhand $version" >>"$work/chosen"
+  else
+    sed 's/^/  /' "$work/apt" >&2
+    refuse "the packages do not fit those that are installed" "see above; install or remove what apt names"
+  fi
+}
+
 plan() {
   say "Bundle    millhand $(field Version) for $target, of $(field Date), signed by $fingerprint"
-  : >"$work/debs"
   section Debs >"$work/packages"
-  while read -r path package wanted; do
+  choose
+  : >"$work/debs.list"
+  while read -r path package new; do
+    grep -Fqx "$package $new" "$work/chosen" || continue
     have=$(installed "$package")
-    if [ "$package" = millhand ]; then
-      [ "$have" != "$wanted" ] || continue
-    elif [ -n "$have" ] && dpkg --compare-versions "$have" ge "$wanted"; then
-      continue
-    fi
-    say "Package   $package $wanted${have:+, in place of $have}"
-    say "$STAGED/$path" >>"$work/debs"
+    say "Package   $package $new${have:+, in place of $have}"
+    say "$STAGED/$path" >>"$work/debs.list"
   done <"$work/packages"
   sed -n 's|^[0-9a-f]* [0-9]* wheels/\(.*\)|Library   \1|p' "$work/signed"
   sed -n 's|^[0-9a-f]* [0-9]* data/\(.*\)|Data      \1|p' "$work/signed"
@@ -162,23 +194,12 @@ stage() {
     refuse "the bundle has changed while it was read" "copy it to the node's own disk first"
 }
 
-# Ask apt first: it knows what the packages that are here already would not bear. It changes nothing (-s).
-check_packages() {
-  [ -s "$work/debs" ] && [ -z "$(dpkg --audit)" ] && command -v apt-get >/dev/null || return 0
-  # shellcheck disable=SC2046  # no path of a bundle has a space
-  apt-get -s -q --no-remove --no-install-recommends --allow-downgrades -o Debug::NoLocking=1 -o Dir::Cache::pkgcache= \
-    -o Dir::Cache::srcpkgcache= install $(cat "$work/debs") >"$work/apt" 2>&1 &&
-    [ "$(grep -c '^Inst ' "$work/apt")" -eq "$(wc -l <"$work/debs")" ] && return # it would fetch nothing beside them
-  sed 's/^/  /' "$work/apt" >&2
-  refuse "the packages do not fit those that are installed" "see above; install or remove what apt names"
-}
-
 act() {
-  if [ -s "$work/debs" ]; then
+  if [ -s "$work/debs.list" ]; then
     broken=$(dpkg --audit)
-    say "Installing $(wc -l <"$work/debs") packages; on a slow disk this takes minutes."
+    say "Installing $(wc -l <"$work/debs.list") packages; on a slow disk this takes minutes."
     # shellcheck disable=SC2046
-    dpkg --install --force-confold $(cat "$work/debs") >"$work/dpkg" 2>&1 || {
+    dpkg --install --force-confold $(cat "$work/debs.list") >"$work/dpkg" 2>&1 || {
       cat "$work/dpkg" >&2
       refuse "dpkg could not install the packages" "mend what it says, and run this again"
     }
@@ -186,7 +207,7 @@ act() {
   fi
   millhand bundle lay "$STAGED" >"$work/laid" || exit 1
   cat "$work/laid"
-  if [ ! -s "$work/debs" ] && [ ! -s "$work/laid" ]; then
+  if [ ! -s "$work/debs.list" ] && [ ! -s "$work/laid" ]; then
     say "Nothing had to be changed."
   elif [ -d /run/systemd/system ]; then
     systemctl try-restart millhand.service
@@ -207,7 +228,6 @@ main() {
   exec 9</var/lib/dpkg
   flock -n 9 || refuse "another install is under way" "wait until it has ended"
   stage
-  check_packages
   act
   say "millhand $(field Version) is installed."
 }

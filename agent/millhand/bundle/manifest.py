@@ -12,6 +12,8 @@ FIRST = "millhand bundle 1"
 NAME, SIGNATURE, KEY = "MANIFEST", "MANIFEST.sig", "KEY.pgp"
 HEAD = (NAME, SIGNATURE, KEY)
 SCRIPT = "install.sh"
+INDEX = "debs/Packages"
+"""What apt reads of the packages."""
 FOLDERS = ("debs", "wheels", "data", "docs")
 FILES = (SCRIPT, "sbom.cdx.json")
 BYTES_CAP = 4 << 20

@@ -13,12 +13,14 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from millhand.bundle.archive import TRAILER_BYTES, trailer
-from millhand.bundle.manifest import SCRIPT, Deb
+from millhand.bundle.manifest import INDEX, SCRIPT, Deb
 from millhand.proof.keys import PrivateKey
+from millhand_images.bundle_debs import describe, index
 from millhand_images.bundle_file import Content, write
 
 PROJECT = Path(__file__).parents[3]
@@ -40,29 +42,40 @@ def system() -> str:
     return f"{lines['ID']} {lines['VERSION_ID']}".replace('"', "")
 
 
-def deb(folder: Path, version: str) -> Path:
+def deb(folder: Path, version: str, needs: str = "") -> Path:
     """A package `millhand` whose command is this checkout's."""
     tree = folder / f"tree-{version}"
-    for name in ("DEBIAN", "usr/bin", "var/lib/millhand", f"usr/share/doc/millhand/{version}"):
+    for name in ("usr/bin", "var/lib/millhand", f"usr/share/doc/millhand/{version}"):
         (tree / name).mkdir(parents=True)
-    (tree / "DEBIAN/control").write_text(
-        f"Package: millhand\nVersion: {version}\nArchitecture: {architecture()}\n"
-        "Maintainer: The millhand maintainers\nDescription: stands in for the real one\n"
-    )
     stub = tree / "usr/bin/millhand"
     stub.write_text(STUB.format(path=":".join(str(PROJECT / name) for name in CODE), python=sys.executable))
     stub.chmod(0o755)
-    path = folder / f"millhand-{version}.deb"
+    return packed(tree, folder / f"millhand-{version}.deb", "millhand", version, needs)
+
+
+def packed(tree: Path, path: Path, name: str, version: str, needs: str = "") -> Path:
+    """A folder as a package."""
+    (tree / "DEBIAN").mkdir(parents=True)
+    (tree / "DEBIAN/control").write_text(
+        f"Package: {name}\nVersion: {version}\nArchitecture: {architecture()}\n"
+        f"Maintainer: The millhand maintainers\n{f'Depends: {needs}' if needs else 'Section: misc'}\n"
+        "Description: stands in for the real one\n"
+    )
     subprocess.run(["dpkg-deb", "--root-owner-group", "-Znone", "--build", tree, path], check=True, capture_output=True)
     return path
 
 
-def bundle(path: Path, key: PrivateKey, version: str, files: dict[str, Path], **changes: object) -> Path:
-    """A bundle of a package and further files."""
+def bundle(
+    path: Path, key: PrivateKey, version: str, files: dict[str, Path], parts: Sequence[Path] = (), **changes: object
+) -> Path:
+    """A bundle of the package millhand, the packages that it needs, and further files."""
     package = path.parent / f"millhand-{version}.deb"
     if not package.exists():
         package = deb(path.parent, version)
-    name = f"debs/01-millhand_{architecture()}.deb"
+    found = [describe(each) for each in (*parts, package)]
+    debs = {f"debs/{number:02}-{one.package}.deb": one for number, one in enumerate(found, 1)}
+    listed = path.parent / f"Packages-{version}"
+    listed.write_text(index({place: one.path for place, one in debs.items()}))
     fields = {
         "version": version,
         "package": version,
@@ -72,8 +85,8 @@ def bundle(path: Path, key: PrivateKey, version: str, files: dict[str, Path], **
         "python": "3.11",
         "epoch_s": EPOCH_S,
         "system_bytes": 4096,
-        "debs": (Deb(name, "millhand", version),),
-        "files": {SCRIPT: INSTALL, name: package, **files},
+        "debs": tuple(Deb(place, one.package, one.version) for place, one in debs.items()),
+        "files": {SCRIPT: INSTALL, INDEX: listed, **{place: one.path for place, one in debs.items()}, **files},
         **changes,
     }
     write(path, Content(**fields), key)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
 MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
+WITH_PYTHON = ("python3", "ca-certificates")
 BUILD_DEADLINE_S = 900
 BASE_DEADLINE_S = 1800
 
@@ -58,11 +59,13 @@ def package(architecture: str, folder: Path) -> Path:
     return made
 
 
-def bare_root(architecture: str, root: Path, include: Sequence[str] = ("python3", "ca-certificates")) -> None:
+def bare_root(architecture: str, root: Path, include: Sequence[str] = WITH_PYTHON) -> None:
     """Unpack Debian 12 with some packages into `root`; made once, kept below TEST_CHROOTS or build/chroots."""
     cache = Path(os.environ.get("TEST_CHROOTS", ROOT / "build/chroots"))
     cache.mkdir(parents=True, exist_ok=True)
-    base = cache / f"bookworm-{architecture}-minbase{'-python' if include else ''}.tar"
+    further = sorted(set(include) - set(WITH_PYTHON))
+    base = cache / "-".join(["bookworm", architecture, "minbase", *(["python"] if include else []), *further])
+    base = base.with_name(f"{base.name}.tar")
     with (cache / f"{base.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not base.exists():
