@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
-from typing import Protocol
+from typing import Protocol, TextIO
+
+PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.NOTSET: 7}
+"""Level -> syslog's priority (RFC 5424, 6.2.1)."""
 
 
 class LogChoice(Protocol):
@@ -58,14 +62,35 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False)
 
 
+class JournalFormatter(logging.Formatter):
+    """Puts a line's priority before it, which journald takes off again (sd-daemon(3)): `journalctl -p warning`."""
+
+    def __init__(self, lines: logging.Formatter) -> None:
+        super().__init__()
+        self._lines = lines
+
+    def format(self, record: logging.LogRecord) -> str:
+        mark = f"<{next(priority for level, priority in PRIORITIES.items() if record.levelno >= level)}>"
+        return "\n".join(mark + line for line in self._lines.format(record).splitlines())
+
+
+def is_journal(stream: TextIO) -> bool:
+    """Whether journald reads what is written there (systemd.exec(5), $JOURNAL_STREAM)."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
 def log_handler(choice: LogChoice, repeats_per_minute: int) -> logging.Handler:
     """A handler that writes to stderr in the chosen format, so many lines a minute from one place in the code."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(RepeatLimit(repeats_per_minute))
-    if choice.format == "json":
-        handler.setFormatter(JsonFormatter())
-    else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    journal = is_journal(sys.stderr)
+    text = "%(name)s: %(message)s" if journal else "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+    lines = JsonFormatter() if choice.format == "json" else logging.Formatter(text)
+    handler.setFormatter(JournalFormatter(lines) if journal else lines)
     return handler
 
 

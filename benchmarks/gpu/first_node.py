@@ -5,7 +5,8 @@
 The node is the one that this runs on: as root, with NVIDIA's driver, CUDA 13 and cuDNN 9, without millhand. The bundle
 is installed in a network namespace without a device, the node set up and checked, the agent started as its unit starts
 it. Both shipped models of the rig must compute on the card alone, by their own load's count of nodes; NVML's list of
-processes is shown. At the end the package is purged.
+processes is shown. Then candidates of one are built and judged on the card, and the demo does its main job there.
+At the end the package is purged.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ MILLHAND = "/usr/bin/millhand"
 CONFIG, LOG = Path("/etc/millhand/millhand.toml"), Path("/tmp/agent.log")
 MODELS = {"rig-fault": 44, "rig-wave": 2 * 2048}
 """Model -> values of a row."""
+BUILT = "rig-wave"
 CUDA = "CUDAExecutionProvider"
 DEADLINE_S = 120.0
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
@@ -82,7 +85,7 @@ def set_up(node: Node) -> None:
     answers.write_text('node = "press-7"\n')
     node.run(MILLHAND, "setup", "--answers", str(answers), "--no-check")
     with CONFIG.open("a") as file:
-        file.write(f"\n[models]\nload = {json.dumps(list(MODELS))}\n\n[plugins.rig]\n")
+        file.write(f"\n[models]\nload = {json.dumps(list(MODELS))}\n\n[plugins.rig]\n\n[plugins.quantize]\n")
     node.run("install", "-d", "-o", "millhand", "-g", "millhand", "/run/millhand")
 
 
@@ -135,6 +138,10 @@ def main() -> int:
         code = agent.wait(60)
     cards.await_free(before_mib, 10.0)
     left_mib = (card.used_mib() or 0.0) - before_mib
+    built = node.millhand("model", "build", BUILT)
+    outcomes = Counter(outcome["state"] for outcome in built["outcomes"] if outcome["name"] != "original")
+    demo = node.millhand("demo", "--output", "/tmp/millhand-demo")
+    lost = demo["telemetry"]["lost"] + demo["telemetry"]["duplicates"]
     node.run("dpkg", "--purge", "millhand")
     on_cpu = sum(proof.get("nodes", 0) - proof.get("gpu_nodes", 0) for proof in seen["proofs"].values())
     proved = sum(proof.get("provider") == CUDA for proof in seen["proofs"].values())
@@ -148,6 +155,12 @@ def main() -> int:
         Figure("memory with both models served", round(served_mib - before_mib), "MiB"),
         Figure("memory left when the agent has ended", round(left_mib, 1), "MiB", "<= 1"),
         Figure("exit code of the agent after SIGTERM", code, "", "== 0"),
+        Figure(f"candidates of {BUILT} built and passed on the card", outcomes["passed"], ""),
+        Figure(f"candidates of {BUILT} that failed their gate or proof", outcomes["failed"] + outcomes["refused"], ""),
+        Figure(f"energy of an inference of {BUILT}, by NVML", round(built["own_proof"]["energy_mj"], 1), "mJ"),
+        Figure("demo: answers produced", demo["telemetry"]["produced"], ""),
+        Figure("demo: of them lost or doubled", lost, "", "== 0"),
+        Figure("demo: reading to prediction, p99", demo["latency_ms"]["p99"], "ms"),
         Figure("the bundle", round(given.bundle.stat().st_size / 1e6, 1), "MB"),
     ]
     return report(
@@ -162,6 +175,8 @@ def main() -> int:
         findings=checked["findings"],
         log=node.log,
         agent=LOG.read_text().splitlines(),
+        built=built,
+        demo={key: demo[key] for key in ("profile", "scale", "alerts", "telemetry", "latency_ms")},
     )
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from millhand.logs import JsonFormatter, RepeatLimit
+from millhand.logs import JsonFormatter, RepeatLimit, log_handler
 
 
 def logger(stream: io.StringIO, limit: RepeatLimit) -> logging.Logger:
@@ -53,3 +56,36 @@ def test_json_lines_hold_exception_and_level() -> None:
     assert entry["level"] == "error"
     assert "ValueError: broken" in entry["exception"]
     assert entry["time"].endswith("Z")
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("text", ["<4>millhand.test: hot", "<3>millhand.test: failed"]),
+        ("json", ['<4>{"time"', '<3>{"time"']),
+    ],
+)
+def test_the_journal_gets_each_line_with_its_priority_and_no_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, expected: list[str]
+) -> None:
+    with (tmp_path / "stderr").open("w+") as stream:
+        status = (tmp_path / "stderr").stat()
+        monkeypatch.setattr(sys, "stderr", stream)
+        for journal in (f"{status.st_dev}:{status.st_ino}", f"{status.st_dev}:1"):
+            monkeypatch.setenv("JOURNAL_STREAM", journal)
+            log = logging.Logger("millhand.test")
+            log.addHandler(log_handler(SimpleNamespace(level="info", format=form, repeats_per_minute=10), 10))
+            log.warning("hot")
+            try:
+                raise ValueError("broken")
+            except ValueError:
+                log.exception("failed")
+            stream.flush()
+            lines = (tmp_path / "stderr").read_text().splitlines()
+            if journal.endswith(":1"):
+                assert not any(line.startswith("<") for line in lines), "a file is not the journal"
+            else:
+                assert all(any(line.startswith(each) for line in lines) for each in expected), lines
+                assert all(line.startswith(("<3>", "<4>")) for line in lines), "each line of a traceback too"
+            stream.seek(0)
+            stream.truncate()

@@ -114,7 +114,8 @@ def test_a_unit_from_install_to_purge(machine: Booted) -> None:
 
     machine.run("systemctl", "stop", "millhand")
     assert (machine.unit(AGENT, "Result"), machine.unit(AGENT, "ActiveState")) == ("success", "inactive")
-    assert machine.journal(AGENT, "--priority=err") == ""
+    assert "ready: profile" in machine.journal(AGENT, "--priority=info")
+    assert machine.journal(AGENT, "--priority=warning") == ""
     machine.run("systemctl", "start", "millhand")
     machine.run("dpkg", "--purge", "millhand")
     assert machine.unit(AGENT, "LoadState") == "not-found"
@@ -137,6 +138,11 @@ def test_an_agent_that_dies_or_hangs_is_started_again(machine: Booted) -> None:
         said = machine.run("journalctl", "--no-pager", "--output=cat", f"--unit={AGENT}").stdout
         assert f"Failed with result '{result}'" in said
     assert machine.unit(AGENT, "NRestarts") == "2"
+    worker = machine.run("pgrep", "-f", "millhand.serving.worker").stdout.split()[0]
+    machine.run("kill", "-KILL", worker)
+    wait(lambda: "it is started again" in machine.journal(AGENT, "--priority=err"), "word of the killed worker")
+    wait(lambda: predicts(machine), "a prediction of the next worker")
+    assert machine.unit(AGENT, "NRestarts") == "2", "the agent itself went on"
     assert set(kept) <= set(readings(machine)), "readings were lost"
 
 
