@@ -118,7 +118,7 @@ def main() -> int:
     node.run(*offline)
     progress("installing ...")
     began_s = time.monotonic()
-    node.run(*offline, "--yes")
+    installed = node.run(*offline, "--yes")
     installed_s = time.monotonic() - began_s
     set_up(node)
     progress("checking ...")
@@ -173,8 +173,7 @@ def main() -> int:
         problems=hardware["problems"],
         profile=match["profile"],
         findings=checked["findings"],
-        log=node.log,
-        agent=LOG.read_text().splitlines(),
+        installed=installed.splitlines(),
         built=built,
         demo={key: demo[key] for key in ("profile", "scale", "alerts", "telemetry", "latency_ms")},
     )
