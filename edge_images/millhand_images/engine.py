@@ -1,7 +1,8 @@
 """Builds the images and runs them where no engine's daemon is: buildah and podman, as root, with a store of their own.
 
 An image's base comes from a registry. Here Ubuntu 24.04 of Ubuntu's own archive stands in for it (debootstrap): what
-the CUDA and TensorRT bases are made of, without CUDA and TensorRT.
+the CUDA and TensorRT bases are made of, without CUDA and TensorRT. For arm64 it is Debian 12, with its Python 3.11:
+Ubuntu keeps arm64 on a server of its own, which fewer networks let through.
 """
 
 from __future__ import annotations
@@ -21,10 +22,18 @@ from millhand.errors import MillhandError
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("buildah", "podman", "crun", "debootstrap")
 KEYRING = Path("/usr/share/keyrings/ubuntu-archive-keyring.gpg")
-ARCHIVE = "http://archive.ubuntu.com/ubuntu"
-SUITE, SCRIPT = "noble", "gutsy"
-"""debootstrap has one script for every Ubuntu since Gutsy; an older debootstrap does not know Noble by its name."""
 BASE = "localhost/millhand-base"
+STAND_INS = {
+    # gutsy: debootstrap has one script for every Ubuntu since; an older one does not know Noble by its name.
+    "amd64": (
+        "noble",
+        (f"--keyring={KEYRING}", "--components=main,universe"),
+        ("http://archive.ubuntu.com/ubuntu", "gutsy"),
+    ),
+    "arm64": ("bookworm", (), ("http://deb.debian.org/debian",)),
+}
+"""Architecture -> what debootstrap is told: the suite, options, where it comes from."""
+EMULATOR = Path("/proc/sys/fs/binfmt_misc/qemu-aarch64")
 OLD_CGROUPS = Path("/sys/fs/cgroup/unified")
 ALONE = 'umount -R /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup; exec "$@"'
 """crun refuses a machine with both kinds of control groups: in a mount namespace of its own it sees the new kind."""
@@ -46,6 +55,16 @@ def missing() -> str:
     return "" if KEYRING.exists() else f"'{KEYRING}' is not here (apt-get install ubuntu-archive-keyring)"
 
 
+def not_emulated() -> str:
+    """What keeps steps of arm64 from being run here, with the remedy; empty where nothing does."""
+    if EMULATOR.exists():
+        return ""
+    return (
+        "arm64 cannot be emulated: apt-get install qemu-user-static binfmt-support, "
+        "mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc"
+    )
+
+
 class Engine:
     """Images and containers whose files all lie in `folder`."""
 
@@ -54,24 +73,29 @@ class Engine:
         self._folder = folder
         self._store = ["--root", str(folder / "store"), "--runroot", str(folder / "run")]
 
-    def base(self) -> str:
+    def base(self, arch: str = "amd64") -> str:
         """The stand-in for an image's base, by its digest; made where it is not there. Raises EngineError."""
-        if not self._lists(f"{BASE}:{SUITE}"):
-            tree = self._folder / SUITE
+        suite, options, source = STAND_INS[arch]
+        image = f"{BASE}:{suite}"
+        if not self._lists(image):
+            tree = self._folder / suite
             shutil.rmtree(tree, ignore_errors=True)
-            options = ["--variant=minbase", f"--keyring={KEYRING}", "--components=main,universe"]
-            _call(["debootstrap", *options, SUITE, str(tree), ARCHIVE, SCRIPT])
+            _call(["debootstrap", "--variant=minbase", f"--arch={arch}", *options, suite, str(tree), *source])
             self._take_over_certificates(tree)
             archive = self._folder / "base.tar"
             _call(["tar", "-C", str(tree), "-cf", str(archive), "."])
-            self._podman("import", str(archive), f"{BASE}:{SUITE}")
+            self._podman("import", "--arch", arch, str(archive), image)
             archive.unlink()
             shutil.rmtree(tree)
-        return f"{BASE}@{self.inspect(f'{BASE}:{SUITE}')['Digest']}"
+        return f"{BASE}@{self.inspect(image)['Digest']}"
 
-    def build(self, dockerfile: Path, arguments: Mapping[str, str], tag: str) -> str:
-        """Build an image of the project's folder, layers cached; return what was printed. Raises EngineError."""
+    def build(self, dockerfile: Path, arguments: Mapping[str, str], tag: str, volumes: Sequence[str] = ()) -> str:
+        """Build an image of the project's folder, layers cached; return what was printed. Raises EngineError.
+
+        volumes: folders that the steps see and the image does not hold, as `here:there:ro`.
+        """
         given = [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
+        given += [f"--volume={volume}" for volume in volumes]
         options = ["--layers", "--isolation", "chroot", "--format", "docker", "--network", "host"]
         command = ["buildah", *self._store, "bud", *options, *given, "--tag", tag, "--file", str(dockerfile)]
         return _call([*command, str(ROOT)])

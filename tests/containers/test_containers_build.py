@@ -1,7 +1,7 @@
 """The Dockerfiles built step by step by a real engine, and their images run: read-only, no rights, no network.
 
-`make test-images` runs it. The base stands in for one of a registry (see millhand_images.engine); Jetson's file is
-built of wheels for x86-64.
+`make test-images` runs it. The bases stand in for those of a registry (see millhand_images.engine). Jetson's file is
+built twice: of wheels for this machine, and as it is for a board, every step under emulation.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,9 @@ import millhand_plugins.rig
 from millhand import __version__
 from millhand.testing import wait_until
 from millhand_images import engine
+from millhand_images.lock import canonical
+from millhand_images.process import pip
+from millhand_images.target import Target
 
 ROOT = Path(__file__).parents[2]
 STORE = ROOT / "build/images"
@@ -28,6 +31,7 @@ FEATURES = ",".join(map(str, range(44))) + "\n"
 MILLHAND = "/opt/millhand/bin/millhand"
 PYTHON = "/opt/millhand/bin/python"
 RIGHTS = "grep -E '^(CapEff|CapBnd|NoNewPrivs)' /proc/self/status"
+ORT = "onnxruntime-gpu==1.31.1"
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,22 @@ class Built:
     dockerfile: str
     arguments: dict[str, str]
     onnxruntime: str
+    arch: str = "amd64"
+    distribution: str = "ubuntu"
 
 
 IMAGES = {
     "x86-cpu": Built("Dockerfile.x86", {"VARIANT": "cpu"}, "onnxruntime"),
     "x86-gpu": Built("Dockerfile.x86", {"VARIANT": "gpu"}, "onnxruntime-gpu"),
     "jetson-on-amd64": Built("Dockerfile.jetson", {"LOCK": "amd64-python3.12"}, "onnxruntime"),
+    # An index with code for Orin is not here: a folder with the wheel of PyPI stands in for it.
+    "jetson-arm64": Built(
+        "Dockerfile.jetson",
+        {"LOCK": "arm64-python3.11", "ORT_INDEX_URL": "file:///index", "ORT_REQUIREMENT": ORT},
+        "onnxruntime-gpu",
+        "arm64",
+        "debian",
+    ),
 }
 
 pytestmark = [
@@ -69,16 +83,41 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def built(name):
-    return IMAGES[name]
+    found = IMAGES[name]
+    if found.arch != "amd64" and engine.not_emulated():
+        pytest.skip(engine.not_emulated())
+    return found
 
 
 @pytest.fixture(scope="module")
 def image(name, built, machine):
     """The image of a Dockerfile; what its steps said is printed."""
     tag = f"localhost/millhand-{name}:test"
-    given = {**built.arguments, "VERSION": __version__, "BASE_IMAGE": machine.base()}
-    print(machine.build(ROOT / built.dockerfile, given, tag)[-3000:])
+    given = {**built.arguments, "VERSION": __version__, "BASE_IMAGE": machine.base(built.arch)}
+    volumes = index_of_wheels() if built.arch == "arm64" else ()
+    print(machine.build(ROOT / built.dockerfile, given, tag, volumes=volumes)[-3000:])
     return tag
+
+
+def index_of_wheels():
+    """The board's wheels fetched by this machine's own pip, as a package index in a folder (PEP 503).
+
+    An emulated pip is too slow for a server's patience, and compiles no bytecode here: that alone would take an hour.
+    """
+    target = Target("arm64", "3.11", "cpu")
+    wheels, index, config = STORE / "wheels", STORE / "index", STORE / "pip.conf"
+    locks = [["--require-hashes", "-r", replace(target, kind=kind).lock_path] for kind in ("cpu", "tools")]
+    for wanted in (*locks, [ORT]):
+        pip(["download", "--quiet", "--no-deps", "--dest", wheels, *wanted, *target.pip_options()])
+    shutil.rmtree(index, ignore_errors=True)
+    for wheel in wheels.iterdir():
+        folder = index / canonical(wheel.name.partition("-")[0])
+        folder.mkdir(parents=True, exist_ok=True)
+        os.link(wheel, folder / wheel.name)
+        with (folder / "index.html").open("a") as page:
+            page.write(f'<a href="{wheel.name}">{wheel.name}</a>\n')
+    config.write_text("[global]\nindex-url = file:///index\n[install]\nno-compile = true\n")
+    return [f"{index}:/index:ro", f"{config}:/etc/pip.conf:ro"]
 
 
 def plants_model(folder, name):
@@ -121,7 +160,7 @@ def predicted(machine, container, model):
 @pytest.mark.parametrize("given", [{}, {"BASE_IMAGE": "tag"}], ids=["none", "a tag"])
 def test_a_base_without_a_digest_ends_the_build_with_the_command_that_finds_one(machine, dockerfile, given):
     machine.base()
-    given = {"BASE_IMAGE": f"{engine.BASE}:{engine.SUITE}"} if given else {}
+    given = {"BASE_IMAGE": f"{engine.BASE}:{engine.STAND_INS['amd64'][0]}"} if given else {}
     with pytest.raises(engine.EngineError, match="docker buildx imagetools inspect"):
         machine.build(ROOT / dockerfile, given, "localhost/never:test")
 
@@ -129,13 +168,14 @@ def test_a_base_without_a_digest_ends_the_build_with_the_command_that_finds_one(
 def test_the_image_says_what_it_is(machine, built, image):
     found = machine.inspect(image)
     config, labels = found["Config"], found["Config"]["Labels"]
+    assert found["Architecture"] == built.arch
     assert labels["org.opencontainers.image.version"] == __version__
     assert "@sha256:" in labels["org.opencontainers.image.base.name"]
     assert config["User"] == "10001:10001" and "/var/lib/millhand" in config["Volumes"]
     with machine.mounted(image) as root:
         bill = json.loads((root / "usr/share/doc/millhand/sbom.cdx.json").read_text())
         urls = {part.get("purl", "") for part in bill["components"]}
-        assert any(url.startswith("pkg:deb/ubuntu/tini@") for url in urls)
+        assert any(url.startswith(f"pkg:deb/{built.distribution}/tini@") for url in urls)
         assert [url for url in urls if re.match(f"pkg:pypi/{built.onnxruntime}@", url)]
         names = {path.name for path in root.glob("opt/millhand/lib/python3*/site-packages/*")}
         assert {"millhand", "millhand_hub", "millhand_plugins", "millhand_profiles"} <= names
