@@ -126,7 +126,8 @@ class Engine:
         fixed += ["--tmpfs=/tmp", "--tmpfs=/run/millhand:mode=1777", "--network=none"]
         # Without these podman asks for more than a root with few capabilities may give.
         fixed += ["--cgroups=disabled", f"--ulimit=nofile={files}:{files}", "--ulimit=nproc=1024:1024"]
-        return self._podman("run", "--detach", "--no-healthcheck", *fixed, *options, image, *command).strip()
+        said = self._podman("run", "--detach", "--no-healthcheck", *fixed, *options, image, *command)
+        return said.split()[-1]  # a warning about another architecture comes first
 
     def execute(self, container: str, command: Sequence[str], stdin: str = "") -> subprocess.CompletedProcess[str]:
         """Run a program inside, as the container's user."""

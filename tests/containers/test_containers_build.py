@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from dressing_kit import A30, dress
+from dressing_kit import A30, ORIN_CORE, dress
 
 import millhand_plugins.rig
 from millhand import __version__
@@ -128,12 +128,23 @@ def plants_model(folder, name):
 
 
 @pytest.fixture
-def container(machine, image, tmp_path):
+def cores(built, tmp_path):
+    """ONNX Runtime reads the CPU's description at its import, and dies of this machine's on an emulated board."""
+    if built.arch == "amd64":
+        return []
+    path = tmp_path / "cpuinfo"
+    path.write_text("".join(ORIN_CORE.format(number=number) for number in range(os.cpu_count() or 1)))
+    return [f"--volume={path}:/proc/cpuinfo:ro"]
+
+
+@pytest.fixture
+def container(machine, image, cores, tmp_path):
     """A running agent with a model of the plant's own, mounted where MODEL_PATH says."""
     plants_model(tmp_path / "models", "plant-fault")
     container = machine.run(
         image,
         [
+            *cores,
             f"--volume={tmp_path / 'models'}:/models:ro",
             "--env=MILLHAND_PLUGINS__RIG={}",
             "--env=MILLHAND_NODE__ID=node-1",
@@ -265,10 +276,10 @@ def test_a_device_that_is_none_ends_the_container_with_what_there_is(machine, im
         machine.remove(container)
 
 
-def test_onnxruntime_offers_what_the_wheel_is_for(built, machine, image):
+def test_onnxruntime_offers_what_the_wheel_is_for(built, machine, image, cores):
     """CUDA is in the list of a GPU's wheel wherever it runs; nothing here can use it."""
     code = "import json, onnxruntime as ort; print(json.dumps([ort.__version__, *ort.get_available_providers()]))"
-    container = machine.run(image, [f"--entrypoint={PYTHON}"], ["-c", "import time; time.sleep(3000)"])
+    container = machine.run(image, [*cores, f"--entrypoint={PYTHON}"], ["-c", "import time; time.sleep(3000)"])
     try:
         done = machine.execute(container, [PYTHON, "-c", code])
         print(done.stdout)
