@@ -31,7 +31,8 @@ load = ["rig-fault"]
 """
 ASK = f"""
 export MILLHAND_CONFIG=/etc/millhand/millhand.toml
-millhand run >/root/agent.log 2>&1 &
+install -d -o millhand -g millhand /run/millhand
+setpriv --reuid=millhand --regid=millhand --init-groups millhand run >/root/agent.log 2>&1 &
 agent=$!
 for try in $(seq 300); do
   seq -s, {FEATURES} | millhand predict rig-fault --format csv >/root/prediction 2>&1 && break
