@@ -71,7 +71,7 @@ class JournalFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         mark = f"<{next(priority for level, priority in PRIORITIES.items() if record.levelno >= level)}>"
-        return "\n".join(mark + line for line in self._lines.format(record).splitlines())
+        return "\n".join(mark + line for line in self._lines.format(record).split("\n"))
 
 
 def is_journal(stream: TextIO) -> bool:

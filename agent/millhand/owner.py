@@ -42,29 +42,37 @@ def strays(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def handed_over(*folders: Path) -> Iterator[None]:
-    """What root makes in these folders meanwhile belongs to the folder's owner afterwards, however it ends."""
+    """What is root's in these folders at the end belongs to the folder's owner, however it ends.
+
+    Where the file system does not let root give things away, they stay, and `check` tells of them.
+    """
     try:
         yield
     finally:
         for folder in folders:
             if os.geteuid() == 0 and folder.exists():
-                _hand_over(folder)
+                _hand_over(folder.resolve())
 
 
 def reading_group(path: Path) -> int | None:
-    """Who may read a file that root writes: its folder's group, as the package gives /etc/millhand to the agent's."""
+    """Who may read a file that root writes: its folder's group, as the package gives /etc/millhand to the agent's.
+
+    Raises OSError where there is no such folder.
+    """
     group = path.parent.stat().st_gid
     return group if os.geteuid() == 0 and group else None
 
 
 def _hand_over(folder: Path) -> None:
-    """Give what is root's below a folder to its owner. Never a file with a second name: that may lie elsewhere."""
+    """Never a file with a second name: that may lie elsewhere."""
     owner = folder.stat()
     if owner.st_uid == 0:
         return
-    for _, folders, files, number in os.fwalk(folder, follow_symlinks=False):
+    for path, folders, files, number in os.fwalk(folder, follow_symlinks=False):
+        if Path(path) == folder:
+            folders[:] = [name for name in folders if name not in OF_A_DISK]
         for name in (*folders, *files):
-            with contextlib.suppress(FileNotFoundError):  # a running agent tidies up too
+            with contextlib.suppress(OSError):  # a running agent tidies up too
                 found = os.stat(name, dir_fd=number, follow_symlinks=False)
                 if found.st_uid == 0 and (stat.S_ISDIR(found.st_mode) or found.st_nlink == 1):
                     os.chown(name, owner.st_uid, owner.st_gid, dir_fd=number, follow_symlinks=False)

@@ -75,7 +75,7 @@ def first_label(model: str, agent: subprocess.Popen[bytes]) -> str:
     end = time.monotonic() + DEADLINE_S
     while (label := predict(model)) is None:
         if agent.poll() is not None or time.monotonic() > end:
-            raise SystemExit(f"'{model}' did not answer: {Path('/tmp/agent.log').read_text()[-3000:]}")
+            raise SystemExit(f"'{model}' did not answer: {LOG.read_text()[-3000:]}")
         time.sleep(0.2)
     return label
 

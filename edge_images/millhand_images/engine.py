@@ -92,7 +92,7 @@ class Engine:
     def build(self, dockerfile: Path, arguments: Mapping[str, str], tag: str, volumes: Sequence[str] = ()) -> str:
         """Build an image of the project's folder, layers cached; return what was printed. Raises EngineError.
 
-        volumes: folders that the steps see and the image does not hold, as `here:there:ro`.
+        volumes: what the steps see beside the context, as `here:there:ro`; of it the image holds an empty name at most.
         """
         given = [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
         given += [f"--volume={volume}" for volume in volumes]

@@ -61,7 +61,7 @@ def test_json_lines_hold_exception_and_level() -> None:
 @pytest.mark.parametrize(
     ("form", "expected"),
     [
-        ("text", ["<4>millhand.test: hot", "<3>millhand.test: failed"]),
+        ("text", ["<4>millhand.test: hot\u2028and \x85 wet", "<3>millhand.test: failed"]),
         ("json", ['<4>{"time"', '<3>{"time"']),
     ],
 )
@@ -75,13 +75,13 @@ def test_the_journal_gets_each_line_with_its_priority_and_no_second_time(
             monkeypatch.setenv("JOURNAL_STREAM", journal)
             log = logging.Logger("millhand.test")
             log.addHandler(log_handler(SimpleNamespace(level="info", format=form, repeats_per_minute=10), 10))
-            log.warning("hot")
+            log.warning("hot\u2028and \x85 wet")
             try:
                 raise ValueError("broken")
             except ValueError:
                 log.exception("failed")
             stream.flush()
-            lines = (tmp_path / "stderr").read_text().splitlines()
+            lines = (tmp_path / "stderr").read_text().removesuffix("\n").split("\n")
             if journal.endswith(":1"):
                 assert not any(line.startswith("<") for line in lines), "a file is not the journal"
             else:

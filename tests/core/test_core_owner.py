@@ -68,7 +68,12 @@ def test_what_root_left_behind_is_told_with_the_command_that_mends_it(config: Pa
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_what_root_makes_is_handed_over(data: Path, tmp_path: Path, fails: bool) -> None:
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_root_makes_is_handed_over(data: Path, tmp_path: Path, fails: bool, linked: bool) -> None:
+    if linked:
+        data.rename(tmp_path / "disk")
+        data.symlink_to(tmp_path / "disk")
+    (data / "lost+found").mkdir()
     (data / "theirs").write_text("")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_text("")
@@ -82,6 +87,7 @@ def test_what_root_makes_is_handed_over(data: Path, tmp_path: Path, fails: bool)
     made = [data / "theirs", data / "model", data / "model/1", data / "model/1/weights", data / "link"]
     assert {path: path.lstat().st_uid for path in made} == dict.fromkeys(made, USER.pw_uid)
     assert elsewhere.stat().st_uid == 0, "neither through a link nor by a second name"
+    assert (data / "lost+found").stat().st_uid == 0
 
 
 def test_a_command_of_roots_that_writes_leaves_nothing_of_roots(config: Path, data: Path) -> None:

@@ -131,12 +131,22 @@ installed() { # the version of a package that is installed whole, else nothing
   dpkg-query -W -f '${db:Status-Abbrev}${Version}\n' "$1" 2>/dev/null | sed -n 's/^[ihr]i //p' | head -n 1
 }
 
-# The packages of the bundle that this node needs, with their versions. apt decides: what is here and does stays as it is, so that
-# what hangs on it goes on to fit. It changes nothing (-s), and sees no archive but the bundle's, whose files it does not need.
+half() { # whether a package is neither whole nor absent: a dpkg that was killed is not done with it
+  for state in $(dpkg-query -W -f '${db:Status-Status} ' "$1" 2>/dev/null); do
+    case $state in installed | not-installed | config-files) ;; *) return 0 ;; esac
+  done
+  return 1
+}
+
+# The packages of the bundle that this node needs, with their versions. apt decides: what is here and does stays as it
+# is, so that what hangs on it goes on to fit. It changes nothing (-s), needs no file of a package, and sees no archive
+# but the bundle's, no settings of the node's own about archives, and what dpkg knows: after a kill that is more than
+# lies in dpkg's own file.
 choose() {
   : >"$work/chosen"
-  wanted=
+  wanted='' unfinished=''
   while read -r _ package new; do
+    ! half "$package" || unfinished=1
     have=$(installed "$package")
     case $package in
       millhand) [ "$have" = "$new" ] || wanted="$wanted millhand=$new" ;;
@@ -145,13 +155,16 @@ choose() {
   done <"$work/packages"
   [ -n "$wanted" ] || return 0
   mkdir "$work/none"
+  dpkg-query --status >"$work/status"
   # shellcheck disable=SC2086  # they are words
   if apt-get -s -q -f --no-remove --no-install-recommends --allow-downgrades --with-source "$work/debs/Packages" \
-    -o Debug::NoLocking=1 -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache= -o Dir::State::lists="$work/none" \
-    -o Dir::Etc::sourcelist=/dev/null -o Dir::Etc::sourceparts="$work/none" -o Dir::Log="$work" install $wanted >"$work/apt" 2>&1; then
+    -o Debug::NoLocking=1 -o Dir::Log="$work" -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache= \
+    -o Dir::State::status="$work/status" -o Dir::State::lists="$work/none" -o APT::Default-Release= \
+    -o Dir::Etc::sourcelist=/dev/null -o Dir::Etc::sourceparts="$work/none" \
+    -o Dir::Etc::preferences=/dev/null -o Dir::Etc::preferencesparts="$work/none" install $wanted >"$work/apt" 2>&1; then
     sed -n 's/^\(Inst\|Conf\) \([^ :]*\)[^(]*(\([^ )]*\).*/\2 \3/p' "$work/apt" >"$work/chosen"
-  elif [ -n "$(dpkg --audit)" ] || ! command -v apt-get >/dev/null; then
-    # Packages that are half installed: all that are older here go along, which fits in itself.
+  elif [ -n "$unfinished" ] || ! command -v apt-get >/dev/null; then
+    # apt may refuse to plan with what is half installed: all that are older here go along, which fits in itself.
     while read -r _ package new; do
       have=$(installed "$package")
       [ -n "$have" ] && dpkg --compare-versions "$have" ge "$new" || say "$package $new"
@@ -195,19 +208,21 @@ stage() {
 }
 
 act() {
+  broken=$(dpkg --audit)
   if [ -s "$work/debs.list" ]; then
-    broken=$(dpkg --audit)
     say "Installing $(wc -l <"$work/debs.list") packages; on a slow disk this takes minutes."
     # shellcheck disable=SC2046
     dpkg --install --force-confold $(cat "$work/debs.list") >"$work/dpkg" 2>&1 || {
       cat "$work/dpkg" >&2
       refuse "dpkg could not install the packages" "mend what it says, and run this again"
     }
-    [ -z "$broken" ] || dpkg --configure --pending >/dev/null 2>&1 || say "Note      other packages are still broken: dpkg --audit"
+  fi
+  if [ -n "$broken" ] && { [ -s "$work/debs.list" ] || [ -n "$unfinished" ]; }; then
+    dpkg --configure --pending >/dev/null 2>&1 || say "Note      other packages are still broken: dpkg --audit"
   fi
   millhand bundle lay "$STAGED" >"$work/laid" || exit 1
   cat "$work/laid"
-  if [ ! -s "$work/debs.list" ] && [ ! -s "$work/laid" ]; then
+  if [ ! -s "$work/debs.list" ] && [ ! -s "$work/laid" ] && [ -z "$unfinished" ]; then
     say "Nothing had to be changed."
   elif [ -d /run/systemd/system ]; then
     systemctl try-restart millhand.service
@@ -219,14 +234,16 @@ main() {
   trap clean EXIT
   trap 'exit 130' INT TERM HUP
   verify
+  if [ -n "$yes" ]; then
+    exec 9</var/lib/dpkg
+    flock -n 9 || refuse "another install is under way" "wait until it has ended"
+  fi
   check_node
   plan
   if [ -z "$yes" ]; then
     say "Nothing has been changed. To install it, give --yes."
     exit 0
   fi
-  exec 9</var/lib/dpkg
-  flock -n 9 || refuse "another install is under way" "wait until it has ended"
   stage
   act
   say "millhand $(field Version) is installed."

@@ -37,9 +37,9 @@ ln -s pts/ptmx dev/ptmx; ln -s /proc/self/fd dev/fd
 ln -s fd/0 dev/stdin; ln -s fd/1 dev/stdout; ln -s fd/2 dev/stderr
 mount -t tmpfs -o mode=755 run run
 ip link set lo up
-echo "$pid"
 pivot_root . mnt
 umount --lazy /mnt
+echo "$pid"
 exec env -i container=other PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/systemd >/dev/null 2>&1
 """
 
