@@ -146,7 +146,7 @@ def main() -> int:
     on_cpu = sum(proof.get("nodes", 0) - proof.get("gpu_nodes", 0) for proof in seen["proofs"].values())
     proved = sum(proof.get("provider") == CUDA for proof in seen["proofs"].values())
     figures = [
-        Figure("bare to the first predictions on the card", round(installed_s + predicted_s, 1), "s"),
+        Figure("no millhand to the first predictions on the card", round(installed_s + predicted_s, 1), "s"),
         Figure("of that the install", round(installed_s, 1), "s"),
         Figure("millhand check", round(check_s, 1), "s"),
         Figure("errors of check", checked["errors"], "", "== 0"),
