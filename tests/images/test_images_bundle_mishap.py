@@ -140,7 +140,7 @@ FILL = "cat /dev/zero >/fill 2>/dev/null; truncate --size=-{kept} /fill"
 @pytest.mark.parametrize(
     ("program", "kept_bytes", "said", "is_old"),
     [
-        ("flock", 4096, "cannot be unpacked", True),
+        ("apt-get", 4096, "cannot be unpacked", True),
         ("dpkg", 0, "dpkg could not install the packages", False),
         ("millhand", 8192, "the bundle cannot be laid: No space left on device", False),
     ],
@@ -158,7 +158,7 @@ def test_a_disk_that_fills_in_the_middle_is_told_and_the_same_again_ends_it(
 ) -> None:
     node = copied(old, small / "node")
     fill = FILL.format(kept=kept_bytes)
-    _before(node, program, f'case "$*" in *--install*|"bundle lay"*|-n*) {fill} ;; esac')
+    _before(node, program, f'case "$*" in *--install*|"bundle lay"*|-s*) {fill} ;; esac')
     done = install(node, made["2.0"], public)
     assert done.returncode == 1 and said in done.stderr, done.stdout + done.stderr
     assert not (node.upper / STAGED).exists()
