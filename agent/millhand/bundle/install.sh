@@ -247,6 +247,7 @@ main() {
   stage
   act
   say "millhand $(field Version) is installed."
+  [ -e /etc/millhand/millhand.toml ] || say "Next: sudo millhand setup"
 }
 
 main "$@"
