@@ -95,7 +95,7 @@ def status(node: Root, package: str, said: str) -> None:
     node.run(
         "sh",
         "-c",
-        f"dpkg-query --status {package} | sed 's/^Status: .*/Status: install ok {said}/' >/var/lib/dpkg/updates/0000",
+        f"dpkg-query --status {package} | sed 's/^Status: .*/Status: install {said}/' >/var/lib/dpkg/updates/0000",
     )
 
 
@@ -119,7 +119,10 @@ def test_an_interrupted_install_is_finished_with_what_belongs_to_it(
     assert_whole(developed, "1.0", OLD, OLD)
 
 
-@pytest.mark.parametrize("said", ["unpacked", "half-configured"])
+@pytest.mark.parametrize(
+    "said",
+    ["ok unpacked", "ok half-configured", "ok half-installed", "reinstreq unpacked", "reinstreq half-installed"],
+)
 @pytest.mark.parametrize("package", ["libpress", "millhand"])
 def test_what_a_killed_dpkg_had_not_written_back_is_seen_and_finished(
     node: Root, bundles: dict[str, Path], public: Path, package: str, said: str

@@ -138,6 +138,11 @@ half() { # whether a package is neither whole nor absent: a dpkg that was killed
   return 1
 }
 
+torn() { # whether dpkg was cut off while it unpacked a package, of the bundle's version or an older one
+  dpkg-query -W -f '${db:Status-Eflag} ${db:Status-Status}\n' "$1" 2>/dev/null | grep -Eq '^reinstreq | half-installed$' &&
+    dpkg --compare-versions "$(dpkg-query -W -f '${Version}' "$1")" le "$2"
+}
+
 # The packages of the bundle that this node needs, with their versions. apt decides: what is here and does stays as it
 # is, so that what hangs on it goes on to fit. It changes nothing (-s), needs no file of a package, and sees no archive
 # but the bundle's, no settings of the node's own about archives, and what dpkg knows: after a kill that is more than
@@ -163,6 +168,9 @@ choose() {
     -o Dir::Etc::sourcelist=/dev/null -o Dir::Etc::sourceparts="$work/none" \
     -o Dir::Etc::preferences=/dev/null -o Dir::Etc::preferencesparts="$work/none" install $wanted >"$work/apt" 2>&1; then
     sed -n 's/^\(Inst\|Conf\) \([^ :]*\)[^(]*(\([^ )]*\).*/\2 \3/p' "$work/apt" >"$work/chosen"
+    while read -r _ package new; do # apt plans as if these were whole
+      ! torn "$package" "$new" || say "$package $new"
+    done <"$work/packages" >>"$work/chosen"
   elif [ -n "$unfinished" ] || ! command -v apt-get >/dev/null; then
     # apt may refuse to plan with what is half installed: all that are older here go along, which fits in itself.
     while read -r _ package new; do
