@@ -55,6 +55,7 @@ class Node:
         return done.stdout
 
     def millhand(self, *words: str, codes: tuple[int, ...] = (0,)) -> Any:
+        """What `millhand --json …` says."""
         return json.loads(self.run(MILLHAND, "--json", *words, codes=codes))
 
 
@@ -81,6 +82,7 @@ def first_label(model: str, agent: subprocess.Popen[bytes]) -> str:
 
 
 def set_up(node: Node) -> None:
+    """A node that serves the models, as a technician sets it up."""
     answers = Path("/tmp/answers.toml")
     answers.write_text('node = "press-7"\n')
     node.run(MILLHAND, "setup", "--answers", str(answers), "--no-check")
@@ -101,6 +103,7 @@ def on_card(node: Node, cards: Cards, agent: subprocess.Popen[bytes]) -> dict[st
 
 
 def arguments() -> argparse.Namespace:
+    """The bundle and the key that it must be signed by."""
     found = parser(__doc__)
     found.add_argument("bundle", type=Path)
     found.add_argument("--key", type=Path, required=True, help="the plant's public key")

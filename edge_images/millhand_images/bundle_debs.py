@@ -129,7 +129,7 @@ def describe(path: Path) -> Found:
 
 
 def index(debs: Mapping[str, Path]) -> str:
-    """What apt reads of packages without their files, by their paths (deb822, an archive's `Packages`). BuildError."""
+    """What apt reads of packages without their files, by their paths (an archive's `Packages`). Raises BuildError."""
     stanzas = []
     for place, path in debs.items():
         with path.open("rb") as file:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from booted_kit import Booted, missing
 from package_kit import WITH_PYTHON, bare_root
 
+from millhand.testing import wait_until
 from millhand_images import deb
 from millhand_images.target import Target
 
@@ -33,6 +33,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Version -> package: of the folder that TEST_PACKAGES names, else built."""
     if ready := os.environ.get("TEST_PACKAGES"):
         return {each: Path(ready) / f"millhand_{deb.debian_version(each)}_amd64.deb" for each in (OLD, NEW)}
     folder = tmp_path_factory.mktemp("packages")
@@ -51,22 +52,23 @@ def root(tmp_path: Path, packages: dict[str, Path]) -> Path:
 
 @pytest.fixture
 def machine(root: Path) -> Iterator[Booted]:
+    """The root, booted."""
     with Booted(root) as booted:
         yield booted
 
 
 def wait(condition: Callable[[], object], what: str) -> None:
-    end = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < end, f"{what} did not come"
-        time.sleep(0.5)
+    """Every look is a process in the machine."""
+    wait_until(condition, what, DEADLINE_S, every_s=0.5)
 
 
 def install(machine: Booted, version: str) -> str:
+    """What dpkg said."""
     return machine.run("dpkg", "-i", f"/root/millhand_{deb.debian_version(version)}_amd64.deb").stdout
 
 
 def set_up(machine: Booted) -> None:
+    """A node that watches itself and may serve a model."""
     (machine.root / "root/answers.toml").write_text('node = "press-7"\n')
     said = machine.run("millhand", "setup", "--answers", "/root/answers.toml").stdout
     assert "Next: `sudo systemctl start millhand`" in said
@@ -75,15 +77,18 @@ def set_up(machine: Booted) -> None:
 
 
 def pid_of(machine: Booted) -> str:
+    """Of the agent, in the machine; "0" while there is none."""
     return machine.unit(AGENT, "MainPID")
 
 
 def predicts(machine: Booted) -> bool:
+    """Whether the model answers."""
     done = machine.run("millhand", "predict", "rig-fault", "--format", "csv", text=ROW, check=False)
     return done.returncode == 0 and "It says: healthy" in done.stdout
 
 
 def readings(machine: Booted) -> list[str]:
+    """Lines of CSV, the agent's; none while none answers."""
     return machine.run("millhand", "readings", "node", check=False).stdout.splitlines()[1:]
 
 
