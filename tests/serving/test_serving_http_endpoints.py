@@ -719,8 +719,8 @@ async def test_bad_requests_leave_nothing_behind(root, served):
     assert process.pids == [pid] and (await pool.stats())["workers"][0]["pid"] == worker
 
     async def as_before():
-        fds = [psutil.Process(one).num_fds() for one in (pid, worker)]
-        return fds == [fds_before for fds_before, _ in before]
+        """A report to the daemon, or a connection that was just reset, may have been counted in at first."""
+        return all(psutil.Process(one).num_fds() <= fds for one, (fds, _) in zip((pid, worker), before, strict=True))
 
     await until(as_before)
     for one, (_, rss_before) in zip((pid, worker), before, strict=True):
