@@ -41,6 +41,7 @@ class Calls:
         return {
             "state": self.state,
             "reload": self.reload,
+            "config.changes": self.config_changes,
             "metrics": self.metrics,
             "metrics.report": self.metrics_report,
             "asset.list": self.asset_list,
@@ -106,6 +107,9 @@ class Calls:
 
     async def reload(self) -> dict[str, Any]:
         return {"needs_restart": await self._daemon.reload()}
+
+    async def config_changes(self) -> dict[str, list[str]]:
+        return self._daemon.config_changes()._asdict()
 
     async def metrics(self, names: str = "", front: dict[str, Any] | None = None) -> str:
         """The text of /metrics; with names "triton" or "vllm" as those have them. Raises InputError for other names.

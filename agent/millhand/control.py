@@ -41,6 +41,12 @@ def check_socket_path(path: Path) -> Path:
     return path
 
 
+def no_daemon(path: Path) -> errors.ControlError:
+    """Where nobody answers on the socket of a daemon."""
+    hint = "start it: 'systemctl start millhand', or 'millhand run' as the agent's user; or pass its --config"
+    return errors.ControlError(f"no daemon answers on '{path}'", hint=hint)
+
+
 def error_from_dict(data: dict[str, Any]) -> errors.MillhandError:
     """Rebuild the exception that the daemon raised."""
     known = errors.MillhandError.__subclasses__()
@@ -180,9 +186,7 @@ class ControlClient:
             ) from error
         except OSError as error:
             connection.close()
-            raise errors.ControlError(
-                f"no daemon answers on '{self._path}'", hint="start it with 'millhand run', or pass its --config"
-            ) from error
+            raise no_daemon(self._path) from error
         return connection
 
 

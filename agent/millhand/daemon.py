@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from millhand.calls import Calls
 from millhand.config import Config, load_config
+from millhand.config_changes import ConfigChanges, config_changes, with_reloaded
 from millhand.control import ControlServer
 from millhand.errors import ConfigError, MillhandError
 from millhand.fleet import Fleet
@@ -59,8 +60,6 @@ THREADS_DEADLINE_S = 1.0
 THREAD_NAME = "millhand-work"
 PLUGIN_RETRY_FIRST_S = 5.0
 PLUGIN_RETRY_LAST_S = 300.0
-# What only a restart can change: the daemon's own place and its store.
-FIXED_SECTIONS = ("node", "store", "recording", "http", "grpc", "gateway", "tracing", "models", "pack", "knowledge")
 
 
 class Daemon:
@@ -177,7 +176,7 @@ class Daemon:
             await self.store.close()
         if self._run_dir_lock is not None:
             os.close(self._run_dir_lock)
-        log.info("stopped")
+            log.info("stopped")  # of one that was refused the folder, nothing ran
 
     @property
     def http_url(self) -> str:
@@ -213,15 +212,9 @@ class Daemon:
 
     async def _reload(self) -> list[str]:
         old, new = self.config, load_config(self.config_path)
-        new_tables, old_tables = new.plugin_tables(), old.plugin_tables()
-        fixed = [f"[{name}]" for name in FIXED_SECTIONS if getattr(new, name) != getattr(old, name)]
-        fixed += [
-            f"[plugins.{name}]"
-            for name, table in old_tables.items()
-            if new_tables.get(name) != table and self.registry.plugins[name].state in ("loaded", "degraded")
-        ]
-        self.registry.load(new_tables)
-        self.config = new.model_copy(update={name: getattr(old, name) for name in FIXED_SECTIONS})
+        restart = config_changes(old, new, self.registry.tables_in_use()).restart
+        self.registry.load(new.plugin_tables())
+        self.config = with_reloaded(old, new)
         configure_logs(self.config.log)
         await self.language.reload(old)
         await self.pool.need(self._models_needed(), self._model_folders())
@@ -229,10 +222,14 @@ class Daemon:
             await self.fleet.apply(self.config, self.publisher)
         else:
             await self._exchange_publisher()
-        for name in fixed:
+        for name in restart:
             log.warning("%s changed: this takes effect at the next restart", name)
         log.info("configuration read again: %d assets", len(self.config.assets))
-        return fixed
+        return restart
+
+    def config_changes(self) -> ConfigChanges:
+        """What the configuration says by now that this daemon does not go by. Raises ConfigError."""
+        return config_changes(self.config, load_config(self.config_path), self.registry.tables_in_use())
 
     async def run_until_stopped(self) -> None:
         """Serve until SIGTERM or SIGINT; SIGHUP reloads."""
@@ -319,14 +316,16 @@ class Daemon:
     def _claim_run_dir(self) -> None:
         """Hold a lock on the run_dir: another daemon would take away our workers' sockets. The kernel frees it."""
         folder = self.config.node.run_dir
-        self._run_dir_lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.flock(self._run_dir_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            os.close(lock)
             raise ConfigError(
                 f"[node] run_dir = '{folder}' is in use by another millhand daemon",
                 hint="stop it first, or give this one a run_dir and a data_dir of its own",
             ) from error
+        self._run_dir_lock = lock
 
     def _match_profile(self) -> Match:
         folders = [Path(folder) for _, folder in self.registry.collect("millhand_profiles")]

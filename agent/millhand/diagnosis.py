@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from millhand import __version__
 from millhand.clock import is_synchronised
-from millhand.errors import ControlError, MillhandError
+from millhand.errors import ConfigError, ControlError, MillhandError
 from millhand.findings import Finding, Level, mib, of_error
 from millhand.owner import strays
 
 if TYPE_CHECKING:
     from millhand.config import Config
+    from millhand.control import ControlClient
     from millhand.hardware.facts import Hardware
     from millhand.profiles import Match
     from millhand.serving.settings import GrpcSettings, HttpSettings
@@ -28,6 +30,10 @@ CLOCK_CAP_S = 1 << 31  # nor is one after January 2038 right, in this version's 
 NAMES_OF_ANY_HOST = ("localhost", "node")  # the second is taken where a host has no name
 CONNECT_TIMEOUT_S = 3.0
 STRAYS_SHOWN = 3
+REMEDIES = {
+    "reload": "systemctl reload millhand, or without systemd kill -HUP and its process",
+    "restart": "systemctl restart millhand, or without systemd stop it and start it again",
+}
 
 
 def diagnose(config_path: Path | None) -> list[Finding]:
@@ -314,6 +320,7 @@ def _daemon(config: Config) -> Iterator[Finding]:
         yield Finding("daemon", "warning", error.message, error.hint)
         return
     yield Finding("daemon", "ok", f"runs since {state['uptime_s']:.0f} s, process {state['pid']}")
+    yield from _not_taken_up(state["version"], ControlClient(config.node.control_path, 5.0))
     here = {asset.name for asset in config.assets}  # the daemon may run another configuration
     for asset in state["assets"]:
         if asset["error"] and asset["asset"] in here:
@@ -329,3 +336,20 @@ def _daemon(config: Config) -> Iterator[Finding]:
             yield Finding(f"model {model['name']}", "error", model["reason"], model["hint"])
         for missed in model.get("missed", ()):
             yield Finding(f"model {model['name']}", "warning", missed["reason"], missed["hint"])
+
+
+def _not_taken_up(version: str, daemon: ControlClient) -> Iterator[Finding]:
+    """What the daemon does not go by yet; all else is said of the configuration, and of what is installed, now."""
+    if version != __version__:
+        message = f"it runs version {version}, installed is {__version__}"
+        yield Finding("daemon", "warning", message, REMEDIES["restart"])
+        return
+    try:
+        changes = daemon.call("config.changes")
+    except ConfigError as error:  # of the file that it was started with, which may be another one
+        yield Finding("daemon", "warning", f"it cannot read its configuration again: {error.message}", error.hint)
+        return
+    for step, sections in changes.items():
+        if sections:
+            message = f"it does not go yet by what the configuration says now: {', '.join(sections)}"
+            yield Finding("daemon", "warning", message, REMEDIES[step])

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from millhand.config import DEFAULT_PATH, Config
+from millhand.config_changes import FIXED_SECTIONS
 
 INTRODUCTION = f"""\
 # Configuration
@@ -22,10 +23,13 @@ are refused. A key can also come from the environment as `MILLHAND_<SECTION>__<K
 `CUDA_VISIBLE_DEVICES` narrows the GPUs.
 
 `millhand config validate` checks a file, `config show` prints what holds, `config schema` prints a JSON schema for
-editors, and `config reference` prints this page. SIGHUP reads the file again: assets, telemetry, orders, the language
-model, the daemon's logs and plugins that are new change at once; `[node]`, `[store]`, `[recording]`, `[models]`,
-`[pack]`, `[http]`, `[tracing]`, the logs of other processes and the tables of plugins that are loaded at the next
-start. `[workshop]` is read by each build.
+editors, and `config reference` prints this page.
+
+SIGHUP reads the file again. Assets, telemetry, orders, the language model, the daemon's logs and plugins that are new
+change at once.
+{", ".join(f"`[{name}]`" for name in FIXED_SECTIONS)},
+the logs of other processes and the tables of plugins that are loaded change at the next start. Each build reads
+`[workshop]` itself. `millhand check` tells what a running agent does not go by yet.
 """
 LISTS = {"assets": "[[assets]]", "plugins": "[plugins.<name>]"}
 

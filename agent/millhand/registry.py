@@ -39,6 +39,8 @@ class PluginState:
     hint: str = ""
     hooks: list[str] = field(default_factory=list)
     config: Any = None
+    table: dict[str, Any] = field(default_factory=dict)
+    """Its table of the configuration, as it was when the plugin was loaded."""
 
     def to_dict(self) -> dict[str, Any]:
         shown = ("name", "module", "distribution", "version", "state", "error", "hint", "hooks")
@@ -62,8 +64,12 @@ class Registry:
         """
         for name, table in tables.items():
             self._tables[name] = dict(table)
-            if name not in self.plugins or self.plugins[name].state in ("available", "failed"):
+            if name not in self.plugins or self.plugins[name].state in ("available", "failed", "disabled"):
                 self._load_one(name, dict(table))
+
+    def tables_in_use(self) -> dict[str, dict[str, Any]]:
+        """Of each plugin that is loaded, the table that it goes by."""
+        return {name: plugin.table for name, plugin in self.plugins.items() if plugin.state in ("loaded", "degraded")}
 
     def retry_failed(self) -> list[str]:
         """Try the failed plugins again; return the names that came up."""
@@ -130,10 +136,10 @@ class Registry:
         return sorted(known.values(), key=lambda plugin: plugin.name)
 
     def _load_one(self, name: str, table: dict[str, Any]) -> None:
-        meta = {key: table.pop(key) for key in META_KEYS if key in table}
         point = self._points.get(name)
         state = _state_of(point) if point else PluginState(name, "")
-        self.plugins[name] = state
+        self.plugins[name], state.table = state, dict(table)
+        meta = {key: table.pop(key) for key in META_KEYS if key in table}
         if meta.get("enabled", True) is False:
             state.state = "disabled"
             return

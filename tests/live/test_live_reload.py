@@ -104,6 +104,38 @@ def test_an_invalid_file_changes_nothing(
     agent.wait(lambda: assets(agent) == {"press", "lathe"}, "the new asset")
 
 
+def not_taken_up(agent: Agent) -> list[str]:
+    """What `check` says of a daemon that goes by something else than the configuration."""
+    command = [sys.executable, "-m", "millhand", "--config", str(agent.config_path), "check", "--json"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=agent.environment)
+    found = json.loads(done.stdout)["findings"]
+    return [one["message"] for one in found if one["name"] == "daemon" and one["level"] == "warning"]
+
+
+def test_check_tells_what_a_running_agent_has_not_taken_up(
+    tmp_path: Path, millhand_agent: Callable[..., Agent]
+) -> None:
+    """Until a reload, or where it takes a restart; the options of a plugin that is loaded wait for one as well."""
+    log = "[log]\nlevel = 'info'\n"
+    agent = millhand_agent(HTTP_OFF + log + "[plugins.turbofan]\nenabled = false\n[plugins.modbus]\n")
+    assert not_taken_up(agent) == []
+    limits = "[store]\nset_aside_files_cap = 5\n"
+    modbus = "[plugins.modbus]\nrequired = true\n"
+    new = HTTP_OFF + log.replace("info", "debug") + limits + "[plugins.turbofan]\n" + modbus
+    agent.write_config(new)
+    said = "it does not go yet by what the configuration says now: "
+    restart = f"{said}[store], [plugins.modbus]"
+    assert not_taken_up(agent) == [f"{said}[log], [plugins.turbofan]", restart]
+    agent.reload()
+    agent.wait(lambda: "[plugins.modbus] changed: this takes effect at the next restart" in agent.log(), "the reload")
+    agent.wait(lambda: not_taken_up(agent) == [restart], "what takes a restart alone")
+    states = {plugin["name"]: plugin["state"] for plugin in agent.call("plugin.list")}
+    assert states["turbofan"] == "loaded"
+    assert agent.stop() == 0
+    agent.start()
+    assert not_taken_up(agent) == []
+
+
 def test_what_was_queued_before_a_broker_was_named_arrives(
     tmp_path: Path, site: Site, millhand_agent: Callable[..., Agent]
 ) -> None:
@@ -186,7 +218,7 @@ def test_a_second_daemon_is_refused_and_the_first_is_unharmed(
         assert second.returncode == 1
         assert "another" in second.stderr
         assert "Try: stop " in second.stderr
-        assert "Traceback" not in second.stderr
+        assert "Traceback" not in second.stderr and "stopped" not in second.stderr
     assert set(agent.run_dir.iterdir()) == sockets
     # Another run_dir, the same store.
     second = second_daemon(agent, MILLHAND_NODE__RUN_DIR=str(tmp_path / "run"))

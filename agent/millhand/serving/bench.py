@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from millhand.errors import ControlError, MillhandError, WorkerError
+from millhand.control import no_daemon
+from millhand.errors import MillhandError, WorkerError
 from millhand.serving.routing import Routes, UnknownModel
 from millhand.serving.tensors import DATATYPES, Tensors
 
@@ -255,7 +256,7 @@ async def follow_routes(control_path: Path) -> tuple[Routes, asyncio.Task[None]]
     following = asyncio.create_task(routes.follow())
     while not routes.known:
         if following.done():
-            raise ControlError(f"no daemon answers on '{control_path}'", hint="start it with 'millhand run'")
+            raise no_daemon(control_path)
         await asyncio.sleep(PAUSE_S)
     return routes, following
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from millhand.control import FRAME, error_from_dict
+from millhand.control import FRAME, error_from_dict, no_daemon
 from millhand.errors import ControlError, MillhandError, ModelError, WorkerError, suggestion
 from millhand.serving.client import Answer, WorkerClient, deadline_ns
 from millhand.serving.tensors import Tensors
@@ -39,7 +39,7 @@ async def control_stream(path: Path, call: str, **arguments: Any) -> AsyncIterat
     try:
         reader, writer = await asyncio.open_unix_connection(path)
     except OSError as error:
-        raise ControlError(f"no daemon answers on '{path}'", hint="start it with 'millhand run'") from error
+        raise no_daemon(path) from error
     try:
         body = json.dumps({"call": call, "args": arguments}).encode()
         writer.write(FRAME.pack(len(body)) + body)

@@ -1,0 +1,40 @@
+"""What a configuration says otherwise than the one that a daemon runs by, and what it takes to go by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from millhand.config import Config
+
+# What only a restart can change: the daemon's own place and its store.
+FIXED_SECTIONS = ("node", "store", "recording", "http", "grpc", "gateway", "tracing", "models", "pack", "knowledge")
+READ_BY_EACH_BUILD = ("workshop",)
+
+
+class ConfigChanges(NamedTuple):
+    """Sections as the file writes them, `[http]` or `[plugins.opcua]`."""
+
+    reload: list[str]
+    """What the daemon takes up where it reads its configuration again (SIGHUP)."""
+    restart: list[str]
+    """What it takes up at its next start."""
+
+
+def config_changes(old: Config, new: Config, plugins: Mapping[str, Any]) -> ConfigChanges:
+    """Compare two configurations. `plugins`: of each that is loaded, its table, which it keeps until a restart."""
+    sections = [name for name in Config.model_fields if name not in ("plugins", *READ_BY_EACH_BUILD)]
+    changed = [name for name in sections if getattr(new, name) != getattr(old, name)]
+    old_tables, new_tables = old.plugin_tables(), new.plugin_tables()
+    kept = [name for name, table in plugins.items() if new_tables.get(name) != table]
+    fresh = [name for name, table in new_tables.items() if name not in plugins and old_tables.get(name) != table]
+    return ConfigChanges(
+        [f"[[{name}]]" if name == "assets" else f"[{name}]" for name in changed if name not in FIXED_SECTIONS]
+        + [f"[plugins.{name}]" for name in fresh],
+        [f"[{name}]" for name in changed if name in FIXED_SECTIONS] + [f"[plugins.{name}]" for name in kept],
+    )
+
+
+def with_reloaded(old: Config, new: Config) -> Config:
+    """The new configuration, but for what only a restart can change."""
+    return new.model_copy(update={name: getattr(old, name) for name in FIXED_SECTIONS})
