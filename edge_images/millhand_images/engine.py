@@ -33,7 +33,6 @@ STAND_INS = {
     "arm64": ("bookworm", (), ("http://deb.debian.org/debian",)),
 }
 """Architecture -> what debootstrap is told: the suite, options, where it comes from."""
-EMULATOR = Path("/proc/sys/fs/binfmt_misc/qemu-aarch64")
 OLD_CGROUPS = Path("/sys/fs/cgroup/unified")
 ALONE = 'umount -R /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup; exec "$@"'
 """crun refuses a machine with both kinds of control groups: in a mount namespace of its own it sees the new kind."""
@@ -53,16 +52,6 @@ def missing() -> str:
     if absent:
         return f"{', '.join(absent)} not here (apt-get install {' '.join(absent)})"
     return "" if KEYRING.exists() else f"'{KEYRING}' is not here (apt-get install ubuntu-archive-keyring)"
-
-
-def not_emulated() -> str:
-    """What keeps steps of arm64 from being run here, with the remedy; empty where nothing does."""
-    if EMULATOR.exists():
-        return ""
-    return (
-        "arm64 cannot be emulated: apt-get install qemu-user-static binfmt-support, "
-        "mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc"
-    )
 
 
 class Engine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,3 +67,14 @@ def target_options(function: Any) -> Any:
         "--python", default="3.11", show_default=True, help="The system's Python there: 3.11 is Debian 12's."
     )(function)
     return click.option("--arch", type=click.Choice(list(MACHINES)), default="amd64", show_default=True)(function)
+
+
+def not_emulated(arch: str) -> str:
+    """What keeps programs of a Debian architecture from being run here, with the remedy; empty where nothing does."""
+    machine = MACHINES[arch]
+    if machine == os.uname().machine or Path(f"/proc/sys/fs/binfmt_misc/qemu-{machine}").exists():
+        return ""
+    return (
+        f"{arch} cannot be emulated: apt-get install qemu-user-static binfmt-support, "
+        "mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc"
+    )

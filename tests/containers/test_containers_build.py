@@ -22,7 +22,7 @@ from millhand.testing import wait_until
 from millhand_images import engine
 from millhand_images.lock import canonical
 from millhand_images.process import pip
-from millhand_images.target import Target
+from millhand_images.target import Target, not_emulated
 
 ROOT = Path(__file__).parents[2]
 STORE = ROOT / "build/images"
@@ -84,8 +84,8 @@ def name(request):
 @pytest.fixture(scope="module")
 def built(name):
     found = IMAGES[name]
-    if found.arch != "amd64" and engine.not_emulated():
-        pytest.skip(engine.not_emulated())
+    if reason := not_emulated(found.arch):
+        pytest.skip(reason)
     return found
 
 

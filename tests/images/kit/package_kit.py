@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from millhand_images.target import MACHINES, not_emulated
+
 ROOT = Path(__file__).parents[3]
-MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 WITH_PYTHON = ("python3", "ca-certificates")
 BUILD_DEADLINE_S = 900
 BASE_DEADLINE_S = 1800
@@ -26,13 +27,7 @@ def missing(architecture: str = "amd64") -> str:
             return f"{program} is not installed"
     if os.uname().machine not in MACHINES.values():
         return f"no package is built for {os.uname().machine}"
-    registered = Path(f"/proc/sys/fs/binfmt_misc/qemu-{MACHINES[architecture]}")
-    if MACHINES[architecture] != os.uname().machine and not registered.exists():
-        return (
-            f"{architecture} cannot be emulated: apt-get install qemu-user-static binfmt-support, "
-            "mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc"
-        )
-    return ""
+    return not_emulated(architecture)
 
 
 def package(architecture: str, folder: Path) -> Path:
