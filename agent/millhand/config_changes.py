@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from millhand.config import Config
+from millhand.registry import PluginState
 
 # What only a restart can change: the daemon's own place and its store.
 FIXED_SECTIONS = ("node", "store", "recording", "http", "grpc", "gateway", "tracing", "models", "pack", "knowledge")
@@ -21,18 +22,23 @@ class ConfigChanges(NamedTuple):
     """What it takes up at its next start."""
 
 
-def config_changes(old: Config, new: Config, plugins: Mapping[str, Any]) -> ConfigChanges:
-    """Compare two configurations. `plugins`: of each that is loaded, its table, which it keeps until a restart."""
+def config_changes(old: Config, new: Config, loaded: Sequence[PluginState]) -> ConfigChanges:
+    """Compare two configurations. `loaded`: the plugins at work, each of which keeps its table until a restart."""
     sections = [name for name in Config.model_fields if name not in ("plugins", *READ_BY_EACH_BUILD)]
     changed = [name for name in sections if getattr(new, name) != getattr(old, name)]
-    old_tables, new_tables = old.plugin_tables(), new.plugin_tables()
-    kept = [name for name, table in plugins.items() if new_tables.get(name) != table]
-    fresh = [name for name, table in new_tables.items() if name not in plugins and old_tables.get(name) != table]
+    old_tables, new_tables, names = old.plugin_tables(), new.plugin_tables(), {plugin.name for plugin in loaded}
+    fresh = [name for name, table in new_tables.items() if name not in names and old_tables.get(name) != table]
+    kept = [plugin.name for plugin in loaded if _differs(plugin, new_tables.get(plugin.name))]
     return ConfigChanges(
         [f"[[{name}]]" if name == "assets" else f"[{name}]" for name in changed if name not in FIXED_SECTIONS]
         + [f"[plugins.{name}]" for name in fresh],
         [f"[{name}]" for name in changed if name in FIXED_SECTIONS] + [f"[plugins.{name}]" for name in kept],
     )
+
+
+def _differs(plugin: PluginState, table: Mapping[str, Any] | None) -> bool:
+    """`table`: None where the configuration does not name the plugin, be it by an asset's adapter."""
+    return not plugin.only_adapts if table is None else table != plugin.table
 
 
 def with_reloaded(old: Config, new: Config) -> Config:

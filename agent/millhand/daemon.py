@@ -212,7 +212,7 @@ class Daemon:
 
     async def _reload(self) -> list[str]:
         old, new = self.config, load_config(self.config_path)
-        restart = config_changes(old, new, self.registry.tables_in_use()).restart
+        restart = config_changes(old, new, self.registry.loaded()).restart
         self.registry.load(new.plugin_tables())
         self.config = with_reloaded(old, new)
         configure_logs(self.config.log)
@@ -229,7 +229,7 @@ class Daemon:
 
     def config_changes(self) -> ConfigChanges:
         """What the configuration says by now that this daemon does not go by. Raises ConfigError."""
-        return config_changes(self.config, load_config(self.config_path), self.registry.tables_in_use())
+        return config_changes(self.config, load_config(self.config_path), self.registry.loaded())
 
     async def run_until_stopped(self) -> None:
         """Serve until SIGTERM or SIGINT; SIGHUP reloads."""

@@ -42,6 +42,11 @@ class PluginState:
     table: dict[str, Any] = field(default_factory=dict)
     """Its table of the configuration, as it was when the plugin was loaded."""
 
+    @property
+    def only_adapts(self) -> bool:
+        """Whether it does nothing but read machines, so that without an asset nothing is left of it."""
+        return set(self.hooks) <= {"millhand_config", "millhand_adapters"}
+
     def to_dict(self) -> dict[str, Any]:
         shown = ("name", "module", "distribution", "version", "state", "error", "hint", "hooks")
         return {key: getattr(self, key) for key in shown}
@@ -67,9 +72,9 @@ class Registry:
             if name not in self.plugins or self.plugins[name].state in ("available", "failed", "disabled"):
                 self._load_one(name, dict(table))
 
-    def tables_in_use(self) -> dict[str, dict[str, Any]]:
-        """Of each plugin that is loaded, the table that it goes by."""
-        return {name: plugin.table for name, plugin in self.plugins.items() if plugin.state in ("loaded", "degraded")}
+    def loaded(self) -> list[PluginState]:
+        """The plugins that are at work, be it badly."""
+        return [plugin for plugin in self.plugins.values() if plugin.state in ("loaded", "degraded")]
 
     def retry_failed(self) -> list[str]:
         """Try the failed plugins again; return the names that came up."""

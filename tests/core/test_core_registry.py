@@ -136,11 +136,12 @@ def test_disabled_plugin_is_not_imported(install: Install) -> None:
 def test_a_disabled_plugin_comes_up_once_it_is_enabled(install: Install) -> None:
     registry = install(good=GOOD)
     registry.load({"good": {"enabled": False}})
-    assert registry.tables_in_use() == {}
+    assert registry.loaded() == []
     registry.load({"good": {"depth": 2}})
-    assert registry.plugins["good"].state == "loaded"
     registry.load({"good": {"depth": 3}})  # one that is loaded keeps what it was loaded with
-    assert registry.tables_in_use() == {"good": {"depth": 2}}
+    assert [(plugin.name, plugin.state, plugin.table) for plugin in registry.loaded()] == [
+        ("good", "loaded", {"depth": 2})
+    ]
 
 
 def test_only_named_plugins_are_imported(install: Install) -> None:

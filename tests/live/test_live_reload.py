@@ -121,11 +121,12 @@ def test_check_tells_what_a_running_agent_has_not_taken_up(
     assert not_taken_up(agent) == []
     limits = "[store]\nset_aside_files_cap = 5\n"
     modbus = "[plugins.modbus]\nrequired = true\n"
-    new = HTTP_OFF + log.replace("info", "debug") + limits + "[plugins.turbofan]\n" + modbus
+    press = file_asset(write_rows(tmp_path / "press.csv", 10), "press")
+    new = HTTP_OFF + log.replace("info", "debug") + limits + "[plugins.turbofan]\n" + modbus + press
     agent.write_config(new)
     said = "it does not go yet by what the configuration says now: "
     restart = f"{said}[store], [plugins.modbus]"
-    assert not_taken_up(agent) == [f"{said}[log], [plugins.turbofan]", restart]
+    assert not_taken_up(agent) == [f"{said}[log], [[assets]], [plugins.file], [plugins.turbofan]", restart]
     agent.reload()
     agent.wait(lambda: "[plugins.modbus] changed: this takes effect at the next restart" in agent.log(), "the reload")
     agent.wait(lambda: not_taken_up(agent) == [restart], "what takes a restart alone")
@@ -134,6 +135,10 @@ def test_check_tells_what_a_running_agent_has_not_taken_up(
     assert agent.stop() == 0
     agent.start()
     assert not_taken_up(agent) == []
+    # An asset that goes takes its adapter along; models of a plugin that is gone are served until a restart.
+    agent.write_config(HTTP_OFF + log)
+    agent.reload()
+    agent.wait(lambda: not_taken_up(agent) == [f"{said}[store], [plugins.turbofan]"], "what is left of the plugins")
 
 
 def test_what_was_queued_before_a_broker_was_named_arrives(
