@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,14 +160,13 @@ class Site:
             self._tell([self.model()])
 
     def _tell(self, models: list[dict[str, Any]]) -> None:
-        self._loop.call_soon_threadsafe(self.daemon.tell, models)
-        wanted = [(model["name"], model["state"], sorted(model["abilities"])) for model in models]
+        """Return once the gateway goes by it. It lists little of what it is told, so a model more comes and goes."""
+        for told in ([*models, self.model(name="fence")], models):
+            self._loop.call_soon_threadsafe(self.daemon.tell, told)
+            until(partial(self._lists, [model["name"] for model in told]), "the gateway hears of it")
 
-        def heard() -> bool:
-            listed = self.get("/v1/models").json()["data"]
-            return [(model["id"], model["state"], model["abilities"]) for model in listed] == wanted
-
-        until(heard, "the gateway hears of it")
+    def _lists(self, names: list[str]) -> bool:
+        return [model["id"] for model in self.get("/v1/models").json()["data"]] == names
 
     @property
     def server(self) -> ScriptedServer:
