@@ -109,6 +109,7 @@ class Calls:
         return {"needs_restart": await self._daemon.reload()}
 
     async def config_changes(self) -> dict[str, list[str]]:
+        """What of the configuration waits for a reload and for a restart. Raises ConfigError."""
         return self._daemon.config_changes()._asdict()
 
     async def metrics(self, names: str = "", front: dict[str, Any] | None = None) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from millhand.config import Config
-from millhand.registry import PluginState
 
-# What only a restart can change: the daemon's own place and its store.
+if TYPE_CHECKING:
+    from millhand.registry import PluginState
+
+# What only a restart can change: the daemon's own place, where it listens, what it opens at its start.
 FIXED_SECTIONS = ("node", "store", "recording", "http", "grpc", "gateway", "tracing", "models", "pack", "knowledge")
 READ_BY_EACH_BUILD = ("workshop",)
 

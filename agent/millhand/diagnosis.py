@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -31,8 +31,8 @@ NAMES_OF_ANY_HOST = ("localhost", "node")  # the second is taken where a host ha
 CONNECT_TIMEOUT_S = 3.0
 STRAYS_SHOWN = 3
 REMEDIES = {
-    "reload": "systemctl reload millhand, or without systemd kill -HUP and its process",
-    "restart": "systemctl restart millhand, or without systemd stop it and start it again",
+    "reload": "systemctl reload millhand; without systemd: kill -HUP {pid}",
+    "restart": "systemctl restart millhand; without systemd: kill {pid}, and start it again",
 }
 
 
@@ -320,7 +320,7 @@ def _daemon(config: Config) -> Iterator[Finding]:
         yield Finding("daemon", "warning", error.message, error.hint)
         return
     yield Finding("daemon", "ok", f"runs since {state['uptime_s']:.0f} s, process {state['pid']}")
-    yield from _not_taken_up(state["version"], ControlClient(config.node.control_path, 5.0))
+    yield from _not_taken_up(state, ControlClient(config.node.control_path, 5.0))
     here = {asset.name for asset in config.assets}  # the daemon may run another configuration
     for asset in state["assets"]:
         if asset["error"] and asset["asset"] in here:
@@ -338,11 +338,11 @@ def _daemon(config: Config) -> Iterator[Finding]:
             yield Finding(f"model {model['name']}", "warning", missed["reason"], missed["hint"])
 
 
-def _not_taken_up(version: str, daemon: ControlClient) -> Iterator[Finding]:
+def _not_taken_up(state: Mapping[str, Any], daemon: ControlClient) -> Iterator[Finding]:
     """What the daemon does not go by yet; all else is said of the configuration, and of what is installed, now."""
-    if version != __version__:
-        message = f"it runs version {version}, installed is {__version__}"
-        yield Finding("daemon", "warning", message, REMEDIES["restart"])
+    if state["version"] != __version__:
+        message = f"it runs version {state['version']}, installed is {__version__}"
+        yield Finding("daemon", "warning", message, REMEDIES["restart"].format(**state))
         return
     try:
         changes = daemon.call("config.changes")
@@ -352,4 +352,4 @@ def _not_taken_up(version: str, daemon: ControlClient) -> Iterator[Finding]:
     for step, sections in changes.items():
         if sections:
             message = f"it does not go yet by what the configuration says now: {', '.join(sections)}"
-            yield Finding("daemon", "warning", message, REMEDIES[step])
+            yield Finding("daemon", "warning", message, REMEDIES[step].format(**state))

@@ -30,6 +30,8 @@ from live_kit import (
     write_rows,
 )
 
+from millhand import __version__
+from millhand.diagnosis import diagnose
 from millhand.testing import Agent, wait_until
 
 FOLLOW = "follow = true\npoll_ms = 20"
@@ -139,6 +141,29 @@ def test_check_tells_what_a_running_agent_has_not_taken_up(
     agent.write_config(HTTP_OFF + log)
     agent.reload()
     agent.wait(lambda: not_taken_up(agent) == [f"{said}[store], [plugins.turbofan]"], "what is left of the plugins")
+
+
+def test_check_tells_of_an_older_agent_and_of_one_whose_file_is_broken(
+    tmp_path: Path, millhand_agent: Callable[..., Agent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = millhand_agent(HTTP_OFF)
+    assert agent.process is not None
+    copy = tmp_path / "copy.toml"
+    copy.write_text(agent.config_path.read_text())
+
+    def said() -> list[tuple[str, str]]:
+        found = [one for one in diagnose(copy) if one.name == "daemon" and one.level == "warning"]
+        return [(one.message, one.hint) for one in found]
+
+    assert said() == []
+    agent.write_config(HTTP_OFF + "[stor]\n")
+    ((message, hint),) = said()
+    assert message.startswith("it cannot read its configuration again: ")
+    assert str(agent.config_path) in message and "'stor'" in message and hint
+    monkeypatch.setattr("millhand.diagnosis.__version__", "9.9.9")
+    ((message, hint),) = said()
+    assert message == f"it runs version {__version__}, installed is 9.9.9"
+    assert hint.endswith(f"kill {agent.process.pid}, and start it again")
 
 
 def test_what_was_queued_before_a_broker_was_named_arrives(
